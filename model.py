@@ -1,0 +1,282 @@
+"""
+A GPT, after nanoGPT, whose sizes may be lists: n_layer, n_head, n_embd and mlp_ratio.
+
+    build({"n_embd": 384})                  one network, with nanoGPT's parameter names
+    build({"n_embd": [192, 288, 384]})      a supernet that holds all three, with shared weights
+    net(x, y, weights)                      a mixture of all its networks, differentiable in the weights
+    net(x, y, arch)                         one of them, by slicing, at its own cost
+    net.extract(arch)                       the same as a network of its own
+
+Attention heads follow one of two conventions:
+    head_size=0     GPT-2's: every head has n_embd / n_head channels. The supernet nests the layouts: with h heads, head j
+                    owns the channels from j*E/h on (E the largest n_embd), of which a width e uses the first e/h.
+    head_size=64    fixed: n_head heads of 64 channels each, whatever n_embd is; fewer heads are the first ones.
+"""
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from supernet import Choice, Embedding, LayerNorm, Linear, Size, check_arch, extract, one_hot, options_of, prefixes
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304 # GPT-2's 50257, rounded up to a multiple of 64 for speed
+    n_layer: int | list = 12
+    n_head: int | list = 12
+    n_embd: int | list = 768
+    mlp_ratio: float | list = 4
+    head_size: int = 0 # 0: n_embd / n_head
+    dropout: float = 0.0
+    bias: bool = True # in Linears and LayerNorms, as in GPT-2; False is a bit better and faster
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config, n_embd, n_head):
+        super().__init__()
+        self.n_embd, self.n_head, self.head_size, self.dropout = n_embd, n_head, config.head_size, config.dropout
+        inner = n_head[-1] * config.head_size or n_embd[-1]
+        self.c_attn = Linear(n_embd[-1], 3 * inner, bias=config.bias) # query, key, value
+        self.c_proj = Linear(inner, n_embd[-1], bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        # what a mixture multiplies with, for each head count j: the channels that each width uses, and 1/sqrt of its head size
+        if config.head_size:
+            share = prefixes([h * config.head_size for h in n_head], inner) # (n_head, inner)
+        else:
+            share = torch.stack([prefixes(n_embd, inner, groups=h) for h in n_head]) # (n_head, n_embd, inner)
+            scale = torch.tensor([[(e / h) ** -0.5 for e in n_embd] for h in n_head]) # (n_head, n_embd)
+            self.register_buffer("scale", share * scale.unsqueeze(-1), persistent=False)
+        self.register_buffer("share", share, persistent=False)
+
+    def forward(self, x, e=None, n_head=None, cache=None):
+        if isinstance(n_head, torch.Tensor):
+            return self.mixture(x, e, n_head)
+        h = n_head or self.n_head[-1]
+        n = h * self.head_size or (self.n_embd[-1] if e is None else e.n)
+        groups = 1 if self.head_size else h
+        q, k, v = self.c_attn(x, e, Size(3 * n, 3 * groups)).split(n, dim=2) # (B, T, n)
+        if cache is not None: # of generate(): the keys and values of all tokens before these
+            k, v = (torch.cat((cache[name], new), 1) if cache else new for name, new in (("k", k), ("v", v)))
+            cache.update(k=k, v=v)
+        y = self.attend(q, k, v, h)
+        return self.resid_dropout(self.c_proj(y, Size(n, groups), e))
+
+    def attend(self, q, k, v, h, scale=None):
+        """(B, T, n) each -> (B, T, n): h heads of n/h channels side by side."""
+        q, k, v = (t.unflatten(2, (h, -1)).transpose(1, 2) for t in (q, k, v)) # (B, h, T, n/h)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, scale=scale,
+                                           is_causal=q.size(2) == k.size(2)) # one new token sees the whole cache
+        return y.transpose(1, 2).flatten(2)
+
+    def mixture(self, x, e, a):
+        """a: (n_head,) weights. Every head count attends in its own layout, with the scale of its true head size.
+
+        The width is mixed once by each projection: in the rows of query, key and value, and in the columns of c_proj.
+        Masks are linear in what they multiply, so the key's moves onto the query and the value's behind the attention.
+        """
+        q, k, v = self.c_attn(x, e).chunk(3, dim=2) # (B, T, inner)
+        if self.head_size: # the heads are nested: one attention, head i times S(i)
+            y = self.attend(q, k, v, self.n_head[-1]) * (a @ self.share)
+            return self.resid_dropout(self.c_proj(y, None, e))
+        y = 0
+        for j, h in enumerate(self.n_head):
+            S, scale = e.p @ self.share[j], e.p @ self.scale[j] # (inner,)
+            y = y + self.attend(q * (S * scale), k, v, h, scale=1.0) * (a[j] * S * S)
+        return self.resid_dropout(self.c_proj(y, None, e))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config, n_embd, mlp_ratio):
+        super().__init__()
+        self.n_embd, self.mlp_ratio = n_embd, mlp_ratio
+        n_hidden = [[int(m * e) for m in mlp_ratio] for e in n_embd] # (n_embd, mlp_ratio)
+        self.c_fc = Linear(n_embd[-1], n_hidden[-1][-1], bias=config.bias)
+        self.c_proj = Linear(n_hidden[-1][-1], n_embd[-1], bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("share", prefixes(n_hidden, n_hidden[-1][-1]), persistent=False) # (n_embd, mlp_ratio, hidden)
+
+    def hidden(self, e, m):
+        """The Size of the hidden dimension, n_embd * mlp_ratio."""
+        if isinstance(m, torch.Tensor):
+            return Size(None, share=torch.einsum("m,emh->eh", m, self.share), p=e.p)
+        return Size(int((m or self.mlp_ratio[-1]) * (self.n_embd[-1] if e is None else e.n)))
+
+    def forward(self, x, e=None, mlp_ratio=None):
+        hidden = self.hidden(e, mlp_ratio)
+        x = F.gelu(self.c_fc(x, e, hidden), approximate="tanh")
+        return self.dropout(self.c_proj(x, hidden, e))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config, n_embd, n_head, mlp_ratio):
+        super().__init__()
+        self.ln_1 = LayerNorm(n_embd[-1], bias=config.bias)
+        self.attn = CausalSelfAttention(config, n_embd, n_head)
+        self.ln_2 = LayerNorm(n_embd[-1], bias=config.bias)
+        self.mlp = MLP(config, n_embd, mlp_ratio)
+
+    def forward(self, x, e=None, n_head=None, mlp_ratio=None, cache=None):
+        x = x + self.attn(self.ln_1(x, e), e, n_head, cache)
+        x = x + self.mlp(self.ln_2(x, e), e, mlp_ratio)
+        return x
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config, arch=None):
+        """config: GPTConfig. arch: the sizes of a stand-alone network, where config has lists."""
+        super().__init__()
+        self.config = config
+        names = ("n_layer", "n_embd", "n_head", "mlp_ratio")
+        options = {name: options_of(getattr(config, name), name, whole=name != "mlp_ratio") for name in names}
+        L = options["n_layer"][-1]
+        self.choices = {name: Choice(options[name]) for name in names[:2]}
+        self.choices |= {name: Choice(options[name], repeat=L, depth="n_layer") for name in names[2:]}
+        if arch is not None: # nothing is left to choose
+            arch = check_arch(self.choices, arch)
+            self.choices, L = {}, arch["n_layer"]
+            options = {"n_layer": (L,), "n_embd": (arch["n_embd"],)}
+        self.n_layer, self.n_embd = options["n_layer"], options["n_embd"]
+        layers = [[(arch[name][i],) for name in names[2:]] if arch else [options[name] for name in names[2:]] for i in range(L)]
+        if not config.head_size:
+            for e in self.n_embd:
+                for h in sorted({h for n_head, _ in layers for h in n_head}):
+                    if e % h:
+                        raise SystemExit(f"n_embd={e} is not divisible by n_head={h}: choose widths and head counts that "
+                                         "divide, or heads of a fixed size with head_size.")
+        E = self.n_embd[-1]
+        self.transformer = nn.ModuleDict(dict(
+            wte=Embedding(config.vocab_size, E),
+            wpe=Embedding(config.block_size, E),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList([Block(config, self.n_embd, *layer) for layer in layers]),
+            ln_f=LayerNorm(E, bias=config.bias),
+        ))
+        self.lm_head = Linear(E, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight # weight tying
+        self.register_buffer("share", prefixes(self.n_embd, E), persistent=False) # (n_embd, E)
+
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters(): # scaled init of the residual projections, per the GPT-2 paper
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * L))
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets=None, arch=None, cache=None):
+        """idx, targets: (B, T) token ids -> logits (B, T, vocab_size), loss. Without targets: logits (B, 1, vocab_size) of the
+        last position, None. arch: None for a network without choices, else an architecture, or weights for a mixture.
+        targets of -1 are ignored."""
+        T, past = idx.size(1), cache[0]["k"].size(1) if cache and cache[0] else 0
+        assert past + T <= self.config.block_size, f"{past + T} tokens, but block_size is {self.config.block_size}"
+        e, n_layer, layers = self.sizes(arch)
+        pos = torch.arange(past, past + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx, e) + self.transformer.wpe(pos, e)) # (B, T, n_embd)
+        if isinstance(n_layer, torch.Tensor):
+            x = self.mixed_depth(x, e, n_layer, layers)
+        else:
+            for i in range(n_layer):
+                x = self.transformer.h[i](x, e, *layers[i], cache[i] if cache else None)
+        x = self.transformer.ln_f(x, e)
+        if targets is None:
+            return self.lm_head(x[:, [-1], :], e), None
+        logits = self.lm_head(x, e)
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+    def sizes(self, arch):
+        """(the Size of n_embd, n_layer, [(n_head, mlp_ratio) of every layer]) of an architecture, of weights, or of a
+        network without choices, whose layers know their own."""
+        L = len(self.transformer.h)
+        if arch is None:
+            open_choices = {name: list(c.options) for name, c in self.choices.items() if len(c.options) > 1}
+            assert not open_choices, f"a supernet needs weights or an architecture as its third argument: it has {open_choices}"
+            return None, L, [(None, None)] * L
+        if isinstance(arch["n_layer"], torch.Tensor):
+            e = Size(self.n_embd, share=self.share, p=arch["n_embd"])
+            return e, arch["n_layer"], list(zip(arch["n_head"], arch["mlp_ratio"], strict=True))
+        return Size(arch["n_embd"]), arch["n_layer"], list(zip(arch["n_head"], arch["mlp_ratio"], strict=False))
+
+    def mixed_depth(self, x, e, p, layers):
+        """sum_d p_d x_d, x_d the output of the d-th layer; p: (n_layer,) weights."""
+        out = 0
+        for depth, (block, layer) in enumerate(zip(self.transformer.h, layers, strict=True), 1):
+            x = block(x, e, *layer)
+            if depth in self.n_layer:
+                out = out + x * p[self.n_layer.index(depth)]
+        return out
+
+    def extract(self, arch):
+        """The stand-alone network of an architecture, with the weights it has here."""
+        arch = check_arch(self.choices, arch)
+        small = GPT(self.config, arch).to(self.lm_head.weight.device)
+        one = torch.zeros(1, 1, dtype=torch.long, device=self.lm_head.weight.device)
+        return extract(self, small, lambda: self(one, one, arch))
+
+    def cost(self, arch=None):
+        """{"params", "flops"} of an architecture: whole numbers; of weights: the differentiable expectations, float64.
+
+        flops: of one forward pass over one sequence of block_size tokens, 2 a multiply-add, attention counted in full.
+        """
+        c, T = self.config, self.config.block_size
+        e = torch.tensor(self.n_embd, dtype=torch.float64) # (n_embd,)
+        bias, norm = int(c.bias), (1 + c.bias) * e
+        params, flops = c.vocab_size * e + T * e + norm, 2 * T * c.vocab_size * e # wte, wpe, ln_f
+        p, depth, layers = self.expectation(arch)
+        for i, (block, (a, m)) in enumerate(zip(self.transformer.h, layers, strict=True)):
+            used = sum(depth[k] for k, n in enumerate(self.n_layer) if n > i) # the chance that this layer runs
+            hidden = torch.tensor([[int(r * n) for r in block.mlp.mlp_ratio] for n in self.n_embd]).double() @ m # (n_embd,)
+            inner = c.head_size * (torch.tensor(block.attn.n_head).double() @ a) if c.head_size else e
+            matmuls = 4 * inner * e + 2 * hidden * e
+            params = params + used * (2 * norm + matmuls + bias * (3 * inner + e + hidden + e))
+            flops = flops + used * (2 * T * matmuls + 4 * T * T * inner)
+        cost = {"params": p @ params, "flops": p @ flops}
+        exact = not arch or not isinstance(arch["n_layer"], torch.Tensor)
+        return {name: round(value.item()) for name, value in cost.items()} if exact else cost
+
+    def expectation(self, arch):
+        """sizes() as float64 weights, for cost()."""
+        if not arch: # the only option of everything
+            return torch.ones(1).double(), torch.ones(1), [(torch.ones(1).double(), torch.ones(1).double())] * len(self.transformer.h)
+        weights = arch if isinstance(arch["n_layer"], torch.Tensor) else one_hot(self.choices, arch)
+        weights = {name: w.double().cpu() for name, w in weights.items()}
+        return weights["n_embd"], weights["n_layer"], list(zip(weights["n_head"], weights["mlp_ratio"], strict=True))
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, arch=None, generator=None, vocab_size=None):
+        """idx: (B, T) -> (B, T + max_new_tokens). temperature=0 takes the likeliest token; ids from vocab_size on are never
+        drawn. Keys and values are cached until block_size is full; from there on the window slides and is computed anew."""
+        cache = None
+        for _ in range(max_new_tokens):
+            if idx.size(1) <= self.config.block_size:
+                new = idx if cache is None else idx[:, -1:]
+                cache = cache or [{} for _ in self.transformer.h]
+                logits, _ = self(new, arch=arch, cache=cache)
+            else:
+                logits, _ = self(idx[:, -self.config.block_size:], arch=arch)
+            logits = logits[:, -1, :vocab_size].float()
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            if temperature == 0:
+                idx_next = logits.argmax(-1, keepdim=True)
+            else:
+                idx_next = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, idx_next), dim=1)
+        return idx
+
+
+def build(config, arch=None):
+    """A GPT from a dict of GPTConfig's fields; other keys are left alone. arch: the sizes of a stand-alone network."""
+    known = {field.name for field in fields(GPTConfig)}
+    return GPT(GPTConfig(**{key: value for key, value in config.items() if key in known}), arch)

@@ -1,0 +1,304 @@
+"""
+How an architecture is chosen: DARTS, DrNAS, GDAS and SPOS by gradient or by sampling, then random and evolutionary search.
+
+Knows tensors and Choices, and no network: a search draws weights (name -> rows that sum to 1) or an arch, the caller
+computes a loss with them, and the gradient comes back through the weights to the alphas.
+
+    darts   softmax(alpha), or sparsemax; order 2 adds the unrolled step             Liu et al. 2019, eq. 7 and 8
+    drnas   a draw from Dirichlet(elu(alpha) + 1), reparameterised                   Chen et al. 2021, eq. 4
+    gdas    one-hot argmax of (log softmax(alpha) + Gumbel) / tau, straight-through  Dong & Yang 2019, eq. 3
+    spos    one architecture a step, uniformly; no alphas                            Guo et al. 2020
+"""
+import itertools
+import json
+import math
+
+import torch
+from torch.nn import functional as F
+
+from supernet import check_arch, one_hot # noqa: F401 (one_hot is offered here too)
+
+OPTIMIZERS = ("darts", "drnas", "gdas", "spos")
+
+# -----------------------------------------------------------------------------
+# from alphas (..., K) to weights (..., K)
+
+def sparsemax(alpha):
+    """The Euclidean projection of alpha (..., K) onto the simplex: weights that can be exactly 0 (Martins & Astudillo 2016)."""
+    z = alpha.sort(-1, descending=True).values
+    k = torch.arange(1, z.size(-1) + 1, dtype=z.dtype)
+    support = 1 + k * z > z.cumsum(-1)
+    n = support.sum(-1, keepdim=True)
+    threshold = ((z * support).sum(-1, keepdim=True) - 1) / n
+    return (alpha - threshold).clamp_min(0)
+
+
+def dirichlet(alpha, generator):
+    """A draw from Dirichlet(elu(alpha) + 1), with its pathwise gradient: Gamma draws over their sum."""
+    concentration = (F.elu(alpha) + 1).double() # float64: small concentrations draw numbers that float32 calls 0
+    gamma = torch._standard_gamma(concentration, generator=generator).clamp_min(torch.finfo(torch.float64).tiny)
+    return (gamma / gamma.sum(-1, keepdim=True)).to(alpha.dtype)
+
+
+def gumbel(alpha, tau, generator):
+    """A one-hot draw from softmax(alpha) whose gradient is that of softmax((log softmax(alpha) + Gumbel) / tau)."""
+    noise = -torch.empty_like(alpha).exponential_(generator=generator).log()
+    soft = ((alpha.log_softmax(-1) + noise) / tau).softmax(-1)
+    hard = F.one_hot(soft.argmax(-1), alpha.size(-1)).to(alpha.dtype)
+    return hard + (soft - soft.detach()) # exactly one-hot in the forward pass
+
+
+def uniform(choices, generator):
+    """One architecture, every choice drawn uniformly and independently."""
+    def draw(choice):
+        return choice.options[torch.randint(len(choice.options), (), generator=generator).item()]
+    return check_arch(choices, {name: [draw(c) for _ in range(c.repeat)] if c.repeat else draw(c) for name, c in choices.items()})
+
+
+def likeliest(choices, weights):
+    """The architecture of the largest weight in every row."""
+    def pick(choice, row):
+        return choice.options[row.argmax().item()]
+    return check_arch(choices, {name: [pick(c, row) for row in weights[name]] if c.repeat else pick(c, weights[name])
+                                for name, c in choices.items()})
+
+
+def entropy(weights):
+    """{name: (...,)}: the entropy of every row over its largest possible value; 1 is undecided, 0 decided."""
+    return {name: -torch.special.xlogy(w, w).sum(-1) / math.log(w.size(-1)) for name, w in weights.items() if w.size(-1) > 1}
+
+# -----------------------------------------------------------------------------
+
+class ArchOptimizer:
+    """The alphas of a search space, how weights are drawn from them, and their Adam.
+
+    choices: name -> Choice. Alphas live on the CPU, start at 1e-3 N(0, 1) and exist where there is something to choose.
+    `name` is one of OPTIMIZERS. normalize (darts): "softmax" or "sparsemax". regularizer (drnas): "l2" is Adam's weight decay,
+    "kl" adds weight_decay * KL(Dirichlet(elu(alpha) + 1) || Dirichlet(1)) to the loss instead.
+    """
+    def __init__(self, name, choices, generator, learning_rate=3e-4, weight_decay=1e-3, betas=(0.5, 0.999), tau_max=10.0, tau_min=0.1,
+                 normalize="softmax", regularizer="l2"):
+        for value, allowed in ((name, OPTIMIZERS), (normalize, ("softmax", "sparsemax")), (regularizer, ("l2", "kl"))):
+            if value not in allowed:
+                raise SystemExit(f"'{value}' is not one of {', '.join(allowed)}.")
+        self.name, self.choices, self.normalize = name, choices, normalize
+        self.tau_max, self.tau_min = tau_max, tau_min
+        self.kl_scale = weight_decay if name == "drnas" and regularizer == "kl" else 0.0
+        self.alphas = {key: torch.nn.Parameter(1e-3 * torch.randn(choice.shape, generator=generator))
+                       for key, choice in choices.items() if len(choice.options) > 1 and name != "spos"}
+        self.optimizer = torch.optim.Adam(self.alphas.values(), lr=learning_rate, betas=betas,
+                                          weight_decay=0.0 if self.kl_scale else weight_decay) if self.alphas else None
+
+    def sample(self, progress, generator):
+        """What the network runs with in one step: weights, or for spos an arch. progress: 0 at the start, 1 at the end."""
+        if self.name == "spos":
+            return uniform(self.choices, generator)
+        if self.name == "darts":
+            return self.mean()
+        if self.name == "drnas":
+            return self.complete({key: dirichlet(alpha, generator) for key, alpha in self.alphas.items()})
+        tau = self.tau_max + (self.tau_min - self.tau_max) * progress
+        return self.complete({key: gumbel(alpha, tau, generator) for key, alpha in self.alphas.items()})
+
+    def mean(self):
+        """The weights that the alphas stand for: the mean of what is sampled."""
+        if self.name == "drnas":
+            return self.complete({key: F.normalize(F.elu(alpha) + 1, p=1, dim=-1) for key, alpha in self.alphas.items()})
+        turn = sparsemax if self.normalize == "sparsemax" and self.name == "darts" else lambda alpha: alpha.softmax(-1)
+        return self.complete({key: turn(alpha) for key, alpha in self.alphas.items()})
+
+    def complete(self, weights):
+        """Adds weight 1 for choices of one option, and uniform weights for all choices of spos."""
+        return {key: weights[key] if key in weights else torch.full(c.shape, 1 / len(c.options)) for key, c in self.choices.items()}
+
+    def arch(self):
+        """The likeliest option of every choice."""
+        return likeliest(self.choices, self.mean())
+
+    def step(self, weights, grads):
+        """One Adam step. weights: what sample() returned; grads: name -> the gradient of the loss to them.
+
+        RuntimeError if a choice gets no gradient: it cannot be learned."""
+        for key, alpha in self.alphas.items():
+            grad = grads.get(key)
+            if grad is None or not grad.any():
+                raise RuntimeError(f"the weights of {key} got no gradient: nothing in the network depends on them")
+            if not grad.isfinite().all():
+                raise RuntimeError(f"the gradient of the weights of {key} is not finite: {grad}")
+            weights[key].backward(grad.to(alpha))
+            if self.kl_scale:
+                (self.kl_scale * kl_to_uniform(F.elu(alpha) + 1)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self):
+        return {"alphas": {key: alpha.detach().clone() for key, alpha in self.alphas.items()},
+                "optimizer": self.optimizer.state_dict() if self.alphas else {}}
+
+    def load_state_dict(self, state):
+        for key, alpha in self.alphas.items():
+            alpha.data.copy_(state["alphas"][key])
+        if self.alphas:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+
+def kl_to_uniform(concentration):
+    """KL(Dirichlet(concentration) || Dirichlet(1)), summed over rows: concentration (..., K), float64 inside."""
+    c = concentration.double()
+    total, ones = c.sum(-1), torch.ones_like(c)
+    return (total.lgamma() - c.lgamma().sum(-1) - ones.sum(-1).lgamma()
+            + ((c - 1) * (c.digamma() - total.digamma().unsqueeze(-1))).sum(-1)).sum()
+
+
+def unrolled_gradient(params, alphas, train_grad, val_grad, learning_rate):
+    """The gradient of L_val(w - learning_rate * dL_train/dw, alpha) to the alphas (DARTS eq. 7), a list like alphas.
+
+    train_grad(tensors), val_grad(tensors): the gradients of the two losses, at the current params, to those tensors.
+    The second derivative is a central difference along dL_val/dw', of length eps = 0.01 / its norm (eq. 8).
+    params are as before when it returns.
+    """
+    start = [p.detach().clone() for p in params]
+
+    @torch.no_grad()
+    def move(direction, size):
+        for p, p0, d in zip(params, start, direction, strict=True):
+            p.copy_(p0 + size * d)
+
+    move(train_grad(params), -learning_rate)
+    grads = val_grad([*alphas, *params])
+    d_alpha, d_w = grads[:len(alphas)], grads[len(alphas):]
+    eps = 0.01 / torch.stack([d.norm() for d in d_w]).norm().clamp_min(1e-12)
+    move(d_w, eps)
+    plus = train_grad(alphas)
+    move(d_w, -eps)
+    minus = train_grad(alphas)
+    move(d_w, 0.0)
+    return [d - learning_rate * (a - b) / (2 * eps.to(d.device)) for d, a, b in zip(d_alpha, plus, minus, strict=True)]
+
+# -----------------------------------------------------------------------------
+# after a supernet is trained: search over its inherited weights
+
+def key_of(arch):
+    """The same string for the same architecture."""
+    return json.dumps(arch, sort_keys=True)
+
+
+def space_size(choices):
+    """How many different architectures there are; entries of layers beyond the depth do not count."""
+    size = 1
+    depths = {c.depth for c in choices.values() if c.depth}
+    for name, choice in choices.items():
+        if name in depths:
+            per_layer = math.prod(len(c.options) for c in choices.values() if c.depth == name)
+            size *= sum(per_layer ** d for d in choice.options)
+        elif not choice.depth:
+            size *= len(choice.options) ** (choice.repeat or 1)
+    return size
+
+
+def architectures(choices):
+    """Every architecture of the space, once."""
+    free = [name for name, c in choices.items() if not c.depth]
+    for values in itertools.product(*(itertools.product(choices[n].options, repeat=choices[n].repeat or 1) for n in free)):
+        arch = {name: list(v) if choices[name].repeat else v[0] for name, v in zip(free, values, strict=True)}
+        layered = [name for name in choices if name not in arch]
+        for rows in itertools.product(*(itertools.product(choices[n].options, repeat=arch[choices[n].depth]) for n in layered)):
+            found = arch | {name: list(row) for name, row in zip(layered, rows, strict=True)}
+            yield {name: found[name] for name in choices}
+
+
+def unseen(choices, seen, generator, tries=1000):
+    """A uniform draw that is not in `seen` (a container of key_of); None when the space is exhausted."""
+    for _ in range(tries):
+        arch = uniform(choices, generator)
+        if key_of(arch) not in seen:
+            return arch
+    rest = [arch for arch in architectures(choices) if key_of(arch) not in seen] if len(seen) < space_size(choices) else []
+    return rest[torch.randint(len(rest), (), generator=generator).item()] if rest else None
+
+
+def random_search(choices, evaluate, n, generator, history=None):
+    """evaluate(arch) -> loss, for n different architectures, or all there are. Returns history, [(loss, arch)] in the order of
+    evaluation. A history that is passed in is continued: what it holds is not evaluated again."""
+    history = [] if history is None else history
+    seen = {key_of(arch) for _, arch in history}
+    while len(history) < n:
+        arch = unseen(choices, seen, generator)
+        if arch is None:
+            break
+        seen.add(key_of(arch))
+        history.append((evaluate(arch), arch))
+    return history
+
+
+def mutate(choices, arch, generator, prob, depth_prob):
+    """A copy in which every per-layer entry is redrawn with prob and every other choice with depth_prob."""
+    def flip(p):
+        return torch.rand((), generator=generator).item() < p
+    new = uniform(choices, generator)
+    child = {name: arch[name] if c.repeat or not flip(depth_prob) else new[name] for name, c in choices.items()}
+    return fill(choices, child, lambda name, i: arch[name][i] if i < len(arch[name]) and not flip(prob) else None, generator)
+
+
+def crossover(choices, a, b, generator):
+    """A child whose every entry comes from either parent."""
+    def side():
+        return (a, b)[torch.randint(2, (), generator=generator).item()]
+    child = {name: side()[name] for name in choices}
+    def entry(name, i):
+        parents = [p for p in (a, b) if i < len(p[name])]
+        return parents[torch.randint(len(parents), (), generator=generator).item()][name][i] if parents else None
+    return fill(choices, child, entry, generator)
+
+
+def fill(choices, child, entry, generator):
+    """Per-layer lists of the child's own depth: entry(name, layer), or a draw where that is None."""
+    for name, c in choices.items():
+        if c.repeat:
+            drawn = torch.randint(len(c.options), (child[c.depth] if c.depth else c.repeat,), generator=generator).tolist()
+            inherited = [entry(name, i) for i in range(len(drawn))]
+            child[name] = [c.options[d] if value is None else value for value, d in zip(inherited, drawn, strict=True)]
+    return child
+
+
+def evolutionary_search(choices, evaluate, n, generator, population=50, parents=10, prob=0.2, depth_prob=0.4, history=None):
+    """Mutation and crossover of the best architectures so far (Guo et al. 2020, algorithm 1).
+
+    evaluate(arch) -> loss. The first `population` architectures are random; every later generation is half mutations and
+    half crossovers of the `parents` best so far, filled up at random. No architecture is evaluated twice; it ends after n
+    evaluations or when the space is exhausted. Returns history, as random_search does. With a history of an earlier run
+    and the same generator it replays that run's draws and goes on where it stopped.
+    """
+    losses = {key_of(arch): loss for loss, arch in history or []}
+    done, seen = [] if history is None else history, set()
+    found = []
+
+    def visit(arch):
+        key = key_of(arch)
+        seen.add(key)
+        if key not in losses:
+            losses[key] = evaluate(arch)
+            done.append((losses[key], arch))
+        found.append((losses[key], arch))
+
+    while len(found) < n:
+        best = sorted(found, key=lambda entry: entry[0])[:parents]
+        size = min(population, n - len(found))
+        for i in range(size):
+            child = None
+            for _ in range(50 if found and best else 0):
+                one, two = (best[torch.randint(len(best), (), generator=generator).item()][1] for _ in range(2))
+                new = mutate(choices, one, generator, prob, depth_prob) if i % 2 else crossover(choices, one, two, generator)
+                if key_of(new) not in seen:
+                    child = new
+                    break
+            child = child or unseen(choices, seen, generator)
+            if child is None:
+                return done
+            visit(child)
+    return done
+
+
+def best_of(history):
+    """(loss, arch) of the lowest loss; the first of equals."""
+    return min(history, key=lambda entry: entry[0])

@@ -1,0 +1,255 @@
+"""The law of exactness for GPT: one-hot supernet == hard supernet == extracted network, in logits, loss and gradients."""
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import build
+from optim_nas import uniform
+from supernet import extremes, one_hot
+
+SPACES = { # lists of lengths 1 to 4 that differ between choices, and sizes of no config
+    "three": dict(n_layer=[1, 2, 3], n_embd=[12, 24, 36], n_head=[2, 3, 6], mlp_ratio=[1, 2.5, 4]),
+    "ragged": dict(n_layer=[2, 3], n_embd=[16, 24, 32, 48], n_head=[1, 8], mlp_ratio=[1.5]),
+    "single": dict(n_layer=[2], n_embd=[40], n_head=[5], mlp_ratio=[3]),
+    "numbers": dict(n_layer=2, n_embd=[20, 60], n_head=4, mlp_ratio=[1, 2, 3, 4]),
+}
+
+
+def supernet(space, **rest):
+    torch.manual_seed(1)
+    net = build(dict(block_size=12, vocab_size=29) | SPACES[space] | rest)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(0, 0.3) # the initial ones and zeros would hide a wrong slice
+    return net
+
+
+def tokens(seed=0, B=2, T=9):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(29, (B, T), generator=g), torch.randint(29, (B, T), generator=g)
+
+
+def agree(a, b, what):
+    scale = b.abs().max().clamp_min(1e-12).item()
+    worst = (a - b).abs().max().item()
+    assert worst <= 1e-5 * scale, f"{what}: differ by {worst:.2e}, largest {scale:.2e}"
+
+
+def some_archs(net):
+    """Every (n_embd, n_head) pair, with random depths, ratios and other heads; then the smallest and the largest."""
+    g = torch.Generator().manual_seed(0)
+    for e, h in itertools.product(net.choices["n_embd"].options, net.choices["n_head"].options):
+        arch = uniform(net.choices, g)
+        yield arch | {"n_embd": e, "n_head": [h, *arch["n_head"][1:]]}
+    yield from extremes(net.choices)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("head_size", [0, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_law_of_exactness(space, head_size, bias):
+    net, (x, y) = supernet(space, head_size=head_size, bias=bias), tokens()
+    for arch in some_archs(net):
+        small = net.extract(arch)
+        alone, alone_loss = small(x, y)
+        alone_loss.backward()
+        for form, third in (("one-hot", one_hot(net.choices, arch)), ("hard", arch)):
+            net.zero_grad()
+            logits, loss = net(x, y, third)
+            loss.backward()
+            agree(logits, alone, f"{form} logits of {arch}")
+            agree(loss, alone_loss, f"{form} loss of {arch}")
+            # extraction copies slices, so it carries the supernet's gradients to the places of the small network's own
+            shared = net.extract(arch)
+            for p, q in zip(gradients_as_weights(net).extract(arch).parameters(), small.parameters(), strict=True):
+                agree(p, q.grad, f"{form} gradient of {arch}")
+            outside = sum(p.grad.abs().sum() for p in net.parameters() if p.grad is not None)
+            inside = sum(p.grad.abs().sum() for p in small.parameters())
+            agree(outside, inside, f"{form} gradient outside the slices of {arch}")
+            assert sum(p.numel() for p in shared.parameters()) == net.cost(arch)["params"]
+
+
+def gradients_as_weights(net):
+    other = build(vars(net.config))
+    with torch.no_grad():
+        for p, q in zip(other.parameters(), net.parameters(), strict=True):
+            p.copy_(torch.zeros_like(q) if q.grad is None else q.grad)
+    return other
+
+
+def test_mixed_depth_is_the_sum_over_depths():
+    """With the (nonlinear) final norm replaced by the identity, the logits are the weighted sum of those of each depth."""
+    net, (x, y) = supernet("three", n_embd=24, n_head=2, mlp_ratio=2), tokens()
+    net.transformer.ln_f.forward = lambda h, e: h
+    weights = {name: torch.ones(c.shape) for name, c in net.choices.items()} | {"n_layer": torch.tensor([0.5, 0.2, 0.3])}
+    parts = [net(x, y, {"n_layer": d, "n_embd": 24, "n_head": [2] * d, "mlp_ratio": [2] * d})[0] for d in (1, 2, 3)]
+    agree(net(x, y, weights)[0], 0.5 * parts[0] + 0.2 * parts[1] + 0.3 * parts[2], "logits")
+
+
+@pytest.mark.parametrize("head_size", [0, 4])
+def test_attention_mixture_is_its_padded_sum(head_size):
+    """sum_h a_h of the heads' outputs, each in the layout and with the scale of h; in and out of the projections mixed once."""
+    net = supernet("three", head_size=head_size)
+    attn, e_options, E = net.transformer.h[0].attn, (12, 24, 36), 36
+    p, a = torch.tensor([0.2, 0.5, 0.3], requires_grad=True), torch.tensor([0.1, 0.6, 0.3], requires_grad=True)
+    x = torch.randn(2, 5, E, requires_grad=True)
+    from supernet import Size
+    cheap = attn(x, Size(e_options, share=net.share, p=p), a)
+
+    width = sum(pk * (torch.arange(E) < k) for pk, k in zip(p, e_options, strict=True))
+    q, k, v = F.linear(x * width, attn.c_attn.weight, attn.c_attn.bias).chunk(3, -1)
+    inner, y = q.shape[-1], 0
+    for ah, h in zip(a, (2, 3, 6), strict=True):
+        if head_size:
+            heads = [t[..., :h * head_size].reshape(2, 5, h, -1).transpose(1, 2) for t in (q, k, v)]
+            out = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).reshape(2, 5, -1)
+            y = y + ah * F.pad(out, (0, inner - out.shape[-1]))
+        else:
+            masks = [((torch.arange(E) % (E // h)) < n // h).float() for n in e_options]
+            mask = sum(pk * m for pk, m in zip(p, masks, strict=True))
+            scaled = sum(pk * m * (n / h) ** -0.5 for pk, m, n in zip(p, masks, e_options, strict=True))
+            heads = [t.reshape(2, 5, h, -1).transpose(1, 2) for t in (q * scaled, k * mask, v * mask)]
+            y = y + ah * mask * F.scaled_dot_product_attention(*heads, is_causal=True, scale=1.0).transpose(1, 2).reshape(2, 5, -1)
+    padded = F.linear(y, attn.c_proj.weight, attn.c_proj.bias) * width
+    agree(cheap, padded, "output")
+    direction, inputs = torch.randn_like(padded), [x, p, a, attn.c_attn.weight, attn.c_proj.weight]
+    for g, g0 in zip(*(torch.autograd.grad((out * direction).sum(), inputs) for out in (cheap, padded)), strict=True):
+        agree(g, g0, "gradient")
+
+
+@pytest.mark.parametrize("config, params", [
+    (dict(vocab_size=50257), 124_439_808), # GPT-2 small
+    (dict(bias=False), 124_373_760),
+    (dict(), 124_475_904),
+    (dict(bias=False, block_size=224, n_layer=7, n_embd=576), 56_981_952), # TinyStories
+    (dict(bias=False, block_size=224, n_layer=5, n_embd=384, n_head=6, mlp_ratio=2), 25_305_216),
+    (dict(bias=False, block_size=224, n_layer=7), 88_362_240),
+    (dict(bias=False, block_size=256, vocab_size=65, n_layer=6, n_embd=384, n_head=6), 10_745_088), # Shakespeare-char
+    (dict(bias=False, block_size=256, vocab_size=65, n_layer=4, n_embd=96, n_head=2, mlp_ratio=2), 326_592),
+    (dict(bias=False, n_layer=10, n_embd=192, n_head=6, mlp_ratio=2), 12_808_128), # OpenWebText
+])
+def test_published_parameter_counts(config, params):
+    with torch.device("meta"):
+        net = build(config)
+    assert sum(p.numel() for p in net.parameters()) == params
+    assert net.cost()["params"] == params
+
+
+@pytest.mark.parametrize("sum_of_ratios, n_layer, params", [(22, 6, 78_923_520), (22, 7, 81_284_352), (21, 6, 77_743_872)])
+def test_parameter_counts_of_published_searches(sum_of_ratios, n_layer, params):
+    with torch.device("meta"):
+        net = build(dict(bias=False, block_size=224, n_layer=[5, 6, 7], n_head=[6, 8, 12], n_embd=[384, 576, 768], mlp_ratio=[2, 3, 4]))
+    ratios = [4] * n_layer
+    while sum(ratios) > sum_of_ratios:
+        ratios[ratios.index(max(ratios))] -= 1
+    cost = net.cost({"n_layer": n_layer, "n_embd": 768, "n_head": [12] * n_layer, "mlp_ratio": ratios})
+    assert cost["params"] == params
+
+
+@pytest.mark.parametrize("head_size", [0, 4])
+def test_flops_are_those_that_run(head_size):
+    net = supernet("three", head_size=head_size, block_size=16)
+    for arch in extremes(net.choices):
+        small, (x, y) = net.extract(arch), tokens(B=1, T=16)
+        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            small(x, y)
+        assert counter.get_total_flops() == net.cost(arch)["flops"]
+
+
+@pytest.mark.parametrize("head_size", [0, 4])
+def test_expected_cost_is_the_mean_over_architectures(head_size):
+    """The sum over all architectures of probability times exact cost, and a gradient that finite differences confirm."""
+    net = supernet("ragged", head_size=head_size, n_layer=[1, 2], mlp_ratio=[1, 2])
+    g = torch.Generator().manual_seed(0)
+    weights = {name: torch.rand(c.shape, generator=g, dtype=torch.float64).softmax(-1) for name, c in net.choices.items()}
+    total = {"params": 0.0, "flops": 0.0}
+    options = {name: [c.options] * (c.repeat or 1) for name, c in net.choices.items()}
+    for values in itertools.product(*(itertools.product(*rows) for rows in options.values())):
+        arch, p = {}, 1.0
+        for (name, c), row in zip(net.choices.items(), values, strict=True):
+            arch[name] = list(row) if c.repeat else row[0]
+            for i, value in enumerate(row):
+                p *= weights[name].view(-1, len(c.options))[i][c.options.index(value)].item()
+        for key, value in net.cost(arch).items():
+            total[key] += p * value
+    for key, value in net.cost(weights).items():
+        assert value.item() == pytest.approx(total[key], rel=1e-12)
+    leaf = {name: w.clone().requires_grad_() for name, w in weights.items()}
+    for key in total:
+        assert torch.autograd.gradcheck(lambda *w, key=key: net.cost(dict(zip(leaf, w, strict=True)))[key] / 1e3, tuple(leaf.values()))
+
+
+def test_state_dict_has_the_names_of_nanogpt():
+    names = set(build(dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=4)).state_dict())
+    layers = {"ln_1": "wb", "attn.c_attn": "wb", "attn.c_proj": "wb", "ln_2": "wb", "mlp.c_fc": "wb", "mlp.c_proj": "wb"}
+    expected = {f"transformer.h.0.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    assert names == expected | {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias",
+                                "lm_head.weight"}
+
+
+def test_plain_network_is_causal_and_ignores_minus_one():
+    net, (x, y) = supernet("single"), tokens()
+    logits, _ = net(x, y)
+    x2 = x.clone()
+    x2[:, 6:] = (x2[:, 6:] + 1) % 29
+    assert torch.equal(net(x2, y)[0][:, :6], logits[:, :6]) and not torch.equal(net(x2, y)[0][:, 6:], logits[:, 6:])
+    y2 = y.clone()
+    y2[:, 4:] = -1
+    agree(net(x, y2)[1], F.cross_entropy(logits[:, :4].flatten(0, 1), y[:, :4].flatten()), "masked loss")
+
+
+@pytest.mark.parametrize("head_size", [0, 4])
+def test_cached_generation_equals_recomputing(head_size):
+    net, (x, _) = supernet("ragged", head_size=head_size), tokens(T=3)
+    net.eval()
+    for arch in extremes(net.choices):
+        new = net.generate(x, 20, temperature=0, arch=arch) # runs past block_size=12
+        for t in range(3, 23):
+            logits, _ = net(new[:, max(0, t - 12):t], arch=arch)
+            assert torch.equal(logits[:, -1].argmax(-1), new[:, t])
+    drawn = [net.generate(x, 8, temperature=0.9, top_k=5, arch=arch, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert net.generate(x, 30, temperature=5.0, arch=arch, vocab_size=7)[:, 3:].max() < 7
+
+
+def test_any_batch_and_length_at_run_time():
+    net = supernet("three")
+    weights = {name: torch.full(c.shape, 1 / len(c.options)) for name, c in net.choices.items()}
+    for B, T in ((1, 1), (3, 12), (5, 7)):
+        x, y = tokens(B=B, T=T)
+        assert net(x, y, weights)[0].shape == (B, T, 29)
+
+
+def test_residual_projections_start_smaller():
+    torch.manual_seed(0)
+    net = build(dict(block_size=8, vocab_size=64, n_layer=8, n_head=4, n_embd=[64, 128]))
+    assert net.transformer.h[3].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert net.transformer.h[3].mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(n_embd=[24, 32], n_head=[3, 4]), ["n_embd=32", "n_head=3"]),
+    (dict(n_layer=[3, 2]), ["n_layer=[3, 2]", "increasing"]),
+    (dict(n_head=[2, 2]), ["n_head=[2, 2]"]),
+    (dict(n_embd=[0, 24]), ["n_embd=[0, 24]"]),
+    (dict(n_embd=[24.5]), ["n_embd=[24.5]", "whole"]),
+    (dict(mlp_ratio=[]), ["mlp_ratio=[]"]),
+])
+def test_bad_sizes_are_one_sentence(change, words):
+    with pytest.raises(SystemExit) as e:
+        build(SPACES["three"] | change)
+    assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change", [dict(n_layer=9), dict(n_embd=13), dict(n_head=[2]), dict(n_head=[2, 7, 2]), dict(extra=1),
+                                    dict(mlp_ratio=2)])
+def test_an_architecture_of_another_space_is_one_sentence(change):
+    net = supernet("three")
+    good = {"n_layer": 2, "n_embd": 24, "n_head": [2, 3], "mlp_ratio": [1, 4]}
+    net.extract(good)
+    with pytest.raises(SystemExit) as e:
+        net.extract(good | change)
+    assert next(iter(change)) in str(e.value)

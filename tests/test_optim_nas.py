@@ -1,0 +1,244 @@
+"""Samples against their distributions, the unrolled gradient against its closed form, searches against exhaustion."""
+import math
+
+import pytest
+import torch
+
+from optim_nas import (ArchOptimizer, architectures, best_of, dirichlet, entropy, evolutionary_search, gumbel, key_of, kl_to_uniform,
+                       likeliest, one_hot, random_search, space_size, sparsemax, uniform, unrolled_gradient)
+from supernet import Choice
+
+CHOICES = {"n_layer": Choice((1, 2, 3)), "n_embd": Choice((8, 16)), "n_head": Choice((1, 2, 4), repeat=3, depth="n_layer")}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_dirichlet_has_the_moments_and_the_gradient_of_its_mean():
+    """Mean c/C and variance c(C-c)/(C^2(C+1)); the mean of the pathwise gradients is the gradient of the mean."""
+    alpha = torch.tensor([-1.0, 0.0, 1.5], requires_grad=True)
+    w = dirichlet(alpha.expand(200_000, 3), generator())
+    c = (torch.nn.functional.elu(alpha) + 1).double()
+    C = c.sum()
+    torch.testing.assert_close(w.mean(0).double(), c / C, atol=3e-3, rtol=0)
+    torch.testing.assert_close(w.var(0).double(), c * (C - c) / (C * C * (C + 1)), atol=2e-3, rtol=0)
+    for k in range(3):
+        sampled, = torch.autograd.grad(w[:, k].mean(), alpha, retain_graph=True)
+        exact, = torch.autograd.grad((c / C)[k], alpha, retain_graph=True)
+        torch.testing.assert_close(sampled, exact, atol=4e-3, rtol=0)
+
+
+def test_dirichlet_of_tiny_concentrations_is_finite():
+    w = dirichlet(torch.full((1000, 4), -8.0, requires_grad=True), generator())
+    assert w.isfinite().all() and torch.allclose(w.sum(-1), torch.ones(1000))
+    w.square().sum().backward()
+
+
+def test_kl_is_that_of_torch():
+    c = torch.tensor([[0.3, 1.0, 2.5], [1.0, 1.0, 1.0]], dtype=torch.float64, requires_grad=True)
+    exact = torch.distributions.kl_divergence(torch.distributions.Dirichlet(c), torch.distributions.Dirichlet(torch.ones_like(c))).sum()
+    assert kl_to_uniform(c).item() == pytest.approx(exact.item(), rel=1e-12)
+    assert torch.autograd.gradcheck(kl_to_uniform, c)
+
+
+@pytest.mark.parametrize("tau", [0.1, 10.0])
+def test_gumbel_draws_softmax_whatever_tau(tau):
+    alpha = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    w = gumbel(alpha.expand(100_000, 4), tau, generator())
+    assert torch.equal(w.sort(-1).values, torch.tensor([0.0, 0.0, 0.0, 1.0]).expand_as(w)), "not exactly one-hot"
+    torch.testing.assert_close(w.mean(0), alpha.softmax(-1), atol=6e-3, rtol=0)
+
+
+def test_gumbel_gradient_at_the_limits_of_tau():
+    """Large tau: the gradient of a nearly uniform softmax, small; small tau: 0 almost surely."""
+    for tau, lower, upper in ((10.0, 1e-3, 0.2), (1e-4, 0.0, 1e-6)):
+        alpha = torch.zeros(4, requires_grad=True)
+        gumbel(alpha, tau, generator())[0].backward()
+        assert lower <= alpha.grad.abs().max() <= upper
+
+
+def test_gdas_temperature_falls_linearly():
+    search = ArchOptimizer("gdas", {"op": Choice((0, 1))}, generator(), tau_max=10.0, tau_min=0.1)
+    for progress, tau in ((0.0, 10.0), (0.5, 5.05), (1.0, 0.1)):
+        a, b = search.sample(progress, generator(5))["op"], gumbel(search.alphas["op"], tau, generator(5))
+        ga, gb = (torch.autograd.grad(w[0], search.alphas["op"])[0] for w in (a, b))
+        assert torch.allclose(ga, gb)
+
+
+def test_sparsemax_is_the_projection_onto_the_simplex():
+    z = torch.randn(500, 5, generator=generator(), dtype=torch.float64).requires_grad_()
+    w = sparsemax(z)
+    assert torch.allclose(w.sum(-1), torch.ones(500).double()) and (w >= 0).all() and (w == 0).any()
+    other = torch.rand(500, 5, generator=generator(1), dtype=torch.float64).softmax(-1)
+    assert ((z - w).square().sum(-1) <= (z - other).square().sum(-1)).all() # nothing on the simplex is nearer
+    for _ in range(50): # projected gradient descent arrives there too
+        other = sparsemax(other - 0.5 * (other - z))
+    assert torch.allclose(other, w, atol=1e-6)
+    assert torch.autograd.gradcheck(sparsemax, z[:5].detach().requires_grad_())
+
+
+def test_spos_is_uniform_in_every_row():
+    g = generator()
+    draws = [uniform(CHOICES, g) for _ in range(6000)]
+    for name, choice in CHOICES.items():
+        for i in range(choice.repeat or 1):
+            rows = [d[name][i] if choice.repeat else d[name] for d in draws if not choice.repeat or i < d["n_layer"]]
+            for option in choice.options:
+                p = 1 / len(choice.options)
+                assert abs(rows.count(option) / len(rows) - p) < 4.5 * math.sqrt(p * (1 - p) / len(rows))
+
+
+@pytest.mark.parametrize("name", ["darts", "drnas", "gdas", "spos"])
+def test_samples_are_decided_by_the_generator(name):
+    search = ArchOptimizer(name, CHOICES, generator())
+    a, b, c = (search.sample(0.3, generator(seed)) for seed in (1, 1, 2))
+    same = [torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in CHOICES]
+    other = [torch.equal(a[k], c[k]) if isinstance(a[k], torch.Tensor) else a[k] == c[k] for k in CHOICES]
+    assert all(same) and (name == "darts" or not all(other))
+    for key, w in a.items():
+        if isinstance(w, torch.Tensor):
+            assert w.shape == CHOICES[key].shape and torch.allclose(w.sum(-1), torch.ones(w.shape[:-1]))
+
+
+@pytest.mark.parametrize("name, rest", [("darts", {}), ("darts", {"normalize": "sparsemax"}), ("drnas", {}),
+                                        ("drnas", {"regularizer": "kl"}), ("gdas", {})])
+def test_each_finds_the_best_option_of_a_linear_loss(name, rest):
+    """loss = sum of weight times badness: the alphas must come to prefer the least bad option everywhere."""
+    search = ArchOptimizer(name, CHOICES, generator(), learning_rate=0.05, **rest)
+    bad = {key: torch.rand(c.shape, generator=generator(3)) for key, c in CHOICES.items()}
+    before = sum(h.sum() for h in entropy(search.mean()).values())
+    for step in range(300):
+        weights = search.sample(step / 300, generator(100 + step))
+        search.step(weights, bad)
+    assert search.arch() == likeliest(CHOICES, {key: -b for key, b in bad.items()})
+    assert sum(h.sum() for h in entropy(search.mean()).values()) < before
+
+
+def test_a_choice_without_gradient_stops_the_search():
+    search = ArchOptimizer("darts", CHOICES, generator())
+    weights = search.sample(0, None)
+    grads = {key: torch.rand(c.shape) for key, c in CHOICES.items()} | {"n_embd": None}
+    with pytest.raises(RuntimeError, match="n_embd got no gradient"):
+        search.step(weights, grads)
+    with pytest.raises(RuntimeError, match="not finite"):
+        search.step(search.sample(0, None), grads | {"n_embd": torch.tensor([math.nan, 0.0])})
+
+
+def test_one_option_has_no_alpha():
+    search = ArchOptimizer("drnas", CHOICES | {"n_embd": Choice((8,))}, generator())
+    assert set(search.alphas) == {"n_layer", "n_head"}
+    assert search.sample(0, generator())["n_embd"].tolist() == [1.0] and search.arch()["n_embd"] == 8
+
+
+@pytest.mark.parametrize("name, rest", [("dart", {}), ("darts", {"normalize": "relu"}), ("drnas", {"regularizer": "l1"})])
+def test_unknown_names_are_one_sentence(name, rest):
+    with pytest.raises(SystemExit, match="is not one of"):
+        ArchOptimizer(name, CHOICES, generator(), **rest)
+
+
+def test_unrolled_gradient_in_closed_form():
+    """L_train = |w - A a|^2 / 2 and L_val = |w - b|^2 / 2 with weights w, alphas a: w' = w - r (w - A a), so that
+    dL_val(w')/da = r A^T (w' - b). Both losses are quadratic, where the central difference is exact."""
+    g = generator()
+    A, b = torch.randn(6, 3, generator=g, dtype=torch.float64), torch.randn(6, generator=g, dtype=torch.float64)
+    w = torch.randn(6, generator=g, dtype=torch.float64).requires_grad_()
+    a, r = torch.randn(3, generator=g, dtype=torch.float64).requires_grad_(), 0.3
+    start = w.detach().clone()
+
+    def grad_of(loss):
+        return lambda tensors: list(torch.autograd.grad(loss(), tensors, materialize_grads=True))
+    found, = unrolled_gradient([w], [a], grad_of(lambda: (w - A @ a).square().sum() / 2), grad_of(lambda: (w - b).square().sum() / 2), r)
+    unrolled = start - r * (start - A @ a.detach())
+    torch.testing.assert_close(found, r * A.T @ (unrolled - b), rtol=1e-9, atol=1e-12)
+    assert torch.equal(w, start), "the weights were not put back"
+
+
+def test_unrolled_gradient_where_the_validation_loss_sees_the_alphas():
+    """A nonlinear two-parameter problem: against the finite difference of the unrolled validation loss itself."""
+    w, a = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 0.4))
+    train, val = (lambda: (w * a.sin() - 1) ** 2 + w ** 4), (lambda: (w ** 2 * a - 0.5) ** 2 + a ** 3)
+
+    def unrolled_loss(value):
+        with torch.no_grad():
+            old = a.item()
+            a.fill_(value)
+        d, = torch.autograd.grad(train(), w)
+        with torch.no_grad():
+            kept = w.item()
+            w.sub_(0.4 * d)
+        loss = val().item()
+        with torch.no_grad():
+            w.fill_(kept)
+            a.fill_(old)
+        return loss
+    expected = (unrolled_loss(0.4 + 1e-5) - unrolled_loss(0.4 - 1e-5)) / 2e-5
+
+    def grad_of(loss):
+        return lambda tensors: list(torch.autograd.grad(loss(), tensors, materialize_grads=True))
+    found, = unrolled_gradient([w], [a], grad_of(train), grad_of(val), 0.4)
+    first_order = torch.autograd.grad(val(), a)[0].item() # not even near: the test would notice a missing second term
+    assert found.item() == pytest.approx(expected, rel=1e-3) and abs(found.item() - first_order) > 0.05
+
+
+@pytest.mark.parametrize("choices, size", [
+    (dict(n_layer=(5, 6, 7), n_embd=(384, 576, 768), n_head=(6, 8, 12), mlp_ratio=(2, 3, 4)), 16_120_377),
+    (dict(n_layer=(4, 5, 6), n_embd=(96, 192, 384), n_head=(2, 4, 6), mlp_ratio=(2, 3, 4)), 1_791_153),
+    (dict(n_layer=(10, 11, 12), n_embd=(192, 384, 768), n_head=(6, 8, 12), mlp_ratio=(2, 3, 4)), 951_892_141_473)])
+def test_published_sizes_of_the_spaces(choices, size):
+    L = max(choices["n_layer"])
+    per_layer = ("n_head", "mlp_ratio")
+    assert space_size({k: Choice(v, L, "n_layer") if k in per_layer else Choice(v) for k, v in choices.items()}) == size
+
+
+def test_architectures_lists_the_whole_space_once():
+    found = [key_of(arch) for arch in architectures(CHOICES)]
+    assert len(found) == len(set(found)) == space_size(CHOICES) == 2 * (3 + 9 + 27)
+
+
+SEARCHES = {"random": lambda evaluate, n, history=None: random_search(CHOICES, evaluate, n, generator(), history),
+            "evolution": lambda evaluate, n, history=None: evolutionary_search(CHOICES, evaluate, n, generator(), population=10, parents=4,
+                                                                               history=history)}
+
+
+def loss_of(arch):
+    return abs(arch["n_layer"] - 2) + (arch["n_embd"] - 8) / 8 + sum(abs(h - 2) for h in arch["n_head"])
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("n", [1, 25, 78, 1000])
+def test_no_architecture_twice_and_a_clean_end(name, n):
+    calls = []
+    history = SEARCHES[name](lambda arch: calls.append(key_of(arch)) or loss_of(arch), n)
+    assert len(calls) == len(set(calls)) == len(history) == min(n, 78)
+    if n >= 78:
+        assert best_of(history) == (0, {"n_layer": 2, "n_embd": 8, "n_head": [2, 2]})
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_an_interrupted_search_goes_on_as_if_nothing_happened(name):
+    whole, first, again = [], [], []
+    expected = SEARCHES[name](lambda arch: whole.append(arch) or loss_of(arch), 40)
+    part = SEARCHES[name](lambda arch: first.append(arch) or loss_of(arch), 17)
+    continued = SEARCHES[name](lambda arch: again.append(arch) or loss_of(arch), 40, list(part))
+    assert len(again) == 23 and len(continued) == len(expected) == 40
+    if name == "evolution": # it replays its generator; a random search may draw others
+        assert continued == expected
+
+
+def test_evolution_beats_random_search_on_a_smooth_loss():
+    choices = {"n_layer": Choice((8,)), "op": Choice(tuple(range(6)), repeat=8, depth="n_layer")}
+
+    def smooth(arch):
+        return sum((v - 2) ** 2 for v in arch["op"])
+    wins = 0
+    for seed in range(5):
+        evolved = best_of(evolutionary_search(choices, smooth, 300, generator(seed), population=30))[0]
+        wins += evolved < best_of(random_search(choices, smooth, 300, generator(seed)))[0]
+    assert wins >= 4
+
+
+def test_one_hot_puts_everything_on_the_architecture():
+    arch = {"n_layer": 2, "n_embd": 16, "n_head": [4, 1]}
+    weights = one_hot(CHOICES, arch)
+    assert likeliest(CHOICES, weights) == arch and all(h.abs().max() == 0 for h in entropy(weights).values())

@@ -1,0 +1,119 @@
+"""Each layer's cheap form equals the padded sum that it stands for, forward and backward; with one-hot weights it is the slice."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from supernet import Embedding, LayerNorm, Linear, Size, mixed_norm, prefixes, take
+
+EMBD = (3, 5, 8)
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    """The forms are equal as algebra, so float64 must show it to many digits; test_model.py checks float32."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def close(a, b):
+    scale = b.abs().max().clamp_min(1e-12)
+    assert (a - b).abs().max() <= 1e-10 * scale, f"max difference {(a - b).abs().max():.3e}, scale {scale:.3e}"
+
+
+def mixture(n, N, groups=1):
+    p = torch.rand(len(n)).softmax(-1).requires_grad_()
+    return Size(n, groups, prefixes(n, N, groups).double(), p)
+
+
+def pad(x, N):
+    return F.pad(x, (0, N - x.shape[-1]))
+
+
+def same_with_gradients(cheap, padded, inputs):
+    """Two tensors with equal values, and equal gradients of a random projection to every input."""
+    close(cheap, padded)
+    direction = torch.randn_like(padded)
+    for a, b in zip(*(torch.autograd.grad((y * direction).sum(), inputs, retain_graph=True) for y in (cheap, padded)), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("n", [(8,), (3, 8), EMBD, (1, 2, 4, 8), (1, 3, 4, 6, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm(n, bias):
+    norm, x, e = LayerNorm(8, bias), (torch.randn(2, 4, 8) + 3).requires_grad_(), mixture(n, 8)
+    params = list(norm.parameters())
+    torch.nn.init.normal_(norm.weight)
+    if bias:
+        torch.nn.init.normal_(norm.bias)
+    padded = sum(p * pad(F.layer_norm(x[..., :k], (k,), norm.weight[:k], norm.bias[:k] if bias else None, norm.eps), 8)
+                 for p, k in zip(e.p, n, strict=True))
+    same_with_gradients(norm(x, e), padded, [x, e.p, *params])
+
+
+def test_layer_norm_far_from_zero():
+    """Block statistics must not cancel: channels around 1000 with a deviation of 1, in float32."""
+    x, n, p = (torch.randn(4, 64) + 1000).float(), (16, 48, 64), torch.tensor([0.2, 0.3, 0.5])
+    exact = sum(pk * pad(F.layer_norm(x[..., :k].double(), (k,)), 64) for pk, k in zip(p, n, strict=True))
+    assert (mixed_norm(x, n, p.float(), 1e-5) - exact).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_sizes_chosen_together(bias):
+    """Rows int(m e) by columns e, every (e, m) weighted by the product of the two choices: c_fc, and c_proj transposed."""
+    ratios, x = (1, 2.5), torch.randn(2, 4, 8, requires_grad=True)
+    linear, e = Linear(8, 20, bias), mixture(EMBD, 8)
+    alpha = torch.randn(2, requires_grad=True)
+    q = alpha.softmax(-1) # rows sum to 1: gradients are compared behind the softmax
+    share = prefixes([[int(m * k) for m in ratios] for k in EMBD], 20).double()
+    hidden = Size(None, share=torch.einsum("m,emh->eh", q, share), p=e.p)
+    pairs = [(pi * qj, k, int(m * k)) for pi, k in zip(e.p, EMBD, strict=True) for qj, m in zip(q, ratios, strict=True)]
+    padded = sum(w * pad(F.linear(x[..., :k], linear.weight[:o, :k], linear.bias[:o] if bias else None), 20) for w, k, o in pairs)
+    same_with_gradients(linear(x, e, hidden), padded, [x, e.p, alpha, *linear.parameters()])
+    back, h = Linear(20, 8, bias), torch.randn(2, 4, 20, requires_grad=True)
+    padded = sum(w * pad(F.linear(h[..., :o], back.weight[:k, :o], back.bias[:k] if bias else None), 8) for w, k, o in pairs)
+    same_with_gradients(back(h, hidden, e), padded, [h, e.p, alpha, *back.parameters()])
+
+
+@pytest.mark.parametrize("sides", ["in", "out", "both"])
+def test_linear_sizes_chosen_independently(sides):
+    linear, x = Linear(8, 6), torch.randn(3, 8, requires_grad=True)
+    i = mixture(EMBD, 8) if sides != "out" else None
+    o = mixture((2, 6), 6) if sides != "in" else None
+    ins = zip(i.p, i.n, strict=True) if i else [(torch.tensor(1.0), 8)]
+    outs = list(zip(o.p, o.n, strict=True)) if o else [(torch.tensor(1.0), 6)]
+    padded = sum(a * b * pad(F.linear(x[..., :c], linear.weight[:r, :c]), 6) for a, c in ins for b, r in outs)
+    padded = padded + sum(b * pad(linear.bias[:r], 6) for b, r in outs)
+    same_with_gradients(linear(x, i, o), padded, [x, *linear.parameters(), *(s.p for s in (i, o) if s)])
+
+
+def test_embedding():
+    table, idx, e = Embedding(11, 8), torch.randint(11, (2, 5)), mixture(EMBD, 8)
+    padded = sum(p * pad(F.embedding(idx, table.weight[:, :k]), 8) for p, k in zip(e.p, EMBD, strict=True))
+    same_with_gradients(table(idx, e), padded, [e.p, table.weight])
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_one_hot_is_the_slice(k):
+    """With all weight on one option, channels beyond it are exactly 0, whatever stands there."""
+    e = Size(EMBD, share=prefixes(EMBD, 8).double(), p=F.one_hot(torch.tensor(k), 3).double())
+    n, x = Size(EMBD[k]), torch.randn(4, 8)
+    idx = torch.randint(11, (4,))
+    for layer, mixed, hard in (
+            (LayerNorm(8, True), lambda f: f(x, e), lambda f: f(x[:, :n.n], n)),
+            (Linear(8, 8), lambda f: f(x, e, e), lambda f: f(x[:, :n.n], n, n)),
+            (Embedding(11, 8), lambda f: f(idx, e), lambda f: f(idx, n))):
+        for p in layer.parameters():
+            torch.nn.init.normal_(p)
+        y = mixed(layer)
+        close(y[:, :n.n], hard(layer))
+        assert not y[:, n.n:].any()
+
+
+def test_take_slices_every_part():
+    """Two of four channels of each of three equal parts: what a head count, or q, k and v side by side, use."""
+    w = torch.arange(12.0)
+    assert take(w, 0, Size(6, groups=3)).tolist() == [0, 1, 4, 5, 8, 9]
+    assert prefixes((6, 12), 12, groups=3)[0].nonzero().flatten().tolist() == [0, 1, 4, 5, 8, 9]
+    assert take(w, 0, None) is w and take(w, 0, Size(12, groups=3)) is w # the plain layer pays nothing

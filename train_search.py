@@ -1,0 +1,258 @@
+"""
+Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) or by sampling (SPOS) and reads it off.
+
+    python train_search.py                                      # a laptop: the quick search on pydocs, some minutes
+    python train_search.py config/search_shakespeare_drnas.py   # one GPU
+    torchrun --standalone --nproc_per_node=4 train_search.py config/search_tinystories_drnas.py     # one node of 4 GPUs
+    torchrun --nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/x.py
+    torchrun --nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/x.py
+    python train_search.py --help                               # every key with its default
+
+A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the first train_portion of train.bin, the alphas on the
+rest; val.bin is only reported. Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at every evaluation),
+arch.json (the best of them by the loss on the alphas' part, all that train_base.py needs), ckpt.pt, result.json and search.png.
+"""
+import json
+import math
+import os
+import time
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from analyze import describe, search_figure
+from model import build
+from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, likeliest, random_search, unrolled_gradient
+from prepare import check_length
+from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
+from train import Log, average, backward, configure_optimizer, estimate_loss, get_lr, load_checkpoint, load_data, load_model
+from train import micro_batches, rng, save, setup, update, write_json
+
+# -----------------------------------------------------------------------------
+# the keys of train.py, and:
+out_dir = 'out/search'
+# search space: lists of sizes
+n_layer = [2, 3, 4]
+n_head = [2, 4, 8]
+n_embd = [64, 96, 128]
+mlp_ratio = [1, 2, 4]
+# search
+optimizer = 'drnas' # 'darts', 'drnas', 'gdas' or 'spos'
+order = 1 # 2: darts with the unrolled step
+train_portion = 0.5 # the share of train.bin that trains the weights; the rest trains the alphas
+arch_learning_rate = 3e-4
+arch_weight_decay = 1e-3
+normalize = 'softmax' # of darts: or 'sparsemax'
+regularizer = 'l2' # of drnas: or 'kl', to Dirichlet(1)
+tau_max = 10.0 # gdas: the temperature falls linearly to
+tau_min = 0.1
+arch_search = 'evolution' # after spos: over the inherited weights, or 'random'
+arch_evals = 200 # architectures that it evaluates
+population = 50
+parents = 10
+mutate_prob = 0.2 # of each layer's entries
+depth_mutate_prob = 0.4 # of the other choices
+# the quick search on pydocs
+eval_interval = 100
+max_iters = 600
+learning_rate = 2e-3
+min_lr = 2e-4
+# -----------------------------------------------------------------------------
+
+
+def split_data(config, run):
+    """{"train", "search", "val"}: the tokens that train the weights, those that train the alphas, val.bin; and the vocabulary."""
+    if not 0 < config.train_portion < 1:
+        raise SystemExit(f"train_portion={config.train_portion} must be above 0 and below 1: both the weights and the alphas need data.")
+    train, val, vocab_size = load_data(config, run)
+    cut = int(config.train_portion * len(train))
+    splits = {"train": train[:cut], "search": train[cut:], "val": val}
+    for name, tokens in splits.items():
+        check_length(tokens, config.block_size, f"the {name} split of {config.dataset}")
+    return splits, vocab_size
+
+
+def arch_step(net, forward, chooser, splits, config, run, step):
+    """One step of the alphas on the search split, the weights frozen (or, for order 2, unrolled and put back)."""
+    weights = chooser.sample(step / config.max_iters, rng(config.seed, "sample", "arch", step))
+    leaves = to_device(weights, run, requires_grad=True)
+
+    def grad_of(split, tensors):
+        batches = micro_batches(splits[split], config, run, "arch" if split == "search" else "unrolled", step)
+        backward(forward, batches, run, (leaves,))
+        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+        for t in [*leaves.values(), *net.parameters()]:
+            t.grad = None
+        average(grads, run)
+        return grads
+
+    if config.order == 2:
+        grads = unrolled_gradient(list(net.parameters()), list(leaves.values()), lambda tensors: grad_of("train", tensors),
+                                  lambda tensors: grad_of("search", tensors), get_lr(step, config))
+    else:
+        net.requires_grad_(False)
+        grads = grad_of("search", leaves.values())
+        net.requires_grad_(True)
+    grads = [g.cpu() / run.scaler.get_scale() for g in grads]
+    if run.scaler.is_enabled() and not all(g.isfinite().all() for g in grads):
+        return # float16 overflowed; the weight step of this iteration lowers the scale
+    chooser.step(weights, dict(zip(leaves, grads, strict=True)))
+
+
+def to_device(weights, run, requires_grad=False):
+    """Weights as leaves on the network's device; an architecture as it is."""
+    return {name: w.detach().to(run.device).requires_grad_(requires_grad) if isinstance(w, torch.Tensor) else w
+            for name, w in weights.items()}
+
+
+def supernet_arch(chooser, config, run, i):
+    """What the supernet is trained as, for evaluation batch i: the mean weights, or for gdas and spos an architecture drawn."""
+    if config.optimizer == "spos":
+        return chooser.sample(1.0, rng(config.seed, "eval", i))
+    if config.optimizer == "gdas":
+        return likeliest(chooser.choices, chooser.sample(1.0, rng(config.seed, "eval", i)))
+    return to_device(chooser.mean(), run)
+
+
+def evaluate(net, forward, chooser, splits, config, run, state, log):
+    """The losses of the supernet and of the architecture read off it, with inherited weights; logs, and keeps the best."""
+    def loss_of(arch, split="search"):
+        return estimate_loss(forward, splits[split], config, run, split, lambda i: arch)
+    if config.optimizer == "spos": # no alphas to read: the best of a few draws
+        arch = best_of(random_search(net.choices, loss_of, 8, rng(config.seed, "spos", state.step)))[1]
+    else:
+        arch = chooser.arch()
+    mixture_loss = estimate_loss(forward, splits["search"], config, run, "search", lambda i: supernet_arch(chooser, config, run, i))
+    entropies = {name: h.tolist() for name, h in entropy(chooser.mean()).items()}
+    weights = {name: w.tolist() for name, w in chooser.mean().items()}
+    record(net, arch, loss_of(arch), config, run, state, log, mixture_loss, loss_of(arch, "val"), entropy=entropies, weights=weights)
+    state.evaluated = state.step
+
+
+def record(net, arch, loss, config, run, state, log, mixture_loss, val_arch_loss, **rest):
+    """One line of the trajectory and of the log, and arch.json if this architecture's loss is the lowest so far."""
+    cost, gap = net.cost(arch), loss - mixture_loss
+    losses = {"arch_loss": loss, "mixture_loss": mixture_loss, "gap": gap, "val_arch_loss": val_arch_loss}
+    model = {name: getattr(config, name) for name in (*net.choices, "head_size", "bias", "block_size")}
+    line = {"space": "gpt", "step": state.step, "arch": arch, "cost": cost, **losses, **rest, "optimizer": config.optimizer,
+            "seed": config.seed, "model": model, "dataset": config.dataset, "data_dir": config.data_dir}
+    if run.master:
+        with open(os.path.join(config.out_dir, "arch_traj.jsonl"), "a") as f:
+            f.write(json.dumps(line) + "\n")
+    if loss < state.best_loss:
+        state.best_loss, state.best_arch = loss, arch
+        if run.master:
+            write_json(os.path.join(config.out_dir, "arch.json"), line)
+    log(f"step {state.step}/{config.max_iters} | mixture {mixture_loss:.4f} | arch {loss:.4f} | gap {gap:+.4f} | val {val_arch_loss:.4f} | "
+        f"{describe(arch)} | {cost['params'] / 1e6:.2f}M params", step=state.step, arch=arch, **losses, **cost)
+
+
+def search(config):
+    """Runs the search of config (a dict); returns what it writes to result.json."""
+    config = SimpleNamespace(**config)
+    if config.order not in (1, 2) or (config.order == 2 and config.optimizer != "darts"):
+        raise SystemExit(f"order={config.order} is for optimizer=darts alone (1 or 2); optimizer is {config.optimizer}.")
+    if config.arch_search not in ("evolution", "random"):
+        raise SystemExit(f"arch_search='{config.arch_search}' is not 'evolution' or 'random'.")
+    run = setup(config)
+    splits, config.vocab_size = split_data(config, run)
+    net = build(vars(config)).to(run.device)
+    chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
+                            tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer)
+    weight_optimizer = configure_optimizer(net, config, run.device_type)
+    state = SimpleNamespace(step=0, evaluated=-1, best_loss=math.inf, best_arch=None, seconds=0.0)
+    if config.init_from == "resume":
+        path = os.path.join(config.out_dir, "ckpt.pt")
+        checkpoint = load_checkpoint(path, run.device)
+        load_model(net, checkpoint, path)
+        weight_optimizer.load_state_dict(checkpoint["optimizer"])
+        chooser.load_state_dict(checkpoint["chooser"])
+        run.scaler.load_state_dict(checkpoint["scaler"])
+        vars(state).update(checkpoint["state"])
+    forward = torch.compile(net) if config.compile else net
+    log = Log(config, run, state.step)
+    log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +
+        " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
+    train_supernet(net, forward, chooser, weight_optimizer, splits, config, run, state, log)
+    return finish(net, forward, splits, config, run, state, log)
+
+
+def train_supernet(net, forward, chooser, weight_optimizer, splits, config, run, state, log):
+    """The bilevel loop: alphas on the search split, weights on the train split, by turns."""
+    flops = net.cost(chooser.mean())["flops"].item()
+    clock, timed = time.perf_counter(), 0
+    while True:
+        done = state.step == config.max_iters
+        if (state.step % config.eval_interval == 0 or done) and state.evaluated < state.step:
+            state.seconds += time.perf_counter() - clock
+            evaluate(net, forward, chooser, splits, config, run, state, log)
+            if run.master:
+                save(config, "ckpt.pt", net, optimizer=weight_optimizer.state_dict(), chooser=chooser.state_dict(),
+                     scaler=run.scaler.state_dict(), state=vars(state))
+            clock, timed = time.perf_counter(), 0
+        if done:
+            break
+        for group in weight_optimizer.param_groups:
+            group["lr"] = get_lr(state.step, config)
+        torch.manual_seed(rng(config.seed, "dropout", state.step, run.rank).initial_seed())
+        if chooser.alphas:
+            arch_step(net, forward, chooser, splits, config, run, state.step)
+        sampled = chooser.sample(state.step / config.max_iters, rng(config.seed, "sample", "weights", state.step))
+        loss = backward(forward, micro_batches(splits["train"], config, run, "train", state.step), run, (to_device(sampled, run),))
+        update(net, weight_optimizer, config, run)
+        state.step, timed = state.step + 1, timed + 1
+        log.bar.update()
+        if state.step % config.log_interval == 0:
+            rows = torch.cat([h.reshape(-1) for h in entropy(chooser.mean()).values()] or [torch.zeros(1)])
+            log.step(state.step, loss, group["lr"], clock, timed, flops, H=round(rows.mean().item(), 4))
+            state.seconds += time.perf_counter() - clock
+            clock, timed = time.perf_counter(), 0
+    log.bar.close()
+
+
+def finish(net, forward, splits, config, run, state, log):
+    """For spos the search over the inherited weights; then result.json, the figure and the next command."""
+    if config.optimizer == "spos":
+        search_inherited(net, forward, splits, config, run, state, log)
+    result = {"out_dir": config.out_dir, "arch": state.best_arch, **net.cost(state.best_arch), "steps": state.step,
+              "seconds": state.seconds, "arch_loss": state.best_loss}
+    if run.master:
+        write_json(os.path.join(config.out_dir, "result.json"), result)
+        print(f"found: {describe(state.best_arch)}, {result['params']:,} parameters, loss {state.best_loss:.4f} with shared weights")
+        print(f"figure: {search_figure(config.out_dir)}")
+        print(f"next: python train_base.py --arch={os.path.join(config.out_dir, 'arch.json')}")
+    if run.world > 1:
+        dist.destroy_process_group()
+    return result
+
+
+def search_inherited(net, forward, splits, config, run, state, log):
+    """Evolutionary or random search, by the loss on the search split with the supernet's weights."""
+    count = 0
+
+    def evaluate(arch):
+        nonlocal count
+        count += 1
+        loss = estimate_loss(forward, splits["search"], config, run, "search", lambda i: arch)
+        if loss < state.best_loss or count % 25 == 0:
+            best = min(loss, state.best_loss)
+            log(f"{config.arch_search} {count}/{config.arch_evals} | arch {loss:.4f} | best {best:.4f} | {describe(arch)}",
+                step=state.step, evaluation=count, searched_loss=loss)
+        return loss
+
+    generator = rng(config.seed, "arch_search")
+    if config.arch_search == "random":
+        history = random_search(net.choices, evaluate, config.arch_evals, generator)
+    else:
+        history = evolutionary_search(net.choices, evaluate, config.arch_evals, generator, config.population, config.parents,
+                                      config.mutate_prob, config.depth_mutate_prob)
+    loss, arch = best_of(history)
+    mixture_loss = sum(loss for loss, _ in history) / len(history)
+    val_loss = estimate_loss(forward, splits["val"], config, run, "val", lambda i: arch)
+    record(net, arch, loss, config, run, state, log, mixture_loss, val_loss)
+
+
+if __name__ == "__main__":
+    from configurator import configure
+    search(configure(globals()))
