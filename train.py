@@ -81,7 +81,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4
 
 
 def setup(config):
-    """Joins torchrun's processes, seeds, and claims out_dir.
+    """Joins torchrun's processes, seeds, and checks out_dir.
 
     Returns the run: rank, world, master (rank 0), device, device_type, amp (a context), scaler.
     """
@@ -103,7 +103,7 @@ def setup(config):
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
     run = SimpleNamespace(rank=rank, world=world, master=rank == 0, device=device, device_type=device_type, dtype=dtype, amp=amp,
                           scaler=scaler)
-    claim(config, run)
+    check_out_dir(config, run)
     return run
 
 
@@ -124,8 +124,8 @@ def pick_dtype(dtype, device_type):
     return dtype
 
 
-def claim(config, run):
-    """Makes out_dir and writes run.json; SystemExit if it holds a run that would be lost."""
+def check_out_dir(config, run):
+    """SystemExit if out_dir holds a run that would be lost, or none to go on with."""
     if config.init_from not in ("scratch", "resume"):
         raise SystemExit(f"init_from='{config.init_from}' is not 'scratch' or 'resume'.")
     held = os.path.exists(os.path.join(config.out_dir, "run.json"))
@@ -136,11 +136,13 @@ def claim(config, run):
                          "--init_from=resume, or replace it by --overwrite=True.")
     if run.world > 1:
         dist.barrier() # every rank has looked before rank 0 writes
-    if not run.master:
+
+
+def begin(config, run):
+    """Makes out_dir and writes run.json: the data and the network are there, what follows is work that must not be lost."""
+    if not run.master or config.init_from == "resume":
         return
     os.makedirs(config.out_dir, exist_ok=True)
-    if config.init_from == "resume":
-        return
     for name in ("log.jsonl", "arch_traj.jsonl", "arch.json", "result.json", "ckpt.pt", "best.pt"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(config.out_dir, name))
@@ -399,6 +401,7 @@ def train(config, arch=None, test=False):
         optimizer.load_state_dict(checkpoint["optimizer"])
         run.scaler.load_state_dict(checkpoint["scaler"])
         vars(state).update(checkpoint["state"])
+    begin(config, run)
     forward = torch.compile(net) if config.compile else net
     log = Log(config, run, state.step)
     log(f"{cost['params']:,} parameters, {cost['flops'] / 1e9:.2f} GFLOPs a sequence, on {run.device} in {run.dtype}", **cost)

@@ -26,7 +26,7 @@ from model import build
 from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, likeliest, random_search, unrolled_gradient
 from prepare import check_length
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, average, backward, configure_optimizer, estimate_loss, get_lr, load_checkpoint, load_data, load_model
+from train import Log, average, backward, begin, configure_optimizer, estimate_loss, get_lr, load_checkpoint, load_data, load_model
 from train import micro_batches, rng, save, setup, update, write_json
 
 # -----------------------------------------------------------------------------
@@ -170,6 +170,7 @@ def search(config):
         chooser.load_state_dict(checkpoint["chooser"])
         run.scaler.load_state_dict(checkpoint["scaler"])
         vars(state).update(checkpoint["state"])
+    begin(config, run)
     forward = torch.compile(net) if config.compile else net
     log = Log(config, run, state.step)
     log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +

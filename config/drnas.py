@@ -1,0 +1,3 @@
+# DrNAS; after a search config: python train_search.py config/search_pydocs.py config/drnas.py
+optimizer = 'drnas'
+out_dir += '_drnas'

@@ -1,0 +1,47 @@
+import argparse
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_accumulation_steps=1, max_iters=4, eval_interval=2, eval_iters=2,
+            log_interval=1, warmup_iters=1)
+TINY_SPACE = dict(n_layer=[1, 2], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
+TINY_SEARCH = TINY | TINY_SPACE | dict(arch_evals=6, population=4, parents=2)
+
+
+def flags(options):
+    return [f"--{key}={str(value).replace(' ', '')}" for key, value in options.items()]
+
+
+def run(*command, cwd=ROOT, timeout=300, **env):
+    """A script as a user runs it: the finished process, its output as text. command: train.py --key=val ..., or torchrun ..."""
+    command = [sys.executable, *command] if command[0].endswith(".py") else [sys.executable, "-m", "torch.distributed.run", *command[1:]]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
+
+
+def succeeds(*command, **kwargs):
+    done = run(*command, **kwargs)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def fails(*command, **kwargs):
+    """The one sentence with which it stops."""
+    done = run(*command, **kwargs)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Real text, prepared once by the script: a part of the standard library's own, under the name of the default data set."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text(Path(inspect.getsourcefile(argparse)).read_text()[:60_000])
+    succeeds("prepare.py", "--dataset=text", f"--path={folder}/text.txt", "--name=pydocs", f"--data_dir={folder}")
+    return str(folder)

@@ -1,0 +1,351 @@
+"""The trainers: the whole path on real text, and the laws of seeds, splits, resuming and keeping the best."""
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, TINY_SEARCH, fails, flags, succeeds
+
+import train
+import train_base
+import train_search
+from analyze import read_lines
+from configurator import defaults
+from model import build
+from optim_nas import ArchOptimizer
+from prepare import get_batch, load_tokens
+
+OPTIMIZERS = {"darts": dict(optimizer="darts"), "darts2": dict(optimizer="darts", order=2), "drnas": dict(optimizer="drnas"),
+              "gdas": dict(optimizer="gdas"), "spos": dict(optimizer="spos")}
+
+
+def search_config(data_dir, out_dir, **rest):
+    return defaults(vars(train_search)) | TINY_SEARCH | dict(data_dir=data_dir, out_dir=str(out_dir)) | rest
+
+
+def train_config(data_dir, out_dir, **rest):
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, mlp_ratio=2.0)
+    return defaults(vars(train)) | TINY | sizes | dict(data_dir=data_dir, out_dir=str(out_dir)) | rest
+
+
+def base_config(data_dir, out_dir, found, **rest):
+    return defaults(vars(train_base)) | TINY | dict(data_dir=data_dir, out_dir=str(out_dir), arch=str(found)) | rest
+
+
+def losses(out_dir):
+    """Every logged number but the times."""
+    times = ("ms", "tokens_per_s")
+    return [{key: value for key, value in line.items() if key not in times} for line in read_lines(Path(out_dir) / "log.jsonl")]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_whole_path(name, data_dir, tmp_path):
+    """Search, retrain, sample: the commands of a user, with each optimizer, on real text."""
+    out = succeeds("train_search.py", f"config/{name}.py", *flags(TINY_SEARCH), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s")
+    next_command = out.strip().splitlines()[-1]
+    assert next_command == f"next: python train_base.py --arch={tmp_path}/s/arch.json"
+    found = json.loads((tmp_path / "s/arch.json").read_text())
+    out = succeeds(*next_command.split()[2:], *flags(TINY | {"block_size": 0}), f"--out_dir={tmp_path}/b")
+    result = json.loads((tmp_path / "b/result.json").read_text())
+    assert result["params"] == found["cost"]["params"] and result["test_loss"] < 5
+    assert "next: python sample.py" in out
+    assert "---" in succeeds("sample.py", f"--out_dir={tmp_path}/b", "--max_new_tokens=12", "--num_samples=1", "--device=cpu")
+    for file in ("run.json", "log.jsonl", "arch_traj.jsonl", "ckpt.pt", "result.json", "search.png"):
+        assert (tmp_path / "s" / file).stat().st_size > 0
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_seed_decides_everything_and_best_is_kept(name, data_dir, tmp_path):
+    results = [train_search.search(search_config(data_dir, tmp_path / str(i), seed=seed, dropout=0.1, **OPTIMIZERS[name]))
+               for i, seed in enumerate((1, 1, 2))]
+    logs = [losses(tmp_path / str(i)) for i in range(3)]
+    assert logs[0] == logs[1] and logs[0] != logs[2]
+    trajectory = read_lines(tmp_path / "0/arch_traj.jsonl")
+    best = min(trajectory, key=lambda line: line["arch_loss"])
+    assert json.loads((tmp_path / "0/arch.json").read_text()) == best and results[0]["arch"] == best["arch"]
+    assert [line["step"] for line in trajectory][:3] == [0, 2, 4]
+    for line in trajectory:
+        assert line["gap"] == pytest.approx(line["arch_loss"] - line["mixture_loss"])
+        assert math.isfinite(line["val_arch_loss"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_val_bin_decides_nothing(name, data_dir, tmp_path):
+    """Another val.bin changes what is reported of it, and neither the weights nor the architecture."""
+    other = tmp_path / "data"
+    shutil.copytree(data_dir, other)
+    tokens = np.fromfile(other / "pydocs/val.bin", np.uint16)
+    np.random.default_rng(0).permutation(tokens).tofile(other / "pydocs/val.bin")
+    for i, folder in enumerate((data_dir, other)):
+        train_search.search(search_config(str(folder), tmp_path / str(i), **OPTIMIZERS[name]))
+    (a, b), seen = ([[line for line in losses(tmp_path / str(i))] for i in (0, 1)]), set()
+    for one, two in zip(a, b, strict=True):
+        seen |= {key for key in one if one[key] != two[key]}
+    assert seen == {"val_arch_loss"}
+
+
+def test_train_base_tests_on_what_nothing_else_touched(data_dir, tmp_path):
+    found = train_search.search(search_config(data_dir, tmp_path / "s"))
+    assert found["arch"]
+    other = tmp_path / "data"
+    shutil.copytree(data_dir, other)
+    tokens = np.fromfile(other / "pydocs/val.bin", np.uint16)
+    np.random.default_rng(0).permutation(tokens).tofile(other / "pydocs/val.bin")
+    results = [train_base.main(base_config(str(folder), tmp_path / str(i), tmp_path / "s/arch.json")) for i, folder in enumerate((data_dir, other))]
+    a, b = (torch.load(tmp_path / str(i) / "best.pt", weights_only=True)["model"] for i in (0, 1))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert results[0]["val_loss"] == results[1]["val_loss"] and results[0]["test_loss"] != results[1]["test_loss"]
+
+
+def test_test_loss_is_the_mean_over_every_token(data_dir, tmp_path):
+    config = train_config(data_dir, tmp_path / "t", val_portion=0.1)
+    result = train.train(config, test=True)
+    checkpoint = torch.load(tmp_path / "t/best.pt", weights_only=True)
+    net = build(checkpoint["config"])
+    net.load_state_dict(checkpoint["model"])
+    val = torch.from_numpy(load_tokens(data_dir, "pydocs", "val").astype(np.int64))
+    n = (len(val) - 1) // 16 * 16
+    with torch.no_grad():
+        whole = net(val[:n].view(-1, 16), val[1:n + 1].view(-1, 16))[1] * n
+        rest = net(val[None, n:-1], val[None, n + 1:])[1] * (len(val) - 1 - n) if n < len(val) - 1 else 0
+    assert result["test_loss"] == pytest.approx(((whole + rest) / (len(val) - 1)).item(), rel=1e-5)
+
+
+def test_alphas_and_weights_never_meet(data_dir, tmp_path):
+    """No alpha in the weight optimizer, no weight in the arch optimizer, and each step moves its own side alone."""
+    config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", optimizer="drnas"))
+    run = train.setup(config)
+    splits, config.vocab_size = train_search.split_data(config, run)
+    net = build(vars(config))
+    chooser = ArchOptimizer("drnas", net.choices, train.rng(0))
+    weights = train.configure_optimizer(net, config, "cpu")
+    in_weights = {id(p) for group in weights.param_groups for p in group["params"]}
+    in_chooser = {id(p) for group in chooser.optimizer.param_groups for p in group["params"]}
+    assert in_weights == {id(p) for p in net.parameters()} and in_chooser == {id(a) for a in chooser.alphas.values()}
+    assert not in_weights & in_chooser
+
+    w0, a0 = [p.clone() for p in net.parameters()], {k: a.clone() for k, a in chooser.alphas.items()}
+    train_search.arch_step(net, net, chooser, splits, config, run, 0)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), w0, strict=True)) and all(p.grad is None for p in net.parameters())
+    for key, alpha in chooser.alphas.items():
+        moved = (alpha != a0[key]).reshape(-1, alpha.shape[-1])
+        assert moved.any(-1).all(), f"a row of {key} got no gradient: {moved}"
+    a1 = {k: a.clone() for k, a in chooser.alphas.items()}
+    sampled = train_search.to_device(chooser.sample(0, train.rng(1)), run)
+    train.backward(net, train.micro_batches(splits["train"], config, run, "train", 0), run, (sampled,))
+    train.update(net, weights, config, run)
+    assert all(torch.equal(a, a1[k]) for k, a in chooser.alphas.items()) and not all(map(torch.equal, net.parameters(), w0))
+
+
+@pytest.mark.parametrize("optimizer", ["darts", "drnas"])
+def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
+    """Row by row, for both head conventions: d loss / d weights is not zero for any layer and any choice."""
+    for head_size in (0, 8):
+        torch.manual_seed(0)
+        net = build(dict(block_size=8, vocab_size=20, n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2], head_size=head_size))
+        chooser = ArchOptimizer(optimizer, net.choices, train.rng(0))
+        leaves = {k: w.detach().requires_grad_() for k, w in chooser.sample(0, train.rng(1)).items()}
+        x = torch.randint(20, (4, 8))
+        net(x, x.roll(-1, 1), leaves)[1].backward()
+        for name, leaf in leaves.items():
+            spread = leaf.grad - leaf.grad.mean(-1, keepdim=True) # a constant does not move a softmax
+            assert (spread.abs().sum(-1) > 0).all(), f"{name}: {leaf.grad}"
+
+
+def test_micro_batches_sum_to_one_batch(data_dir):
+    config = SimpleNamespace(**train_config(data_dir, "unused", gradient_accumulation_steps=3))
+    run = SimpleNamespace(rank=0, world=1, device="cpu", amp=torch.autocast("cpu", enabled=False), scaler=torch.amp.GradScaler("cpu", enabled=False))
+    net = build(vars(config) | {"vocab_size": 128})
+    batches = list(train.micro_batches(load_tokens(data_dir, "pydocs", "train"), config, run, "train", 0))
+    loss = train.backward(net, batches, run)
+    grads = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    x, y = (torch.cat(t) for t in zip(*batches, strict=True))
+    assert x.shape == (12, 16) and len(torch.unique(x, dim=0)) == 12
+    whole = net(x, y)[1]
+    whole.backward()
+    torch.testing.assert_close(loss, whole)
+    for g, p in zip(grads, net.parameters(), strict=True):
+        torch.testing.assert_close(g, p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_learning_rate_schedule():
+    config = SimpleNamespace(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110, lr_decay_iters=0, decay_lr=True)
+    lrs = [train.get_lr(step, config) for step in range(130)]
+    assert lrs[:10] == pytest.approx([(i + 1) / 11 for i in range(10)]) and lrs[10] == 1.0
+    assert lrs[60] == pytest.approx(0.55) and lrs[110:] == pytest.approx([0.1] * 20)
+    assert all(a >= b for a, b in zip(lrs[10:], lrs[11:], strict=False))
+    config.decay_lr = False
+    assert train.get_lr(100, config) == 1.0
+
+
+def test_optimizer_decays_matrices_alone():
+    net = build(dict(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8, bias=True))
+    config = SimpleNamespace(weight_decay=0.1, learning_rate=1e-3, beta1=0.9, beta2=0.99)
+    decayed = {id(p) for group in train.configure_optimizer(net, config, "cpu").param_groups if group["weight_decay"] for p in group["params"]}
+    for name, p in net.named_parameters():
+        assert (id(p) in decayed) == (not name.endswith("bias") and "ln_" not in name), name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains(dtype, data_dir, tmp_path):
+    config = dict(max_iters=40, eval_interval=40, log_interval=40, learning_rate=1e-2, dtype=dtype)
+    result = train.train(train_config(data_dir, tmp_path / "t", **config))
+    full = train.train(train_config(data_dir, tmp_path / "f", **config | {"dtype": "float32"}))
+    assert result["val_loss"] == pytest.approx(full["val_loss"], abs=0.05) and full["val_loss"] < 4
+    found = train_search.search(search_config(data_dir, tmp_path / "s", dtype=dtype))
+    assert math.isfinite(found["arch_loss"])
+
+
+def test_early_stopping_keeps_the_best(data_dir, tmp_path):
+    """With a learning rate that spoils the network the run ends early and tests the weights of its best evaluation."""
+    result = train.train(train_config(data_dir, tmp_path / "t", val_portion=0.1, early_stopping=2, learning_rate=1.0, max_iters=200,
+                                      decay_lr=False), test=True)
+    evaluations = [line for line in losses(tmp_path / "t") if "val_loss" in line]
+    best = min(evaluations, key=lambda line: line["val_loss"])
+    assert result["steps"] < 200 and result["best_step"] == best["step"] == result["steps"] - 4
+    assert torch.load(tmp_path / "t/best.pt", weights_only=True)["step"] == best["step"]
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "train", "train_base"])
+def test_resuming_changes_nothing(name, data_dir, tmp_path):
+    """4 + 4 steps equal 8: every logged number and every weight."""
+    def go(out, **rest):
+        rest = dict(max_iters=8, lr_decay_iters=8, dropout=0.1) | rest
+        if name == "train":
+            return train.train(train_config(data_dir, out, **rest))
+        if name == "train_base":
+            return train_base.main(base_config(data_dir, out, tmp_path / "s/arch.json", **rest))
+        return train_search.search(search_config(data_dir, out, **OPTIMIZERS[name], **rest))
+    if name == "train_base":
+        train_search.search(search_config(data_dir, tmp_path / "s"))
+    go(tmp_path / "whole")
+    state = {}
+
+    def killed_at_4(config, run_name, net, **rest):
+        original(config, run_name, net, **rest)
+        if run_name == "ckpt.pt" and rest["state"]["step"] == 4:
+            state["killed"] = True
+            raise KeyboardInterrupt
+    original = train.save
+    train.save = train_search.save = killed_at_4
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "parts")
+    finally:
+        train.save = train_search.save = original
+    assert state["killed"]
+    go(tmp_path / "parts", init_from="resume")
+    a, b = (torch.load(tmp_path / part / "ckpt.pt", weights_only=True) for part in ("whole", "parts"))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    if "chooser" in a:
+        assert all(torch.equal(a["chooser"]["alphas"][key], value) for key, value in b["chooser"]["alphas"].items())
+    header = "params" if name.startswith("train") else "nothing"
+    whole, parts = ([line for line in losses(tmp_path / part) if line and header not in line] for part in ("whole", "parts"))
+    assert whole == parts
+
+
+@pytest.fixture(scope="module")
+def searched(data_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("searched") / "s"
+    train_search.search(search_config(data_dir, out))
+    return out
+
+
+def damaged(searched, tmp_path, change):
+    found = json.loads((searched / "arch.json").read_text())
+    path = tmp_path / "arch.json"
+    path.write_text(change(found) if callable(change) else change)
+    return path
+
+
+@pytest.mark.parametrize("change, words", [
+    ("{\"arch\": ", ["damaged", "not JSON"]),
+    ("[1, 2]", ["damaged", "object"]),
+    (lambda a: json.dumps({}), ["damaged", "arch"]),
+    (lambda a: json.dumps(a | {"arch": a["arch"] | {"n_layer": 7}}), ["n_layer", "7", "[1, 2]"]),
+    (lambda a: json.dumps(a | {"arch": a["arch"] | {"n_head": []}}), ["n_head"]),
+    (lambda a: json.dumps(a | {"arch": a["arch"] | {"n_embd": "16"}}), ["n_embd"]),
+    (lambda a: json.dumps(a | {"model": a["model"] | {"n_embd": "wide"}}), ["n_embd", "wide"]),
+    (lambda a: json.dumps({k: v for k, v in a.items() if k != "model"}), ["model"]),
+])
+def test_a_damaged_architecture_is_one_sentence(change, words, searched, data_dir, tmp_path):
+    path = damaged(searched, tmp_path, change)
+    with pytest.raises(SystemExit) as e:
+        train_base.main(base_config(data_dir, tmp_path / "b", path))
+    message = str(e.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+def test_mistakes_are_one_sentence_and_lose_nothing(searched, data_dir, tmp_path):
+    """Real processes: nothing but a sentence, and the run that was there stays as it was."""
+    before = {p.name: p.read_bytes() for p in searched.iterdir()}
+    tiny, data = flags(TINY_SEARCH), f"--data_dir={data_dir}"
+    message = fails("train_search.py", *tiny, data, f"--out_dir={searched}")
+    assert str(searched) in message and "--init_from=resume" in message and "--overwrite=True" in message
+    assert before == {p.name: p.read_bytes() for p in searched.iterdir()}
+    assert "learning_rate" in fails("train_search.py", "--learnig_rate=1")
+    assert "max_iters" in fails("train.py", "--max_iters=many")
+    assert "train_search.py" in fails("train.py", "--n_embd=[64,128]")
+    message = fails("train_search.py", *tiny, f"--data_dir={tmp_path}", "--dataset=tinystories", f"--out_dir={tmp_path}/o")
+    assert "python prepare.py --dataset=tinystories" in message
+    for both in ([], [f"--arch={searched}/arch.json", f"--arch_traj={searched}/arch_traj.jsonl"]):
+        message = fails("train_base.py", *both, data, f"--out_dir={tmp_path}/o")
+        assert "--arch=" in message and "--arch_traj=" in message
+    assert "cannot be read" in fails("train_base.py", "--arch=missing.json", data, f"--out_dir={tmp_path}/o")
+    message = fails("train_search.py", *tiny, data, f"--out_dir={tmp_path}/o", "--n_head=[1,3]")
+    assert "n_embd=8" in message and "n_head=3" in message
+    message = fails("train.py", *flags(TINY | {"block_size": 10_000_000}), data, f"--out_dir={tmp_path}/o2")
+    assert "10,000,001" in message or "10000001" in message
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(optimizer="dart"), ["dart", "drnas"]), (dict(order=2), ["order=2", "darts"]), (dict(train_portion=1.0), ["train_portion"]),
+    (dict(device="tpu"), ["tpu", "cpu"]), (dict(dtype="float8"), ["float8"]), (dict(init_from="gpt5"), ["gpt5"]),
+    (dict(init_from="resume"), ["holds no run"]), (dict(arch_search="luck"), ["luck"])])
+def test_wrong_values_are_one_sentence(change, words, data_dir, tmp_path):
+    with pytest.raises(SystemExit) as e:
+        train_search.search(search_config(data_dir, tmp_path / "s", **change))
+    assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
+    assert not (tmp_path / "s/arch.json").exists()
+
+
+def test_checkpoint_of_another_shape(data_dir, tmp_path):
+    train.train(train_config(data_dir, tmp_path / "t"))
+    for rest, words in ((dict(n_embd=32), ["another shape", "wte"]), (dict(n_layer=3), ["another shape", "h.2"])):
+        with pytest.raises(SystemExit) as e:
+            train.train(train_config(data_dir, tmp_path / "t", init_from="resume", max_iters=6, **rest))
+        assert all(word in str(e.value) for word in words)
+    (tmp_path / "t/ckpt.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(SystemExit, match="damaged"):
+        train.train(train_config(data_dir, tmp_path / "t", init_from="resume"))
+
+
+def test_early_stopping_of_train_base_needs_validation_data(searched, data_dir, tmp_path):
+    with pytest.raises(SystemExit, match="val_portion"):
+        train_base.main(base_config(data_dir, tmp_path / "b", searched / "arch.json", early_stopping=2, val_portion=0.0))
+
+
+def test_arch_traj_takes_the_last_line(searched, data_dir, tmp_path):
+    last = read_lines(searched / "arch_traj.jsonl")[-1]
+    result = train_base.main(base_config(data_dir, tmp_path / "b", "", arch_traj=str(searched / "arch_traj.jsonl")))
+    assert result["arch"] == last["arch"] and result["params"] == last["cost"]["params"]
+
+
+def test_a_non_finite_loss_stops_before_anything_is_saved(data_dir, tmp_path):
+    with pytest.raises(RuntimeError, match="loss is"):
+        train.train(train_config(data_dir, tmp_path / "t", learning_rate=1e20, grad_clip=0.0, max_iters=50))
+    checkpoint = torch.load(tmp_path / "t/ckpt.pt", weights_only=True)
+    assert all(v.isfinite().all() for v in checkpoint["model"].values())
+
+
+def test_batches_are_windows_of_the_data(data_dir):
+    tokens = load_tokens(data_dir, "pydocs", "train")
+    x, y = get_batch(tokens, 4, 16, train.rng(1, "a", 2))
+    x2, _ = get_batch(tokens, 4, 16, train.rng(1, "a", 2))
+    assert torch.equal(x, x2) and torch.equal(x[:, 1:], y[:, :-1])
