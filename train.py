@@ -213,17 +213,22 @@ class Log:
     def __init__(self, config, run, start=0):
         self.config, self.run, self.wandb, self.board = config, run, None, None
         self.bar = tqdm(total=config.max_iters, initial=start, unit="step", leave=False, disable=not run.master or not sys.stderr.isatty())
-        if run.master and config.wandb_log:
-            import wandb
-            self.wandb = wandb.init(project=config.wandb_project, name=config.out_dir, config=vars(config))
-        if run.master and config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(config.out_dir)
+        try:
+            if run.master and config.wandb_log:
+                import wandb
+                self.wandb = wandb.init(project=config.wandb_project, name=config.out_dir, config=vars(config))
+            if run.master and config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(config.out_dir)
+        except ImportError as e:
+            raise SystemExit(f"wandb_log={config.wandb_log} and tensorboard={config.tensorboard} need packages of their own ({e}): "
+                             "pip install wandb tensorboard, or leave them off.") from None
 
     def __call__(self, line, **values):
         if not self.run.master:
             return
-        tqdm.write(line)
+        if line:
+            tqdm.write(line)
         with open(os.path.join(self.config.out_dir, "log.jsonl"), "a") as f:
             f.write(json.dumps(values) + "\n")
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
@@ -380,7 +385,24 @@ def split_data(config, run, test):
 
 
 def save(config, name, net, **rest):
-    write(os.path.join(config.out_dir, name), lambda tmp: torch.save({"model": net.state_dict(), "config": vars(config), **rest}, tmp))
+    """A checkpoint, with how long the logs are at this moment."""
+    paths = {log: os.path.join(config.out_dir, log) for log in ("log.jsonl", "arch_traj.jsonl")}
+    logs = {log: os.path.getsize(path) for log, path in paths.items() if os.path.exists(path)}
+    checkpoint = {"model": net.state_dict(), "config": vars(config), "logs": logs, **rest}
+    write(os.path.join(config.out_dir, name), lambda tmp: torch.save(checkpoint, tmp))
+
+
+def resume(config, run, net, optimizer, state):
+    """Puts everything back to the moment of ckpt.pt, the logs too; returns the checkpoint."""
+    path = os.path.join(config.out_dir, "ckpt.pt")
+    checkpoint = load_checkpoint(path, run.device)
+    load_model(net, checkpoint, path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    run.scaler.load_state_dict(checkpoint["scaler"])
+    vars(state).update(checkpoint["state"])
+    for log, size in checkpoint["logs"].items() if run.master else ():
+        os.truncate(os.path.join(config.out_dir, log), size)
+    return checkpoint
 
 
 def train(config, arch=None, test=False):
@@ -395,12 +417,7 @@ def train(config, arch=None, test=False):
     cost, optimizer = net.cost(), configure_optimizer(net, config, run.device_type)
     state = SimpleNamespace(step=0, evaluated=-1, losses={}, best_step=0, best_loss=math.inf, strikes=0, seconds=0.0)
     if config.init_from == "resume":
-        path = os.path.join(config.out_dir, "ckpt.pt")
-        checkpoint = load_checkpoint(path, run.device)
-        load_model(net, checkpoint, path)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        run.scaler.load_state_dict(checkpoint["scaler"])
-        vars(state).update(checkpoint["state"])
+        resume(config, run, net, optimizer, state)
     begin(config, run)
     forward = torch.compile(net) if config.compile else net
     log = Log(config, run, state.step)
@@ -463,6 +480,7 @@ def finish(net, splits, config, run, state, cost, arch, log):
             step=state.step, test_loss=result["test_loss"])
     if run.master:
         write_json(os.path.join(config.out_dir, "result.json"), result)
+        print(f"next: python sample.py --out_dir={config.out_dir}")
     if run.world > 1:
         dist.destroy_process_group()
     return result
@@ -470,6 +488,4 @@ def finish(net, splits, config, run, state, cost, arch, log):
 
 if __name__ == "__main__":
     from configurator import configure
-    config = configure(globals(), list_hint="train.py trains one network; train_search.py searches over a list of sizes")
-    train(config)
-    print(f"next: python sample.py --out_dir={config['out_dir']}")
+    train(configure(globals(), list_hint="train.py trains one network, train_search.py searches over a list of sizes"))

@@ -63,5 +63,4 @@ def main(config):
 
 if __name__ == "__main__":
     from configurator import configure
-    result = main(configure(globals()))
-    print(f"next: python sample.py --out_dir={result['out_dir']}")
+    main(configure(globals()))

@@ -26,8 +26,8 @@ from model import build
 from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, likeliest, random_search, unrolled_gradient
 from prepare import check_length
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, average, backward, begin, configure_optimizer, estimate_loss, get_lr, load_checkpoint, load_data, load_model
-from train import micro_batches, rng, save, setup, update, write_json
+from train import Log, average, backward, begin, configure_optimizer, estimate_loss, get_lr, load_data
+from train import micro_batches, resume, rng, save, setup, update, write_json
 
 # -----------------------------------------------------------------------------
 # the keys of train.py, and:
@@ -163,13 +163,7 @@ def search(config):
     weight_optimizer = configure_optimizer(net, config, run.device_type)
     state = SimpleNamespace(step=0, evaluated=-1, best_loss=math.inf, best_arch=None, seconds=0.0)
     if config.init_from == "resume":
-        path = os.path.join(config.out_dir, "ckpt.pt")
-        checkpoint = load_checkpoint(path, run.device)
-        load_model(net, checkpoint, path)
-        weight_optimizer.load_state_dict(checkpoint["optimizer"])
-        chooser.load_state_dict(checkpoint["chooser"])
-        run.scaler.load_state_dict(checkpoint["scaler"])
-        vars(state).update(checkpoint["state"])
+        chooser.load_state_dict(resume(config, run, net, weight_optimizer, state)["chooser"])
     begin(config, run)
     forward = torch.compile(net) if config.compile else net
     log = Log(config, run, state.step)
@@ -230,16 +224,14 @@ def finish(net, forward, splits, config, run, state, log):
 
 def search_inherited(net, forward, splits, config, run, state, log):
     """Evolutionary or random search, by the loss on the search split with the supernet's weights."""
-    count = 0
+    losses = []
 
     def evaluate(arch):
-        nonlocal count
-        count += 1
         loss = estimate_loss(forward, splits["search"], config, run, "search", lambda i: arch)
-        if loss < state.best_loss or count % 25 == 0:
-            best = min(loss, state.best_loss)
-            log(f"{config.arch_search} {count}/{config.arch_evals} | arch {loss:.4f} | best {best:.4f} | {describe(arch)}",
-                step=state.step, evaluation=count, searched_loss=loss)
+        better = loss < min(losses, default=math.inf)
+        losses.append(loss)
+        line = f"{config.arch_search} {len(losses)}/{config.arch_evals} | arch {loss:.4f} | best {min(losses):.4f} | {describe(arch)}"
+        log(line if better or len(losses) % 25 == 0 else None, step=state.step, evaluation=len(losses), searched_loss=loss, arch=arch)
         return loss
 
     generator = rng(config.seed, "arch_search")
@@ -249,9 +241,8 @@ def search_inherited(net, forward, splits, config, run, state, log):
         history = evolutionary_search(net.choices, evaluate, config.arch_evals, generator, config.population, config.parents,
                                       config.mutate_prob, config.depth_mutate_prob)
     loss, arch = best_of(history)
-    mixture_loss = sum(loss for loss, _ in history) / len(history)
     val_loss = estimate_loss(forward, splits["val"], config, run, "val", lambda i: arch)
-    record(net, arch, loss, config, run, state, log, mixture_loss, val_loss)
+    record(net, arch, loss, config, run, state, log, sum(losses) / len(losses), val_loss)
 
 
 if __name__ == "__main__":
