@@ -2,10 +2,10 @@
 Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) or by sampling (SPOS) and reads it off.
 
     python train_search.py                                      # a laptop: the quick search on pydocs, some minutes
-    python train_search.py config/search_shakespeare_drnas.py   # one GPU
-    torchrun --standalone --nproc_per_node=4 train_search.py config/search_tinystories_drnas.py     # one node of 4 GPUs
-    torchrun --nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/x.py
-    torchrun --nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/x.py
+    python train_search.py config/search_shakespeare_char.py config/drnas.py                         # one GPU
+    torchrun --standalone --nproc_per_node=4 train_search.py config/search_tinystories.py config/drnas.py    # one node of 4 GPUs
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/search_owt.py
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/search_owt.py
     python train_search.py --help                               # every key with its default
 
 A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the first train_portion of train.bin, the alphas on the
@@ -41,7 +41,7 @@ mlp_ratio = [1, 2, 4]
 optimizer = 'drnas' # 'darts', 'drnas', 'gdas' or 'spos'
 order = 1 # 2: darts with the unrolled step
 train_portion = 0.5 # the share of train.bin that trains the weights; the rest trains the alphas
-arch_learning_rate = 3e-4
+arch_learning_rate = 1e-2 # the published 3e-4 is for searches of thousands of steps
 arch_weight_decay = 1e-3
 normalize = 'softmax' # of darts: or 'sparsemax'
 regularizer = 'l2' # of drnas: or 'kl', to Dirichlet(1)
@@ -55,7 +55,7 @@ mutate_prob = 0.2 # of each layer's entries
 depth_mutate_prob = 0.4 # of the other choices
 # the quick search on pydocs
 eval_interval = 100
-max_iters = 600
+max_iters = 500
 learning_rate = 2e-3
 min_lr = 2e-4
 # -----------------------------------------------------------------------------

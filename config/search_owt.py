@@ -21,3 +21,4 @@ min_lr = 6e-5
 warmup_iters = 2000
 beta2 = 0.95
 compile = True
+arch_learning_rate = 3e-4

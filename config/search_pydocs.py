@@ -11,6 +11,7 @@ mlp_ratio = [1, 2, 4]
 
 batch_size = 16
 block_size = 128
-max_iters = 600
+max_iters = 500
 learning_rate = 2e-3
 min_lr = learning_rate / 10
+arch_learning_rate = 1e-2

@@ -23,3 +23,4 @@ min_lr = 1e-5
 warmup_iters = 100
 beta2 = 0.99
 compile = True
+arch_learning_rate = 3e-4

@@ -22,3 +22,4 @@ min_lr = 5e-5
 warmup_iters = 100
 beta2 = 0.99
 compile = True
+arch_learning_rate = 3e-4

@@ -1,0 +1,183 @@
+"""Every command that the README, a script's head or a config file shows runs, at tiny size; every config file's keys are real."""
+import importlib
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_SEARCH, flags, run, succeeds
+
+import configurator
+import train
+import train_base
+import train_search
+from analyze import read_lines
+from model import build
+from optim_nas import space_size
+
+SCRIPTS = ("train.py", "train_search.py", "train_base.py", "sample.py", "analyze.py", "prepare.py")
+OPTIMIZERS = ("darts", "darts2", "drnas", "gdas", "spos")
+
+
+def commands(text):
+    """The command lines in a text, without prompts, comments, and what follows # or two spaces on their line."""
+    found = re.findall(r"^[\s#]*((?:python|torchrun) .*?)(?:\s{2,}|\s+#|$)", text, re.M)
+    return [command.strip() for command in found if "x.py" not in command and "--help" not in command and "FILE" not in command]
+
+
+def shown():
+    """(where, command) of every command shown anywhere, once."""
+    places = [ROOT / "README.md", *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "config").glob("*.py"))]
+    seen = {}
+    for place in places:
+        text = place.read_text()
+        for command in commands(text if place.suffix == ".md" or place.parent.name == "config" else text.split('"""')[1]):
+            seen.setdefault(command, place.name)
+    return [(where, command) for command, where in seen.items()]
+
+
+def shrink(command, data_dir, finished, out):
+    """The same command on tiny data, in its own out_dir, on two local processes at the most."""
+    words = shlex.split(command)
+    script = next(word for word in words if word.endswith(".py") and not word.startswith("config"))
+    extra = [f"--data_dir={data_dir}", f"--out_dir={out}"]
+    if script == "train_search.py":
+        extra += ["--dataset=pydocs", *flags(TINY_SEARCH)]
+    elif script == "train_base.py":
+        option, file = ("--arch_traj", "arch_traj.jsonl") if "--arch_traj" in command else ("--arch", "arch.json")
+        words = [word for word in words if not word.startswith("--arch")]
+        extra += ["--dataset=pydocs", *flags(TINY), f"{option}={finished}/s/{file}"]
+    elif script == "train.py":
+        extra += ["--dataset=pydocs", *flags(TINY), "--n_layer=1", "--n_head=2", "--n_embd=8"]
+    elif script == "sample.py":
+        words = [word for word in words if not word.startswith("--out_dir")]
+        extra = [f"--out_dir={finished}/b", "--max_new_tokens=5", "--device=cpu"]
+    elif script == "analyze.py":
+        extra = []
+        words = [f"--out_dir={finished}/{'b' if 'base' in word else 's'}" if word.startswith("--out_dir") else word for word in words]
+    if words[0] == "torchrun":
+        nodes = "--nnodes=2" in words
+        extra.append("--gradient_accumulation_steps=2")
+        words = [f"--nproc_per_node={1 if nodes else 2}" if word.startswith("--nproc") else word for word in words]
+        words = ["--master_addr=127.0.0.1" if word.startswith("--master_addr") else word for word in words]
+    return words[0 if words[0] == "torchrun" else 1:] + extra
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A search and a training from its architecture, which later commands start from."""
+    out = tmp_path_factory.mktemp("finished")
+    succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={out}/s", *flags(TINY_SEARCH))
+    succeeds("train_base.py", f"--arch={out}/s/arch.json", f"--out_dir={out}/b", *flags(TINY))
+    return out
+
+
+LOCAL = [(where, c) for where, c in shown() if "prepare.py" not in c and "--nnodes" not in c]
+TWO_NODES = [(where, c) for where, c in shown() if "--node_rank=0" in c]
+
+
+def distinct_runs(cases):
+    """One case for each script and way of starting it: configs are all checked below, and take the same road."""
+    roads = {}
+    for where, command in cases:
+        words = shlex.split(command)
+        options = tuple(sorted(word.split("=")[0] for word in words if word.startswith("--")))
+        optimizer = next((word for word in words if Path(word).stem in OPTIMIZERS), "")
+        script = next(word for word in words if word.endswith(".py") and not word.startswith("config"))
+        roads.setdefault((script, words[0], options, optimizer if words[0] == "python" else ""), (where, command))
+    return list(roads.values())
+
+
+@pytest.mark.parametrize("where, command", distinct_runs(LOCAL))
+def test_shown_command_runs(where, command, data_dir, finished, tmp_path):
+    succeeds(*shrink(command, data_dir, finished, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("where, command", TWO_NODES)
+def test_two_node_command_runs(where, command, data_dir, finished, tmp_path):
+    """Both nodes on this machine, one process each; rank 0 writes the result."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    words = [word for word in shrink(command, data_dir, finished, tmp_path / "out") if not word.startswith("--master_port")]
+    assert words[0] == "torchrun"
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", f"--master_port={port}",
+                               *(word.replace("--node_rank=0", f"--node_rank={rank}") for word in words[1:])],
+                              cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
+    outputs = [node.communicate(timeout=200)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert (tmp_path / "out/result.json").exists() and outputs[1].count("step 4/4") == 0
+
+
+def test_every_shown_script_and_config_exists():
+    assert len(shown()) > 25
+    for where, command in shown():
+        for word in shlex.split(command):
+            if word.endswith(".py") and "=" not in word:
+                assert (ROOT / word).exists(), f"{where} shows {word}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
+def test_config_keys_are_real_and_its_network_builds(path):
+    stem = path.stem
+    if stem in OPTIMIZERS:
+        config = configurator.configure(dict(vars(train_search)), ["config/search_pydocs.py", str(path)])
+        assert config["out_dir"] == f"out/search_pydocs_{stem}" and config["optimizer"] == stem.rstrip("2")
+        return
+    module = {"search": train_search, "base": train_base, "train": train}[stem.split("_")[0]]
+    config = configurator.configure(dict(vars(module)), [str(path)])
+    assert config["out_dir"] == f"out/{stem}"
+    if module is not train_base:
+        with torch.device("meta"):
+            net = build(config | {"vocab_size": 50304})
+        assert bool([c for c in net.choices.values() if len(c.options) > 1]) == (module is train_search)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_every_key(script):
+    out = succeeds(script, "--help")
+    assert f"python {script}" in out
+    for key, value in configurator.defaults(vars(importlib.import_module(Path(script).stem))).items():
+        assert re.search(rf"{key}\b.*{re.escape(str(value))}", out), key
+
+
+def test_python_of_the_readme_runs():
+    """The example as it stands; it says how many networks its space has."""
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    x = torch.randint(65, (2, 8))
+    names = {"x": x, "y": x}
+    lines = example.splitlines()
+    first_use = next(i for i, line in enumerate(lines) if "weights)" in line)
+    exec("\n".join(lines[:first_use]), names)
+    names["weights"] = names["one_hot"](names["net"].choices, names["arch"])
+    exec("\n".join(lines[first_use:]), names)
+    assert names["small"](x, x)[0].shape == names["logits"].shape
+    assert f"all {space_size(names['net'].choices)} networks" in example
+
+
+def test_ruff_is_clean():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_gradient_accumulation_that_does_not_divide_is_one_sentence(data_dir, tmp_path):
+    options = [*flags(TINY), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o"]
+    done = run("torchrun", "--standalone", "--nproc_per_node=2", "train.py", *options)
+    assert done.returncode and "gradient_accumulation_steps=1 does not divide over 2 processes" in done.stderr
+
+
+def test_two_processes_find_what_one_finds(data_dir, tmp_path):
+    """The same micro-batches, shared: the same losses up to rounding, and the same architecture."""
+    options = [*flags(TINY_SEARCH | {"gradient_accumulation_steps": 2}), f"--data_dir={data_dir}"]
+    succeeds("train_search.py", f"--out_dir={tmp_path}/1", *options)
+    succeeds("torchrun", "--standalone", "--nproc_per_node=2", "train_search.py", f"--out_dir={tmp_path}/2", *options)
+    one, two = (read_lines(tmp_path / n / "arch_traj.jsonl") for n in "12")
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a["arch"] == b["arch"]
+        for key in ("arch_loss", "mixture_loss", "val_arch_loss"):
+            assert abs(a[key] - b[key]) < 1e-5
