@@ -236,7 +236,7 @@ class Log:
             self.wandb.log(numbers)
         if self.board:
             for k, v in numbers.items():
-                self.board.add_scalar(k, v, values["step"])
+                self.board.add_scalar(k, v, values.get("step", 0))
 
     def step(self, step, loss, lr, clock, steps, flops, **extra):
         """The line of a training step. loss: this process's, a tensor; clock: when the last `steps` steps began; flops: forward,
@@ -337,7 +337,7 @@ def estimate_loss(net, tokens, config, run, name, arch_of=None):
     for i in range(run.rank, config.eval_iters, run.world):
         x, y = get_batch(tokens, config.batch_size, config.block_size, rng(config.seed, "eval", name, i), run.device)
         with run.amp:
-            total += net(x, y, *([arch_of(i)] if arch_of else []))[1].double().cpu()
+            total += net(x, y, *([arch_of(i)] if arch_of else []))[1].cpu().double()
     net.train(training)
     total = total.to(run.device) if run.device_type == "cuda" else total
     if run.world > 1:
