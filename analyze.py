@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from train import read_json, write
+from prepare import read_json, write
 
 # -----------------------------------------------------------------------------
 out_dir = 'out/search' # of the run
@@ -128,7 +128,7 @@ def draw_weights(figure, ax, labels, matrix, lines, best, width):
 
 def draw_searched(ax, searched):
     """What the search over the inherited weights, after spos, has logged."""
-    losses = {line["evaluation"]: line["searched_loss"] for line in searched}
+    losses = {line["evaluation"]: line["loss"] for line in searched}
     counts = sorted(losses)
     values = [losses[count] for count in counts]
     ax.plot(counts, values, "o", color=BLUE, label="evaluated")
@@ -169,12 +169,13 @@ def save_figure(path, height, draw):
 
 def search_figure(out_dir):
     """Draws out_dir/search.png of a train_search.py run, returns its path; SystemExit if it has evaluated nothing yet."""
-    config = read_json(os.path.join(out_dir, "run.json"), "The run")["config"]
+    config = read_json(os.path.join(out_dir, "run.json"))["config"]
     log = read_lines(os.path.join(out_dir, "log.jsonl"))
     found = evaluations(os.path.join(out_dir, "arch_traj.jsonl"), "arch_loss")
     lines, best = by_step(line for line in found if "weights" in line), best_of(found) # the result of spos has none
     labels, matrix = ([], None) if config["optimizer"] == "spos" else heat_map(lines, config) # of spos they stay uniform
-    searched = [line for line in log if "searched_loss" in line]
+    path = os.path.join(out_dir, "arch_search.jsonl")
+    searched = read_lines(path) if os.path.exists(path) else []
     heights = [3.2, 1.1] + ([max(1, 0.125 * len(labels))] if labels else [2.2] if searched else []) # inches
 
     def draw(figure):

@@ -217,15 +217,10 @@ def unseen(choices, seen, generator, tries=1000):
     return rest[torch.randint(len(rest), (), generator=generator).item()] if rest else None
 
 
-def random_search(choices, evaluate, n, generator, history=None):
-    """evaluate(arch) -> loss, for n different architectures, or all there are. Returns history, [(loss, arch)] in the order of
-    evaluation. A history that is passed in is continued: what it holds is not evaluated again."""
-    history = [] if history is None else history
-    seen = {key_of(arch) for _, arch in history}
-    while len(history) < n:
-        arch = unseen(choices, seen, generator)
-        if arch is None:
-            break
+def random_search(choices, evaluate, n, generator):
+    """evaluate(arch) -> loss, for n different architectures, or all there are: [(loss, arch)] in the order of evaluation."""
+    history, seen = [], set()
+    while len(history) < n and (arch := unseen(choices, seen, generator)):
         seen.add(key_of(arch))
         history.append((evaluate(arch), arch))
     return history
@@ -261,42 +256,34 @@ def fill(choices, child, entry, generator):
     return child
 
 
-def evolutionary_search(choices, evaluate, n, generator, population=50, parents=10, prob=0.2, depth_prob=0.4, history=None):
+def evolutionary_search(choices, evaluate, n, generator, population=50, parents=10, prob=0.2, depth_prob=0.4):
     """Mutation and crossover of the best architectures so far (Guo et al. 2020, algorithm 1).
 
     evaluate(arch) -> loss. The first `population` architectures are random; every later generation is half mutations and
     half crossovers of the `parents` best so far, filled up at random. No architecture is evaluated twice; it ends after n
-    evaluations or when the space is exhausted. Returns history, as random_search does. With a history of an earlier run
-    and the same generator it replays that run's draws and goes on where it stopped.
+    evaluations or when the space is exhausted. Returns [(loss, arch)] in the order of evaluation.
     """
-    losses = {key_of(arch): loss for loss, arch in history or []}
-    done, seen = [] if history is None else history, set()
-    found = []
+    def draw(best):
+        return best[torch.randint(len(best), (), generator=generator).item()][1]
 
-    def visit(arch):
-        key = key_of(arch)
-        seen.add(key)
-        if key not in losses:
-            losses[key] = evaluate(arch)
-            done.append((losses[key], arch))
-        found.append((losses[key], arch))
+    def child_of(best, i):
+        for _ in range(50 if best else 0):
+            child = (mutate(choices, draw(best), generator, prob, depth_prob) if i % 2 else
+                     crossover(choices, draw(best), draw(best), generator))
+            if key_of(child) not in seen:
+                return child
+        return unseen(choices, seen, generator)
 
-    while len(found) < n:
-        best = sorted(found, key=lambda entry: entry[0])[:parents]
-        size = min(population, n - len(found))
-        for i in range(size):
-            child = None
-            for _ in range(50 if found and best else 0):
-                one, two = (best[torch.randint(len(best), (), generator=generator).item()][1] for _ in range(2))
-                new = mutate(choices, one, generator, prob, depth_prob) if i % 2 else crossover(choices, one, two, generator)
-                if key_of(new) not in seen:
-                    child = new
-                    break
-            child = child or unseen(choices, seen, generator)
+    history, seen = [], set()
+    while len(history) < n:
+        best = sorted(history, key=lambda entry: entry[0])[:parents]
+        for i in range(min(population, n - len(history))):
+            child = child_of(best, i)
             if child is None:
-                return done
-            visit(child)
-    return done
+                return history
+            seen.add(key_of(child))
+            history.append((evaluate(child), child))
+    return history
 
 
 def best_of(history):

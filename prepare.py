@@ -19,12 +19,14 @@ both splits are whole there is a progress.json in the place of meta.json. One do
 import ast
 import gzip
 import io
+import hashlib
 import json
 import os
 import platform
 import random
 import sysconfig
 import zlib
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -255,17 +257,50 @@ def token_dtype(vocab_size):
 
 # ---- writing
 
-def write_file(file, data):
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, file)
-
-
-def read_json(file):
+def write(path, save):
+    """save(file) into a temporary file, then rename: path is there whole or not at all. SystemExit if the disk says no."""
+    tmp = f"{path}.tmp"
     try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise SystemExit(f"{file} is damaged ({error}): delete {file.parent} and prepare the data again") from None
+        with open(tmp, "wb") as f:
+            save(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        with suppress(OSError):
+            os.remove(tmp)
+        raise SystemExit(f"{path} cannot be written ({getattr(error, 'strerror', None) or 'the disk is full?'}): "
+                         "make room or choose another folder; what was there before is whole") from None
+
+
+def seal(data):
+    """data with the hash of its content: unseal() then tells a changed file from the one that was written."""
+    return {**data, "sha256": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()}
+
+
+def unseal(data, path):
+    """data without its seal; SystemExit if it is no object or the seal is wrong. A file without one is taken as written by hand."""
+    if not isinstance(data, dict):
+        raise SystemExit(f"{path} is damaged: it holds {str(data)[:40]!r} where a JSON object is expected")
+    content = {key: value for key, value in data.items() if key != "sha256"}
+    if "sha256" in data and seal(content) != data:
+        raise SystemExit(f"{path} is not what was written: take an undamaged copy, or remove its \"sha256\" if you changed it yourself")
+    return content
+
+
+def write_json(path, data):
+    write(path, lambda f: f.write(json.dumps(seal(data), indent=2).encode()))
+
+
+def read_json(path):
+    """The object in a file of write_json(), or one written by hand. SystemExit if it is missing or damaged."""
+    try:
+        data = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise SystemExit(f"{path} is damaged, it is not JSON: {error}") from None
+    return unseal(data, path)
 
 
 def batches(docs, max_docs=1024, max_chars=2**24):
@@ -299,7 +334,7 @@ def write_split(folder, split, docs, n_docs, encode, joint, meta):
             done += len(batch)
             meta[f"{split}_documents"] = done
             meta[f"{split}_tokens"] += len(tokens)
-            write_file(folder / "progress.json", json.dumps(meta).encode())
+            write_json(folder / "progress.json", meta)
             bar.update(len(batch))
     os.replace(part, folder / f"{split}.bin")
 
@@ -317,11 +352,11 @@ def start(folder, settings, splits):
     if tokenizer == "sentencepiece":
         docs, n_docs = splits[0]
         docs = tqdm(docs(), desc="sentencepiece", total=n_docs, unit=" documents")
-        write_file(model, train_sentencepiece(docs, settings["vocab_size"]))
+        write(model, lambda f: f.write(train_sentencepiece(docs, settings["vocab_size"])))
     *_, vocab_size, joint = codec(tokenizer, chars, model)
     meta = {**settings, "vocab_size": vocab_size, "dtype": token_dtype(vocab_size), "eot": None if chars else joint[0],
             "train_tokens": 0, "val_tokens": 0, "train_documents": 0, "val_documents": 0, "chars": chars}
-    write_file(folder / "progress.json", json.dumps(meta).encode())
+    write_json(folder / "progress.json", meta)
     return meta
 
 
@@ -376,6 +411,9 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
         encode, _, _, joint = codec(tokenizer, meta["chars"], folder / "tokenizer.model", num_proc)
         for split, (docs, n_docs) in zip(("train", "val"), splits, strict=True):
             write_split(folder, split, docs(), n_docs, encode, joint, meta)
+        for split in ("train", "val"):
+            meta[f"{split}_sha256"] = hash_of(np.memmap(folder / f"{split}.bin", mode="r"))
+        write_json(progress, meta)
         os.replace(progress, finished)
     print(f"{folder}: {tokenizer}, vocab size {meta['vocab_size']:,}, {meta['train_tokens']:,} tokens of train, "
           f"{meta['val_tokens']:,} of val\nnext: python train_search.py --dataset={name}{data_dir_option(data_dir)}")
@@ -400,7 +438,8 @@ def load_meta(data_dir, dataset):
     for split in ("train", "val"):
         try:
             size = meta[f"{split}_tokens"] * np.dtype(meta["dtype"]).itemsize
-        except (KeyError, TypeError):
+            assert meta[f"{split}_sha256"] and meta["vocab_size"] and meta["tokenizer"]
+        except (AssertionError, KeyError, TypeError):
             raise SystemExit(f"{folder / 'meta.json'} is damaged: delete {folder} and run {command}") from None
         file = folder / f"{split}.bin"
         found = file.stat().st_size if file.exists() else 0
@@ -409,9 +448,18 @@ def load_meta(data_dir, dataset):
     return meta
 
 
+def hash_of(tokens):
+    return hashlib.sha256(tokens).hexdigest()  # about a second a gigabyte
+
+
 def load_tokens(data_dir, dataset, split):
-    """Token ids of "train" or "val", read-only and left on the disk: np.memmap (tokens,) of uint16 or uint32."""
-    return np.memmap(Path(data_dir) / dataset / f"{split}.bin", dtype=load_meta(data_dir, dataset)["dtype"], mode="r")
+    """Token ids of "train" or "val", read-only and left on the disk: np.memmap (tokens,) of uint16 or uint32. SystemExit if they
+    are not the bytes that were written."""
+    meta, file = load_meta(data_dir, dataset), Path(data_dir) / dataset / f"{split}.bin"
+    tokens = np.memmap(file, dtype=meta["dtype"], mode="r")
+    if hash_of(tokens) != meta[f"{split}_sha256"]:
+        raise SystemExit(f"{file} is damaged, its bytes are not those that were written: delete {file.parent} and prepare it again")
+    return tokens
 
 
 def load_tokenizer(data_dir, dataset):

@@ -8,18 +8,20 @@ Trains a GPT of fixed sizes on prepared data; its functions also run the searche
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train.py config/train_gpt2.py
     python train.py --help                                      # every key with its default
 
-Writes to out_dir: run.json (what was run), log.jsonl (one object a printed line), ckpt.pt (the newest state),
-best.pt (the weights of the lowest validation loss) and result.json.
+Writes to out_dir: run.json (what was run), log.jsonl (one object a printed line), ckpt.pt (the newest state) and ckpt.prev.pt (the
+one before it), best.pt (the weights of the lowest validation loss) and result.json. SIGTERM or Ctrl-C ends a run after its step
+with a checkpoint; with --init_from=resume it goes on as if nothing had happened, on any number of processes.
 """
 import contextlib
 import hashlib
-import inspect
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,7 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model import build
-from prepare import blocks, check_length, get_batch, load_meta, load_tokens, prepare
+from prepare import blocks, check_length, get_batch, load_meta, load_tokens, prepare, write, write_json
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -37,7 +39,9 @@ overwrite = False # start anew in an out_dir that holds a run, and replace its f
 eval_interval = 250
 log_interval = 10
 eval_iters = 20 # batches an evaluation
-init_from = 'scratch' # 'scratch' or 'resume'
+save_interval = 0 # steps between checkpoints, besides those at evaluations; 0: none
+save_minutes = 10.0 # a checkpoint also whenever so much time has passed; 0: never
+init_from = 'scratch' # 'resume': from ckpt.pt, 'previous': from the checkpoint before it
 wandb_log = False
 wandb_project = 'nas'
 tensorboard = False
@@ -67,23 +71,27 @@ decay_lr = True
 warmup_iters = 100
 lr_decay_iters = 0 # 0: max_iters
 min_lr = 1e-4
+skip_nonfinite = 0 # pass over up to so many steps whose loss or gradient is not finite
+zero_stage = 0 # 1: every process keeps a share of the optimizer's state (ZeRO, Rajbhandari et al. 2020)
 early_stopping = 0 # stop after so many evaluations without a lower validation loss; 0: never
 # system
 seed = 1337
 backend = '' # of torchrun's processes: '' is nccl on cuda and gloo elsewhere
+timeout_minutes = 30.0 # after which processes give up on one that no longer answers
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the fastest there is
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'; auto: bfloat16 where cuda has it, float16 on older cuda, else float32
 compile = False # torch.compile: a minute or two at the start, faster from then on
 # -----------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOGS = ("log.jsonl", "arch_traj.jsonl")
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12, "V100": 112e12} # dense 16 bit
 
 
 def setup(config):
     """Joins torchrun's processes, seeds, and checks out_dir.
 
-    Returns the run: rank, world, master (rank 0), device, device_type, amp (a context), scaler.
+    Returns the run: rank, world, master (rank 0), device, device_type, dtype, amp (a context), scaler, control, signal (that arrived).
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if config.gradient_accumulation_steps % world:
@@ -95,14 +103,18 @@ def setup(config):
         if device_type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group(config.backend or ("nccl" if device_type == "cuda" else "gloo"))
+        dist.init_process_group(config.backend or ("nccl" if device_type == "cuda" else "gloo"),
+                                timeout=timedelta(minutes=config.timeout_minutes))
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dtype = pick_dtype(config.dtype, device_type)
     amp = contextlib.nullcontext() if dtype == "float32" else torch.amp.autocast(device_type, DTYPES[dtype])
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+    if config.zero_stage not in (0, 1) or (config.zero_stage and world == 1):
+        raise SystemExit(f"zero_stage={config.zero_stage} is not 0, or 1 with several processes (here: {world}), started by torchrun.")
+    control = dist.new_group(backend="gloo") if world > 1 else None # flags go between the CPUs, and no GPU waits for them
     run = SimpleNamespace(rank=rank, world=world, master=rank == 0, device=device, device_type=device_type, dtype=dtype, amp=amp,
-                          scaler=scaler)
+                          scaler=scaler, control=control, signal=0)
     check_out_dir(config, run)
     return run
 
@@ -126,10 +138,10 @@ def pick_dtype(dtype, device_type):
 
 def check_out_dir(config, run):
     """SystemExit if out_dir holds a run that would be lost, or none to go on with."""
-    if config.init_from not in ("scratch", "resume"):
-        raise SystemExit(f"init_from='{config.init_from}' is not 'scratch' or 'resume'.")
+    if config.init_from not in ("scratch", "resume", "previous"):
+        raise SystemExit(f"init_from='{config.init_from}' is not 'scratch', 'resume' or 'previous'.")
     held = os.path.exists(os.path.join(config.out_dir, "run.json"))
-    if config.init_from == "resume" and not held:
+    if config.init_from != "scratch" and not held:
         raise SystemExit(f"out_dir={config.out_dir} holds no run to resume: leave out --init_from, or name the run's --out_dir.")
     if config.init_from == "scratch" and held and not config.overwrite:
         raise SystemExit(f"out_dir={config.out_dir} holds another run: choose another --out_dir, go on with it by "
@@ -140,54 +152,70 @@ def check_out_dir(config, run):
 
 def begin(config, run):
     """Makes out_dir and writes run.json: the data and the network are there, what follows is work that must not be lost."""
-    if not run.master or config.init_from == "resume":
+    if not run.master or config.init_from != "scratch":
         return
-    os.makedirs(config.out_dir, exist_ok=True)
-    for name in ("log.jsonl", "arch_traj.jsonl", "arch.json", "result.json", "ckpt.pt", "best.pt"):
+    try:
+        os.makedirs(config.out_dir, exist_ok=True)
+    except OSError as e:
+        raise SystemExit(f"out_dir={config.out_dir} cannot be made ({e.strerror}): choose another --out_dir.") from None
+    for name in (*LOGS, "arch.json", "result.json", "ckpt.pt", "ckpt.prev.pt", "best.pt"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(config.out_dir, name))
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+    here, commit = os.path.dirname(os.path.abspath(__file__)), ""
+    with contextlib.suppress(FileNotFoundError): # no git
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
     write_json(os.path.join(config.out_dir, "run.json"), {
-        "argv": sys.argv, "config": vars(config), "commit": git.stdout.strip(), "seed": config.seed, "world": run.world,
+        "argv": sys.argv, "config": vars(config), "commit": commit, "seed": config.seed, "world": run.world,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
         "device": torch.cuda.get_device_name(run.device) if run.device_type == "cuda" else run.device, "dtype": run.dtype})
 
 
-def write(path, save):
-    """save(temporary path), then rename: the file is there whole or not at all."""
-    save(path + ".tmp")
-    os.replace(path + ".tmp", path)
-
-
-def write_json(path, data):
-    def save(tmp):
-        with open(tmp, "w") as f:
-            json.dump(data, f, indent=2)
-    write(path, save)
-
-
-def read_json(path, what):
-    """The object in a JSON file; SystemExit if it is missing or damaged. what: the file's name in the message."""
+def append(path, data):
+    """One more line of JSON at the end of a log."""
     try:
-        with open(path) as f:
-            data = json.load(f)
+        with open(path, "a") as f:
+            f.write(json.dumps(data) + "\n")
     except OSError as e:
-        raise SystemExit(f"{what} {path} cannot be read: {e.strerror}.") from None
-    except ValueError as e: # json and utf-8 errors
-        raise SystemExit(f"{what} {path} is damaged, not JSON: {e}.") from None
-    if not isinstance(data, dict):
-        raise SystemExit(f"{what} {path} is damaged: it holds {str(data)[:40]!r} where an object is expected.")
-    return data
+        raise SystemExit(f"{path} cannot be written ({e.strerror}): make room; the run goes on from its last checkpoint by "
+                         "--init_from=resume.") from None
+
+
+def fingerprint(value):
+    """The hash of nested dicts, lists, tensors and plain values."""
+    digest = hashlib.sha256()
+    def feed(v):
+        digest.update(type(v).__name__.encode())
+        if isinstance(v, torch.Tensor):
+            digest.update(f"{v.dtype}{tuple(v.shape)}".encode())
+            digest.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(v, dict):
+            feed(list(v.items()))
+        elif isinstance(v, list | tuple):
+            digest.update(str(len(v)).encode())
+            for part in v:
+                feed(part)
+        else:
+            digest.update(repr(v).encode())
+    feed(value)
+    return digest.hexdigest()
 
 
 def load_checkpoint(path, device):
     """The dict in a checkpoint. Nothing is unpickled that could run code; SystemExit if it is missing or damaged."""
+    previous = os.path.join(os.path.dirname(path), "ckpt.prev.pt")
+    other = "take another"
+    if path.endswith("ckpt.pt") and os.path.exists(previous):
+        other = "go on from the one before it by --init_from=previous"
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        whole = checkpoint.pop("sha256") == fingerprint(checkpoint)
     except FileNotFoundError:
         raise SystemExit(f"There is no checkpoint {path}: name the out_dir of a run that has saved one.") from None
     except Exception as e: # torch.load raises whatever the damaged bytes lead it to
-        raise SystemExit(f"The checkpoint {path} is damaged or not a checkpoint ({type(e).__name__}): take another.") from None
+        raise SystemExit(f"The checkpoint {path} is damaged or not one of ours ({type(e).__name__}): {other}.") from None
+    if not whole:
+        raise SystemExit(f"The checkpoint {path} is damaged, its content does not have the hash that it was saved with: {other}.")
+    return checkpoint
 
 
 def load_model(net, checkpoint, path):
@@ -229,8 +257,7 @@ class Log:
             return
         if line:
             tqdm.write(line)
-        with open(os.path.join(self.config.out_dir, "log.jsonl"), "a") as f:
-            f.write(json.dumps(values) + "\n")
+        append(os.path.join(self.config.out_dir, "log.jsonl"), values)
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         if self.wandb:
             self.wandb.log(numbers)
@@ -267,13 +294,16 @@ def get_lr(step, config):
     return config.min_lr + 0.5 * (1.0 + math.cos(math.pi * ratio)) * (config.learning_rate - config.min_lr)
 
 
-def configure_optimizer(net, config, device_type):
+def configure_optimizer(net, config, run):
     """AdamW over the network's parameters; those of two or more dimensions decay, biases and norms do not."""
     params = list(net.parameters())
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    fused = {"fused": True} if device_type == "cuda" and "fused" in inspect.signature(torch.optim.AdamW).parameters else {}
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), **fused)
+    options = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=run.device_type == "cuda")
+    if config.zero_stage:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        return ZeroRedundancyOptimizer([g for g in groups if g["params"]], torch.optim.AdamW, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def load_data(config, run):
@@ -316,33 +346,60 @@ def backward(net, batches, run, arch=()):
     return total
 
 
-def update(net, optimizer, config, run):
-    """One step of the weights on .grad, averaged over the processes and clipped."""
-    average([p.grad for p in net.parameters() if p.grad is not None], run)
+def update(net, optimizer, loss, config, run, state):
+    """One step of the weights on .grad, averaged over the processes and clipped; none if the loss or a gradient is not finite."""
+    params = [p for p in net.parameters() if p.grad is not None]
+    grads = [p.grad for p in params]
+    norm = torch.nn.utils.get_total_norm(grads)
+    # float16 has infinite gradients now and then, which its scaler sees to
+    healthy = loss.isfinite() and (norm.isfinite() or run.scaler.is_enabled())
+    sick = [rank for rank, flag in enumerate(share(not healthy, run)) if flag]
+    if sick:
+        names = [name for name, p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()][:3]
+        optimizer.zero_grad(set_to_none=True)
+        return fault(f"on rank {', '.join(map(str, sick))} (on rank {run.rank} the loss is {loss.item()}, and the first gradients that are "
+                     f"not finite are those of {', '.join(names) or 'none'})", config, state)
+    average(grads, run)
     run.scaler.unscale_(optimizer)
     if config.grad_clip:
-        torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        if run.world > 1 or run.scaler.is_enabled(): # else it is the norm from above
+            norm = torch.nn.utils.get_total_norm(grads)
+        torch.nn.utils.clip_grads_with_norm_(params, config.grad_clip, norm)
     run.scaler.step(optimizer)
     run.scaler.update()
     optimizer.zero_grad(set_to_none=True)
 
 
+def fault(what, config, state):
+    """Counts a step that is passed over; FloatingPointError if there were too many."""
+    state.skipped += 1
+    if state.skipped > config.skip_nonfinite:
+        raise FloatingPointError(f"step {state.step}: not finite {what}; try a lower learning_rate or dtype=float32, or pass over up to N "
+                                 "such steps by --skip_nonfinite=N")
+
+
+def share(number, run):
+    """[the number of every process], the same list on all of them."""
+    numbers = torch.zeros(run.world, dtype=torch.float64)
+    numbers[run.rank] = number
+    if run.world > 1:
+        dist.all_reduce(numbers, group=run.control)
+    return numbers.tolist()
+
+
 @torch.no_grad()
 def estimate_loss(net, tokens, config, run, name, arch_of=None):
-    """The mean loss over eval_iters batches of tokens, always the same ones, shared between the processes. A float; RuntimeError
-    if it is not finite. arch_of(i): a supernet's third argument for batch i."""
+    """The mean loss over eval_iters batches of tokens, always the same ones, shared between the processes. A float;
+    FloatingPointError if it is not finite. arch_of(i): a supernet's third argument for batch i."""
     training = net.training
     net.eval()
-    total = torch.zeros(1, dtype=torch.float64)
+    total = 0.0
     for i in range(run.rank, config.eval_iters, run.world):
         x, y = get_batch(tokens, config.batch_size, config.block_size, rng(config.seed, "eval", name, i), run.device)
         with run.amp:
-            total += net(x, y, *([arch_of(i)] if arch_of else []))[1].cpu().double()
+            total += net(x, y, *([arch_of(i)] if arch_of else []))[1].item()
     net.train(training)
-    total = total.to(run.device) if run.device_type == "cuda" else total
-    if run.world > 1:
-        dist.all_reduce(total)
-    return finite(total.item() / config.eval_iters, f"the {name} loss")
+    return finite(sum(share(total, run)) / config.eval_iters, f"the {name} loss")
 
 
 @torch.no_grad()
@@ -360,7 +417,7 @@ def full_loss(net, tokens, config, run):
 
 def finite(value, what):
     if not math.isfinite(value):
-        raise RuntimeError(f"{what} is {value}: try a lower learning_rate, or dtype=float32")
+        raise FloatingPointError(f"{what} is {value}: try a lower learning_rate or dtype=float32")
     return value
 
 
@@ -384,25 +441,105 @@ def split_data(config, run, test):
     return splits, vocab_size
 
 
-def save(config, name, net, **rest):
-    """A checkpoint, with how long the logs are at this moment."""
-    paths = {log: os.path.join(config.out_dir, log) for log in ("log.jsonl", "arch_traj.jsonl")}
-    logs = {log: os.path.getsize(path) for log, path in paths.items() if os.path.exists(path)}
-    checkpoint = {"model": net.state_dict(), "config": vars(config), "logs": logs, **rest}
-    write(os.path.join(config.out_dir, name), lambda tmp: torch.save(checkpoint, tmp))
+def save(config, run, name, net, optimizer=None, **rest):
+    """A checkpoint, with its hash and how long the logs are at this moment. The one before it becomes ckpt.prev.pt."""
+    if optimizer and config.zero_stage:
+        optimizer.consolidate_state_dict(to=0)
+    if not run.master:
+        return
+    sizes = {log: os.path.getsize(path) for log in LOGS if os.path.exists(path := os.path.join(config.out_dir, log))}
+    checkpoint = {"model": net.state_dict(), "config": vars(config), "logs": sizes, **rest}
+    if optimizer:
+        checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    checkpoint["sha256"] = fingerprint(checkpoint)
+    path = os.path.join(config.out_dir, name)
+    if name == "ckpt.pt" and os.path.exists(path):
+        link = os.path.join(config.out_dir, "ckpt.prev.pt")
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(link + ".tmp")
+        os.link(path, link + ".tmp") # the new name first, so that there is a ckpt.pt at every moment
+        os.replace(link + ".tmp", link)
+    write(path, lambda f: torch.save(checkpoint, f))
 
 
 def resume(config, run, net, optimizer, state):
-    """Puts everything back to the moment of ckpt.pt, the logs too; returns the checkpoint."""
-    path = os.path.join(config.out_dir, "ckpt.pt")
-    checkpoint = load_checkpoint(path, run.device)
-    load_model(net, checkpoint, path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    run.scaler.load_state_dict(checkpoint["scaler"])
-    vars(state).update(checkpoint["state"])
-    for log, size in checkpoint["logs"].items() if run.master else ():
-        os.truncate(os.path.join(config.out_dir, log), size)
-    return checkpoint
+    """Puts everything back to the moment of the checkpoint, the logs too; returns the checkpoint. A run that was stopped before
+    its first one starts from the beginning, which is the same; then it returns None."""
+    path = os.path.join(config.out_dir, "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt")
+    checkpoint = {"logs": {}}
+    if os.path.exists(path) or config.init_from == "previous":
+        checkpoint = load_checkpoint(path, run.device)
+        load_model(net, checkpoint, path)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        run.scaler.load_state_dict(checkpoint["scaler"])
+        vars(state).update(checkpoint["state"])
+    if run.world > 1:
+        dist.barrier()
+    for log in LOGS if run.master else ():
+        if os.path.exists(path := os.path.join(config.out_dir, log)):
+            os.truncate(path, checkpoint["logs"].get(log, 0))
+    return checkpoint if "model" in checkpoint else None
+
+
+@contextlib.contextmanager
+def signals(run):
+    """SIGTERM and SIGINT are noted in run.signal; the same one again ends the process at once."""
+    def note(signum, frame):
+        if run.signal == signum:
+            os._exit(128 + signum)
+        run.signal = signum
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def stop_if_told(run, checkpoint, due=False):
+    """checkpoint() if it is due on any process; if one got a signal, checkpoint() and the end of all, with 128 + the signal's number."""
+    words = [int(word) for word in share(256 * bool(due) + run.signal, run)]
+    signum = max(word % 256 for word in words)
+    if signum or max(words) >= 256:
+        checkpoint()
+    if signum:
+        if run.master:
+            tqdm.write(f"stopped by {signal.Signals(signum).name}, all is saved: go on by --init_from=resume")
+        raise SystemExit(128 + signum)
+    return max(words) >= 256
+
+
+def loop(config, run, state, log, flops, step, evaluate, checkpoint, line=dict):
+    """The steps from state.step to max_iters, with evaluations, checkpoints and log lines in between.
+
+    step(lr) -> loss: one step. evaluate() -> whether to stop early. checkpoint(): saves everything. flops: of one sequence,
+    forward. line() -> more values of a log line.
+    """
+    clock, timed, saved = time.perf_counter(), 0, time.perf_counter()
+    while True:
+        done = state.step == config.max_iters
+        if (state.step % config.eval_interval == 0 or done) and state.evaluated < state.step:
+            state.seconds += time.perf_counter() - clock
+            state.stop = bool(evaluate())
+            state.evaluated = state.step
+            checkpoint()
+            clock, timed, saved = time.perf_counter(), 0, time.perf_counter()
+        if done or state.stop:
+            break
+        torch.manual_seed(rng(config.seed, "dropout", state.step, run.rank).initial_seed())
+        lr = get_lr(state.step, config)
+        loss = step(lr)
+        state.step, timed = state.step + 1, timed + 1
+        log.bar.update()
+        if state.step % config.log_interval == 0:
+            log.step(state.step, loss, lr, clock, timed, flops, **line())
+            state.seconds += time.perf_counter() - clock
+            clock, timed = time.perf_counter(), 0
+        due = config.save_interval and state.step % config.save_interval == 0
+        due = due or (config.save_minutes and time.perf_counter() - saved > 60 * config.save_minutes)
+        if stop_if_told(run, checkpoint, due):
+            saved = time.perf_counter()
+    log.bar.close()
 
 
 def train(config, arch=None, test=False):
@@ -414,40 +551,33 @@ def train(config, arch=None, test=False):
     run = setup(config)
     splits, config.vocab_size = split_data(config, run, test)
     net = build(vars(config), arch).to(run.device)
-    cost, optimizer = net.cost(), configure_optimizer(net, config, run.device_type)
-    state = SimpleNamespace(step=0, evaluated=-1, losses={}, best_step=0, best_loss=math.inf, strikes=0, seconds=0.0)
-    if config.init_from == "resume":
+    cost, optimizer = net.cost(), configure_optimizer(net, config, run)
+    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best_loss=math.inf, strikes=0)
+    if config.init_from != "scratch":
         resume(config, run, net, optimizer, state)
     begin(config, run)
     forward = torch.compile(net) if config.compile else net
     log = Log(config, run, state.step)
     log(f"{cost['params']:,} parameters, {cost['flops'] / 1e9:.2f} GFLOPs a sequence, on {run.device} in {run.dtype}", **cost)
 
-    clock, timed = time.perf_counter(), 0
-    while True:
-        done = state.step == config.max_iters
-        if (state.step % config.eval_interval == 0 or done) and state.evaluated < state.step:
-            state.seconds += time.perf_counter() - clock
-            evaluate(forward, splits, config, run, state, log)
-            if run.master:
-                if state.best_step == state.step:
-                    save(config, "best.pt", net, arch=arch, step=state.step, losses=state.losses)
-                save(config, "ckpt.pt", net, arch=arch, optimizer=optimizer.state_dict(), scaler=run.scaler.state_dict(), state=vars(state))
-            clock, timed = time.perf_counter(), 0
-        if done or (config.early_stopping and state.strikes >= config.early_stopping):
-            break
+    def step(lr):
         for group in optimizer.param_groups:
-            group["lr"] = get_lr(state.step, config)
-        torch.manual_seed(rng(config.seed, "dropout", state.step, run.rank).initial_seed())
+            group["lr"] = lr
         loss = backward(forward, micro_batches(splits["train"], config, run, "train", state.step), run)
-        update(net, optimizer, config, run)
-        state.step, timed = state.step + 1, timed + 1
-        log.bar.update()
-        if state.step % config.log_interval == 0:
-            log.step(state.step, loss, group["lr"], clock, timed, cost["flops"])
-            state.seconds += time.perf_counter() - clock
-            clock, timed = time.perf_counter(), 0
-    log.bar.close()
+        update(net, optimizer, loss, config, run, state)
+        return loss
+
+    def evaluation():
+        evaluate(forward, splits, config, run, state, log)
+        if state.best_step == state.step:
+            save(config, run, "best.pt", net, arch=arch, step=state.step, losses=state.losses)
+        return config.early_stopping and state.strikes >= config.early_stopping
+
+    def checkpoint():
+        save(config, run, "ckpt.pt", net, optimizer, arch=arch, state=vars(state))
+
+    with signals(run):
+        loop(config, run, state, log, cost["flops"], step, evaluation, checkpoint)
     return finish(net, splits, config, run, state, cost, arch, log)
 
 
@@ -456,8 +586,7 @@ def evaluate(net, splits, config, run, state, log):
     weights are the best that can be told."""
     losses = {f"{name}_loss": estimate_loss(net, tokens, config, run, name) for name, tokens in splits.items() if name != "test"}
     loss = losses.get("val_loss", -state.step)
-    state.evaluated, state.losses = state.step, losses
-    state.strikes = 0 if loss < state.best_loss else state.strikes + 1
+    state.losses, state.strikes = losses, 0 if loss < state.best_loss else state.strikes + 1
     if loss < state.best_loss:
         state.best_loss, state.best_step = loss, state.step
     log(" | ".join([f"step {state.step}/{config.max_iters}", *(f"{key} {value:.4f}" for key, value in losses.items())]),
@@ -486,6 +615,14 @@ def finish(net, splits, config, run, state, cost, arch, log):
     return result
 
 
+def main(function, config):
+    """Runs a script's function; a number that is not finite ends it with a sentence."""
+    try:
+        return function(config)
+    except FloatingPointError as e:
+        raise SystemExit(str(e)) from None
+
+
 if __name__ == "__main__":
     from configurator import configure
-    train(configure(globals(), list_hint="train.py trains one network, train_search.py searches over a list of sizes"))
+    main(train, configure(globals(), list_hint="train.py trains one network, train_search.py searches over a list of sizes"))

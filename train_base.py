@@ -11,8 +11,9 @@ Trains an architecture that a search found, from scratch, and measures its test 
 The last val_portion of train.bin validates; val.bin is read once, at the end. Writes what train.py writes.
 """
 from analyze import read_lines
+from prepare import read_json, unseal
 from train import * # noqa: F403 (every key of train.py)
-from train import read_json, train
+from train import main, train
 
 # -----------------------------------------------------------------------------
 # the keys of train.py, and:
@@ -39,10 +40,10 @@ def read_arch(arch, arch_traj):
         raise SystemExit("Give the architecture by one of --arch=out/search/arch.json and --arch_traj=out/search/arch_traj.jsonl, "
                          f"not by {'both' if arch else 'neither'}.")
     path = arch or arch_traj
-    lines = [read_json(arch, "The architecture")] if arch else read_lines(arch_traj)
+    lines = [read_json(arch)] if arch else read_lines(arch_traj)
     if not lines:
         raise SystemExit(f"The trajectory {path} is empty: its search has not evaluated an architecture yet.")
-    found = lines[-1]
+    found = unseal(lines[-1], path)
     parts = {"arch": (dict, {**dict.fromkeys(NUMBERS, int), **dict.fromkeys(LISTS, list)}),
              "model": (dict, {"head_size": int, "bias": bool, "block_size": int}), "dataset": (str, {}), "data_dir": (str, {})}
     for name, (kind, fields) in parts.items():
@@ -53,7 +54,7 @@ def read_arch(arch, arch_traj):
     return found
 
 
-def main(config):
+def train_found(config):
     """Trains what config["arch"] or config["arch_traj"] names; returns train.py's result, with "test_loss"."""
     found = read_arch(config["arch"], config["arch_traj"])
     model = found["model"] | {"block_size": config["block_size"] or found["model"]["block_size"]}
@@ -63,4 +64,4 @@ def main(config):
 
 if __name__ == "__main__":
     from configurator import configure
-    main(configure(globals()))
+    main(train_found, configure(globals()))

@@ -15,19 +15,19 @@ arch.json (the best of them by the loss on the alphas' part, all that train_base
 import json
 import math
 import os
-import time
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from analyze import describe, search_figure
+from analyze import describe, read_lines, search_figure
 from model import build
-from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, likeliest, random_search, unrolled_gradient
-from prepare import check_length
+from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, key_of, likeliest, random_search, unrolled_gradient
+from prepare import check_length, seal, unseal, write, write_json
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, average, backward, begin, configure_optimizer, estimate_loss, get_lr, load_data
-from train import micro_batches, resume, rng, save, setup, update, write_json
+from train import Log, append, average, backward, begin, configure_optimizer, estimate_loss, fault, get_lr, load_data, loop, main
+from train import micro_batches, resume, rng, save, setup, signals, share, stop_if_told, update
 
 # -----------------------------------------------------------------------------
 # the keys of train.py, and:
@@ -73,8 +73,9 @@ def split_data(config, run):
     return splits, vocab_size
 
 
-def arch_step(net, forward, chooser, splits, config, run, step):
+def arch_step(net, forward, chooser, splits, config, run, state):
     """One step of the alphas on the search split, the weights frozen (or, for order 2, unrolled and put back)."""
+    step = state.step
     weights = chooser.sample(step / config.max_iters, rng(config.seed, "sample", "arch", step))
     leaves = to_device(weights, run, requires_grad=True)
 
@@ -94,10 +95,12 @@ def arch_step(net, forward, chooser, splits, config, run, step):
         net.requires_grad_(False)
         grads = grad_of("search", leaves.values())
         net.requires_grad_(True)
-    grads = [g.cpu() / run.scaler.get_scale() for g in grads]
-    if run.scaler.is_enabled() and not all(g.isfinite().all() for g in grads):
-        return # float16 overflowed; the weight step of this iteration lowers the scale
-    chooser.step(weights, dict(zip(leaves, grads, strict=True)))
+    grads = {name: g.cpu() / run.scaler.get_scale() for name, g in zip(leaves, grads, strict=True)}
+    sick = [name for name, g in grads.items() if not g.isfinite().all()]
+    if not sick:
+        chooser.step(weights, grads)
+    elif not run.scaler.is_enabled(): # float16 overflows now and then, and the weight step of this iteration lowers its scale
+        fault(f"in the gradient to the weights of {', '.join(sick)}", config, state)
 
 
 def to_device(weights, run, requires_grad=False):
@@ -127,7 +130,6 @@ def evaluate(net, forward, chooser, splits, config, run, state, log):
     entropies = {name: h.tolist() for name, h in entropy(chooser.mean()).items()}
     weights = {name: w.tolist() for name, w in chooser.mean().items()}
     record(net, arch, loss_of(arch), config, run, state, log, mixture_loss, loss_of(arch, "val"), entropy=entropies, weights=weights)
-    state.evaluated = state.step
 
 
 def record(net, arch, loss, config, run, state, log, mixture_loss, val_arch_loss, **rest):
@@ -138,8 +140,7 @@ def record(net, arch, loss, config, run, state, log, mixture_loss, val_arch_loss
     line = {"space": "gpt", "step": state.step, "arch": arch, "cost": cost, **losses, **rest, "optimizer": config.optimizer,
             "seed": config.seed, "model": model, "dataset": config.dataset, "data_dir": config.data_dir}
     if run.master:
-        with open(os.path.join(config.out_dir, "arch_traj.jsonl"), "a") as f:
-            f.write(json.dumps(line) + "\n")
+        append(os.path.join(config.out_dir, "arch_traj.jsonl"), seal(line))
     if loss < state.best_loss:
         state.best_loss, state.best_arch = loss, arch
         if run.master:
@@ -160,78 +161,64 @@ def search(config):
     net = build(vars(config)).to(run.device)
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer)
-    weight_optimizer = configure_optimizer(net, config, run.device_type)
-    state = SimpleNamespace(step=0, evaluated=-1, best_loss=math.inf, best_arch=None, seconds=0.0)
-    if config.init_from == "resume":
-        chooser.load_state_dict(resume(config, run, net, weight_optimizer, state)["chooser"])
+    optimizer = configure_optimizer(net, config, run)
+    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None)
+    if config.init_from != "scratch" and (checkpoint := resume(config, run, net, optimizer, state)):
+        chooser.load_state_dict(checkpoint["chooser"])
     begin(config, run)
     forward = torch.compile(net) if config.compile else net
     log = Log(config, run, state.step)
     log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +
         " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
-    train_supernet(net, forward, chooser, weight_optimizer, splits, config, run, state, log)
-    return finish(net, forward, splits, config, run, state, log)
 
-
-def train_supernet(net, forward, chooser, weight_optimizer, splits, config, run, state, log):
-    """The bilevel loop: alphas on the search split, weights on the train split, by turns."""
-    flops = net.cost(chooser.mean())["flops"].item()
-    clock, timed = time.perf_counter(), 0
-    while True:
-        done = state.step == config.max_iters
-        if (state.step % config.eval_interval == 0 or done) and state.evaluated < state.step:
-            state.seconds += time.perf_counter() - clock
-            evaluate(net, forward, chooser, splits, config, run, state, log)
-            if run.master:
-                save(config, "ckpt.pt", net, optimizer=weight_optimizer.state_dict(), chooser=chooser.state_dict(),
-                     scaler=run.scaler.state_dict(), state=vars(state))
-            clock, timed = time.perf_counter(), 0
-        if done:
-            break
-        for group in weight_optimizer.param_groups:
-            group["lr"] = get_lr(state.step, config)
-        torch.manual_seed(rng(config.seed, "dropout", state.step, run.rank).initial_seed())
+    def step(lr):
+        """The bilevel iteration: the alphas on the search split, then the weights on the train split."""
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         if chooser.alphas:
-            arch_step(net, forward, chooser, splits, config, run, state.step)
+            arch_step(net, forward, chooser, splits, config, run, state)
         sampled = chooser.sample(state.step / config.max_iters, rng(config.seed, "sample", "weights", state.step))
         loss = backward(forward, micro_batches(splits["train"], config, run, "train", state.step), run, (to_device(sampled, run),))
-        update(net, weight_optimizer, config, run)
-        state.step, timed = state.step + 1, timed + 1
-        log.bar.update()
-        if state.step % config.log_interval == 0:
-            rows = torch.cat([h.reshape(-1) for h in entropy(chooser.mean()).values()] or [torch.zeros(1)])
-            log.step(state.step, loss, group["lr"], clock, timed, flops, H=round(rows.mean().item(), 4))
-            state.seconds += time.perf_counter() - clock
-            clock, timed = time.perf_counter(), 0
-    log.bar.close()
+        update(net, optimizer, loss, config, run, state)
+        return loss
 
+    def undecided():
+        rows = torch.cat([h.reshape(-1) for h in entropy(chooser.mean()).values()] or [torch.zeros(1)])
+        return {"H": round(rows.mean().item(), 4)}
 
-def finish(net, forward, splits, config, run, state, log):
-    """For spos the search over the inherited weights; then result.json, the figure and the next command."""
-    if config.optimizer == "spos":
-        search_inherited(net, forward, splits, config, run, state, log)
-    result = {"out_dir": config.out_dir, "arch": state.best_arch, **net.cost(state.best_arch), "steps": state.step,
-              "seconds": state.seconds, "arch_loss": state.best_loss}
-    if run.master:
-        write_json(os.path.join(config.out_dir, "result.json"), result)
-        print(f"found: {describe(state.best_arch)}, {result['params']:,} parameters, loss {state.best_loss:.4f} with shared weights")
-        print(f"figure: {search_figure(config.out_dir)}")
-        print(f"next: python train_base.py --arch={os.path.join(config.out_dir, 'arch.json')}")
-    if run.world > 1:
-        dist.destroy_process_group()
-    return result
+    def checkpoint():
+        save(config, run, "ckpt.pt", net, optimizer, chooser=chooser.state_dict(), state=vars(state))
+
+    with signals(run):
+        loop(config, run, state, log, net.cost(chooser.mean())["flops"].item(), step,
+             lambda: evaluate(net, forward, chooser, splits, config, run, state, log), checkpoint, undecided)
+        if config.optimizer == "spos":
+            search_inherited(net, forward, splits, config, run, state, log)
+    return finish(net, config, run, state)
 
 
 def search_inherited(net, forward, splits, config, run, state, log):
-    """Evolutionary or random search, by the loss on the search split with the supernet's weights."""
-    losses = []
+    """Evolutionary or random search, by the loss on the search split with the supernet's weights.
+
+    arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
+    path, lines, losses = os.path.join(config.out_dir, "arch_search.jsonl"), [], []
+    if run.master:
+        if config.init_from != "scratch" and os.path.exists(path):
+            lines = [unseal(line, path) for line in read_lines(path)]
+        write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
+    known = {key_of(line["arch"]): line["loss"] for line in lines}
 
     def evaluate(arch):
-        loss = estimate_loss(forward, splits["search"], config, run, "search", lambda i: arch)
-        better = loss < min(losses, default=math.inf)
+        stop_if_told(run, lambda: None)
+        loss = share(known.get(key_of(arch), math.nan), run)[0] # rank 0 knows
+        if math.isnan(loss):
+            loss = estimate_loss(forward, splits["search"], config, run, "search", lambda i: arch)
+            if run.master:
+                append(path, seal({"evaluation": len(losses) + 1, "arch": arch, "loss": loss}))
         losses.append(loss)
-        line = f"{config.arch_search} {len(losses)}/{config.arch_evals} | arch {loss:.4f} | best {min(losses):.4f} | {describe(arch)}"
-        log(line if better or len(losses) % 25 == 0 else None, step=state.step, evaluation=len(losses), searched_loss=loss, arch=arch)
+        if run.master and (loss == min(losses) or len(losses) % 25 == 0):
+            count = f"{config.arch_search} {len(losses)}/{config.arch_evals}"
+            tqdm.write(f"{count} | arch {loss:.4f} | best {min(losses):.4f} | {describe(arch)}")
         return loss
 
     generator = rng(config.seed, "arch_search")
@@ -245,6 +232,20 @@ def search_inherited(net, forward, splits, config, run, state, log):
     record(net, arch, loss, config, run, state, log, sum(losses) / len(losses), val_loss)
 
 
+def finish(net, config, run, state):
+    """result.json, the figure and the next command."""
+    result = {"out_dir": config.out_dir, "arch": state.best_arch, **net.cost(state.best_arch), "steps": state.step,
+              "seconds": state.seconds, "arch_loss": state.best_loss}
+    if run.master:
+        write_json(os.path.join(config.out_dir, "result.json"), result)
+        print(f"found: {describe(state.best_arch)}, {result['params']:,} parameters, loss {state.best_loss:.4f} with shared weights")
+        print(f"figure: {search_figure(config.out_dir)}")
+        print(f"next: python train_base.py --arch={os.path.join(config.out_dir, 'arch.json')}")
+    if run.world > 1:
+        dist.destroy_process_group()
+    return result
+
+
 if __name__ == "__main__":
     from configurator import configure
-    search(configure(globals()))
+    main(search, configure(globals()))

@@ -50,7 +50,8 @@ def search_run(folder, space="quick", n=5, optimizer="drnas", searched=0):
     (folder / "run.json").write_text(json.dumps({"config": {**SPACES[space], "optimizer": optimizer, "eval_interval": 100}}))
     traj = [evaluation(space, 100 * i, rng) for i in range(n)]
     log = [{}] + [{"step": step, "loss": 10 - step / 100, "lr": 1e-3} for step in range(10, 100 * n - 99, 10)]
-    log += [{"step": 100 * n, "evaluation": i, "searched_loss": 2 + rng.random()} for i in range(1, searched + 1)]
+    if searched:
+        jsonl(folder / "arch_search.jsonl", [{"evaluation": i, "loss": 2 + rng.random()} for i in range(1, searched + 1)])
     if searched: # its result: a second line at the last step, without weights
         traj.append({**evaluation(space, 100 * (n - 1), rng), "arch_loss": 1.9, "mixture_loss": 2.2})
         del traj[-1]["weights"], traj[-1]["entropy"]
@@ -217,14 +218,15 @@ def test_a_run_without_an_evaluation_says_so_and_keeps_the_old_figure(tmp_path, 
 
 
 def test_a_drawing_that_is_cut_off_keeps_the_old_figure(tmp_path, monkeypatch):
-    def savefig(figure, path, **kw):
-        Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
+    def savefig(figure, file, **kw):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
     search_run(tmp_path)
     old = Path(search_figure(str(tmp_path))).read_bytes()
     monkeypatch.setattr(Figure, "savefig", savefig)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SystemExit, match="No space"):
         search_figure(str(tmp_path))
+    assert not list(tmp_path.glob("*.tmp"))
     assert (tmp_path / "search.png").read_bytes() == old
 
 

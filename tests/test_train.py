@@ -18,7 +18,7 @@ from analyze import read_lines
 from configurator import defaults
 from model import build
 from optim_nas import ArchOptimizer
-from prepare import get_batch, load_tokens
+from prepare import get_batch, hash_of, load_tokens, read_json, seal, write_json
 
 OPTIMIZERS = {"darts": dict(optimizer="darts"), "darts2": dict(optimizer="darts", order=2), "drnas": dict(optimizer="drnas"),
               "gdas": dict(optimizer="gdas"), "spos": dict(optimizer="spos")}
@@ -35,6 +35,16 @@ def train_config(data_dir, out_dir, **rest):
 
 def base_config(data_dir, out_dir, found, **rest):
     return defaults(vars(train_base)) | TINY | dict(data_dir=data_dir, out_dir=str(out_dir), arch=str(found)) | rest
+
+
+def with_other_val(data_dir, other):
+    """A copy of the data whose val.bin is shuffled, as if it had been prepared so."""
+    shutil.copytree(data_dir, other)
+    meta = read_json(other / "pydocs/meta.json")
+    tokens = np.random.default_rng(0).permutation(np.fromfile(other / "pydocs/val.bin", meta["dtype"]))
+    tokens.tofile(other / "pydocs/val.bin")
+    write_json(other / "pydocs/meta.json", meta | {"val_sha256": hash_of(tokens)})
+    return other
 
 
 def losses(out_dir):
@@ -68,7 +78,8 @@ def test_seed_decides_everything_and_best_is_kept(name, data_dir, tmp_path):
     assert logs[0] == logs[1] and logs[0] != logs[2]
     trajectory = read_lines(tmp_path / "0/arch_traj.jsonl")
     best = min(trajectory, key=lambda line: line["arch_loss"])
-    assert json.loads((tmp_path / "0/arch.json").read_text()) == best and results[0]["arch"] == best["arch"]
+    assert json.loads((tmp_path / "0/arch.json").read_text()) == best == seal(read_json(tmp_path / "0/arch.json"))
+    assert results[0]["arch"] == best["arch"]
     assert [line["step"] for line in trajectory][:3] == [0, 2, 4]
     for line in trajectory:
         assert line["gap"] == pytest.approx(line["arch_loss"] - line["mixture_loss"])
@@ -78,10 +89,7 @@ def test_seed_decides_everything_and_best_is_kept(name, data_dir, tmp_path):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_val_bin_decides_nothing(name, data_dir, tmp_path):
     """Another val.bin changes what is reported of it, and neither the weights nor the architecture."""
-    other = tmp_path / "data"
-    shutil.copytree(data_dir, other)
-    tokens = np.fromfile(other / "pydocs/val.bin", np.uint16)
-    np.random.default_rng(0).permutation(tokens).tofile(other / "pydocs/val.bin")
+    other = with_other_val(data_dir, tmp_path / "data")
     for i, folder in enumerate((data_dir, other)):
         train_search.search(search_config(str(folder), tmp_path / str(i), **OPTIMIZERS[name]))
     (a, b), seen = ([[line for line in losses(tmp_path / str(i))] for i in (0, 1)]), set()
@@ -93,11 +101,8 @@ def test_val_bin_decides_nothing(name, data_dir, tmp_path):
 def test_train_base_tests_on_what_nothing_else_touched(data_dir, tmp_path):
     found = train_search.search(search_config(data_dir, tmp_path / "s"))
     assert found["arch"]
-    other = tmp_path / "data"
-    shutil.copytree(data_dir, other)
-    tokens = np.fromfile(other / "pydocs/val.bin", np.uint16)
-    np.random.default_rng(0).permutation(tokens).tofile(other / "pydocs/val.bin")
-    results = [train_base.main(base_config(str(folder), tmp_path / str(i), tmp_path / "s/arch.json"))
+    other = with_other_val(data_dir, tmp_path / "data")
+    results = [train_base.train_found(base_config(str(folder), tmp_path / str(i), tmp_path / "s/arch.json"))
                for i, folder in enumerate((data_dir, other))]
     a, b = (torch.load(tmp_path / str(i) / "best.pt", weights_only=True)["model"] for i in (0, 1))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -125,22 +130,22 @@ def test_alphas_and_weights_never_meet(data_dir, tmp_path):
     splits, config.vocab_size = train_search.split_data(config, run)
     net = build(vars(config))
     chooser = ArchOptimizer("drnas", net.choices, train.rng(0))
-    weights = train.configure_optimizer(net, config, "cpu")
+    weights, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
     in_weights = {id(p) for group in weights.param_groups for p in group["params"]}
     in_chooser = {id(p) for group in chooser.optimizer.param_groups for p in group["params"]}
     assert in_weights == {id(p) for p in net.parameters()} and in_chooser == {id(a) for a in chooser.alphas.values()}
     assert not in_weights & in_chooser
 
     w0, a0 = [p.clone() for p in net.parameters()], {k: a.clone() for k, a in chooser.alphas.items()}
-    train_search.arch_step(net, net, chooser, splits, config, run, 0)
+    train_search.arch_step(net, net, chooser, splits, config, run, state)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), w0, strict=True)) and all(p.grad is None for p in net.parameters())
     for key, alpha in chooser.alphas.items():
         moved = (alpha != a0[key]).reshape(-1, alpha.shape[-1])
         assert moved.any(-1).all(), f"a row of {key} got no gradient: {moved}"
     a1 = {k: a.clone() for k, a in chooser.alphas.items()}
     sampled = train_search.to_device(chooser.sample(0, train.rng(1)), run)
-    train.backward(net, train.micro_batches(splits["train"], config, run, "train", 0), run, (sampled,))
-    train.update(net, weights, config, run)
+    loss = train.backward(net, train.micro_batches(splits["train"], config, run, "train", 0), run, (sampled,))
+    train.update(net, weights, loss, config, run, state)
     assert all(torch.equal(a, a1[k]) for k, a in chooser.alphas.items()) and not all(map(torch.equal, net.parameters(), w0))
 
 
@@ -190,8 +195,8 @@ def test_learning_rate_schedule():
 
 def test_optimizer_decays_matrices_alone():
     net = build(dict(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8, bias=True))
-    config = SimpleNamespace(weight_decay=0.1, learning_rate=1e-3, beta1=0.9, beta2=0.99)
-    groups = train.configure_optimizer(net, config, "cpu").param_groups
+    config = SimpleNamespace(weight_decay=0.1, learning_rate=1e-3, beta1=0.9, beta2=0.99, zero_stage=0)
+    groups = train.configure_optimizer(net, config, SimpleNamespace(device_type="cpu")).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     for name, p in net.named_parameters():
         assert (id(p) in decayed) == (not name.endswith("bias") and "ln_" not in name), name
@@ -225,16 +230,16 @@ def test_resuming_changes_nothing(name, data_dir, tmp_path):
         if name == "train":
             return train.train(train_config(data_dir, out, **rest))
         if name == "train_base":
-            return train_base.main(base_config(data_dir, out, tmp_path / "s/arch.json", **rest))
+            return train_base.train_found(base_config(data_dir, out, tmp_path / "s/arch.json", **rest))
         return train_search.search(search_config(data_dir, out, **OPTIMIZERS[name], **rest))
     if name == "train_base":
         train_search.search(search_config(data_dir, tmp_path / "s"))
     go(tmp_path / "whole")
     state = {}
 
-    def killed_at_4(config, run_name, net, **rest):
-        original(config, run_name, net, **rest)
-        if run_name == "ckpt.pt" and rest["state"]["step"] == 4:
+    def killed_at_4(config, run, file, *args, **rest):
+        original(config, run, file, *args, **rest)
+        if file == "ckpt.pt" and rest["state"]["step"] == 4:
             state["killed"] = True
             raise KeyboardInterrupt
     original = train.save
@@ -264,7 +269,7 @@ def searched(data_dir, tmp_path_factory):
 
 
 def damaged(searched, tmp_path, change):
-    found = json.loads((searched / "arch.json").read_text())
+    found = read_json(searched / "arch.json")
     path = tmp_path / "arch.json"
     path.write_text(change(found) if callable(change) else change)
     return path
@@ -283,7 +288,7 @@ def damaged(searched, tmp_path, change):
 def test_a_damaged_architecture_is_one_sentence(change, words, searched, data_dir, tmp_path):
     path = damaged(searched, tmp_path, change)
     with pytest.raises(SystemExit) as e:
-        train_base.main(base_config(data_dir, tmp_path / "b", path))
+        train_base.train_found(base_config(data_dir, tmp_path / "b", path))
     message = str(e.value)
     assert all(word in message for word in words) and "\n" not in message, message
 
@@ -334,17 +339,17 @@ def test_checkpoint_of_another_shape(data_dir, tmp_path):
 
 def test_early_stopping_of_train_base_needs_validation_data(searched, data_dir, tmp_path):
     with pytest.raises(SystemExit, match="val_portion"):
-        train_base.main(base_config(data_dir, tmp_path / "b", searched / "arch.json", early_stopping=2, val_portion=0.0))
+        train_base.train_found(base_config(data_dir, tmp_path / "b", searched / "arch.json", early_stopping=2, val_portion=0.0))
 
 
 def test_arch_traj_takes_the_last_line(searched, data_dir, tmp_path):
     last = read_lines(searched / "arch_traj.jsonl")[-1]
-    result = train_base.main(base_config(data_dir, tmp_path / "b", "", arch_traj=str(searched / "arch_traj.jsonl")))
+    result = train_base.train_found(base_config(data_dir, tmp_path / "b", "", arch_traj=str(searched / "arch_traj.jsonl")))
     assert result["arch"] == last["arch"] and result["params"] == last["cost"]["params"]
 
 
 def test_a_non_finite_loss_stops_before_anything_is_saved(data_dir, tmp_path):
-    with pytest.raises(RuntimeError, match="loss is"):
+    with pytest.raises(FloatingPointError, match=r"not finite|loss is"):
         train.train(train_config(data_dir, tmp_path / "t", learning_rate=1e20, grad_clip=0.0, max_iters=50))
     checkpoint = torch.load(tmp_path / "t/ckpt.pt", weights_only=True)
     assert all(v.isfinite().all() for v in checkpoint["model"].values())

@@ -1,0 +1,383 @@
+"""Runs that survive: killed, stopped, damaged, out of room, on one process or many, they lose nothing and never go on wrongly."""
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_SEARCH, fails, flags, run, succeeds
+from test_train import OPTIMIZERS, base_config, search_config, train_config
+
+import train
+import train_base
+import train_search
+from analyze import read_lines
+from prepare import load_tokens, read_json
+
+LONG = dict(max_iters=20, lr_decay_iters=20, eval_interval=10, dropout=0.1)
+
+
+def state_of(out_dir):
+    """Everything a checkpoint and the logs hold but times: two runs that did the same have the same."""
+    checkpoint = torch.load(Path(out_dir) / "ckpt.pt", weights_only=True)
+    for key in ("config", "sha256", "logs"):
+        checkpoint.pop(key)
+    checkpoint["state"].pop("seconds")
+    logs = [{k: v for k, v in line.items() if k not in ("ms", "tokens_per_s")} for line in read_lines(Path(out_dir) / "log.jsonl")]
+    files = {name: (Path(out_dir) / name).read_bytes() for name in ("arch.json", "arch_traj.jsonl", "arch_search.jsonl")
+             if (Path(out_dir) / name).exists()}
+    return train.fingerprint(checkpoint), [line for line in logs if line.get("step")], files
+
+
+def searched(data_dir, tmp_path):
+    train_search.search(search_config(data_dir, tmp_path / "searched"))
+    return tmp_path / "searched/arch.json"
+
+
+def starter(name, data_dir, tmp_path):
+    """A function (out_dir, **options) that runs one of the five searches or train_base."""
+    if name == "train_base":
+        found = searched(data_dir, tmp_path)
+        return lambda out, **rest: train_base.train_found(base_config(data_dir, out, found, **LONG | rest))
+    return lambda out, **rest: train_search.search(search_config(data_dir, out, **OPTIMIZERS[name], **LONG | rest))
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "train_base"])
+def test_twenty_steps_are_ten_and_ten(name, data_dir, tmp_path):
+    """Stopped by a signal after step 10 and resumed: losses, alphas, architecture and checkpoint are those of one run."""
+    go, step = starter(name, data_dir, tmp_path), train.update
+    go(tmp_path / "whole")
+
+    def update_then_signal(*args):
+        step(*args)
+        if args[-1].step == 9: # the tenth step is being finished
+            os.kill(os.getpid(), signal.SIGTERM)
+    train.update = train_search.update = update_then_signal
+    try:
+        with pytest.raises(SystemExit) as e:
+            go(tmp_path / "parts")
+    finally:
+        train.update = train_search.update = step
+    assert e.value.code == 128 + signal.SIGTERM
+    assert torch.load(tmp_path / "parts/ckpt.pt", weights_only=True)["state"]["step"] == 10
+    go(tmp_path / "parts", init_from="resume")
+    assert state_of(tmp_path / "whole") == state_of(tmp_path / "parts")
+
+
+KILLER = """
+import os, random, signal, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+import train_search
+from test_train import search_config
+torch.set_num_threads(1)
+def go(out, init_from):
+    sys.stdout = open(os.devnull, "w")
+    train_search.search(search_config({data!r}, out, optimizer={optimizer!r}, max_iters=40, lr_decay_iters=40, eval_interval=10,
+                                      save_interval=1, dropout=0.1, arch_evals=30, population=8, init_from=init_from))
+def attempt(out, init_from, kill_after=None):
+    child = os.fork()
+    if not child:
+        try:
+            go(out, init_from)
+            os._exit(0)
+        except BaseException as e:
+            print(e, file=sys.stderr)
+            os._exit(1)
+    end = time.time() + (kill_after if kill_after is not None else 1e9)
+    while time.time() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+t = time.time()
+assert attempt({out!r} + "/whole", "scratch") == 0
+whole = time.time() - t
+clock, kills, finished = random.Random({seed}), 0, 0
+while kills < 20:
+    out = {out!r} + f"/killed{{finished}}"
+    first = not os.path.exists(out + "/run.json")
+    status = attempt(out, "scratch" if first else "resume", clock.uniform(0.01, whole / 4))
+    kills += status == signal.SIGKILL
+    assert status in (0, signal.SIGKILL), status
+    finished += status == 0
+for i in range(finished + 1):
+    out = {out!r} + f"/killed{{i}}"
+    if not os.path.exists(out + "/result.json"):
+        assert attempt(out, "resume" if os.path.exists(out + "/run.json") else "scratch") == 0
+print("runs", finished + 1)
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["drnas", "spos"])
+def test_killed_at_twenty_random_moments(optimizer, data_dir, tmp_path):
+    """SIGKILL at any time, also in the middle of the saves that follow every step: every resume ends in the same state."""
+    places = dict(root=str(ROOT), tests=str(ROOT / "tests"), data=data_dir, out=str(tmp_path))
+    program = KILLER.format(**places, optimizer=optimizer, seed=len(optimizer))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    runs = int(done.stdout.split()[-1])
+    whole = state_of(tmp_path / "whole")
+    for i in range(runs):
+        assert state_of(tmp_path / f"killed{i}") == whole, f"run {i} of {runs}"
+
+
+def start(*command):
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(process, words):
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"ended without {words!r}")
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(data_dir, tmp_path):
+    options = [*flags(TINY_SEARCH | {"max_iters": 100000, "eval_interval": 50000}), f"--data_dir={data_dir}"]
+    process = start("train_search.py", *options, f"--out_dir={tmp_path}/a")
+    wait_for(process, "step 5/")
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGINT and "--init_from=resume" in output and "Traceback" not in output
+    stopped = torch.load(tmp_path / "a/ckpt.pt", weights_only=True)["state"]["step"]
+    assert stopped >= 5
+    out = succeeds("train_search.py", *options, f"--out_dir={tmp_path}/a", "--init_from=resume", f"--max_iters={stopped + 2}")
+    assert f"step {stopped + 1}/" in out and f"step {stopped}/" not in out
+
+
+def test_a_checkpoint_without_room_is_one_sentence_and_keeps_the_last(data_dir, tmp_path):
+    """The file size limit stands in for a full disk: the save fails in the middle, the checkpoint before it is whole."""
+    config = train_config(data_dir, tmp_path / "t", save_interval=2, max_iters=40, eval_interval=40)
+    train.train(config | {"max_iters": 4})
+    before = (tmp_path / "t/ckpt.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(SystemExit) as e:
+            train.train(config | {"init_from": "resume"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "ckpt.pt cannot be written" in str(e.value) and "\n" not in str(e.value)
+    assert (tmp_path / "t/ckpt.pt").read_bytes() == before and not list((tmp_path / "t").glob("*.tmp"))
+    train.train(config | {"init_from": "resume"})
+
+
+def test_an_out_dir_that_cannot_be_made_is_one_sentence(data_dir, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be made" in fails("train.py", *flags(TINY), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/file/out")
+
+
+def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path):
+    config = train_config(data_dir, tmp_path / "t", save_interval=1, max_iters=8)
+    train.train(config)
+    shutil.copytree(tmp_path / "t", tmp_path / "whole")
+    damaged = bytearray((tmp_path / "t/ckpt.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "t/ckpt.pt").write_bytes(damaged)
+    with pytest.raises(SystemExit, match="--init_from=previous"):
+        train.train(config | {"init_from": "resume"})
+    train.train(config | {"init_from": "previous"})
+    assert state_of(tmp_path / "t") == state_of(tmp_path / "whole")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch " + os.environ["BOMB"],)
+
+
+@pytest.mark.parametrize("save", [lambda obj, f: pickle.dump(obj, f), lambda obj, f: torch.save(obj, f)])
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt"])
+def test_a_malicious_checkpoint_is_refused_and_does_not_run(save, name, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    train.train(train_config(data_dir, tmp_path / "t"))
+    with open(tmp_path / "t" / name, "wb") as f:
+        save({"model": Bomb(), "sha256": ""}, f)
+    options = [f"--out_dir={tmp_path}/t"]
+    message = (fails("sample.py", *options) if name == "best.pt" else
+               fails("train.py", *flags(TINY | dict(n_layer=2, n_head=2, n_embd=16, mlp_ratio=2.0)), *options, f"--data_dir={data_dir}",
+                     "--init_from=resume"))
+    assert "damaged or not one of ours" in message and not (tmp_path / "exploded").exists()
+
+
+def test_five_hundred_damaged_files_never_make_a_wrong_run(data_dir, tmp_path):
+    """Truncated anywhere or with any byte changed, each file gives the right content or one sentence: no traceback, nothing else."""
+    train_search.search(search_config(data_dir, tmp_path / "s", save_interval=1))
+    run_dir, data = tmp_path / "s", tmp_path / "data"
+    shutil.copytree(data_dir, data)
+    arch, last = read_json(run_dir / "arch.json"), read_lines(run_dir / "arch_traj.jsonl")
+    readers = {
+        run_dir / "arch.json": lambda p: train_base.read_arch(str(p), ""),
+        run_dir / "arch_traj.jsonl": lambda p: train_base.read_arch("", str(p)),
+        run_dir / "ckpt.pt": lambda p: train.fingerprint(train.load_checkpoint(str(p), "cpu")),
+        data / "pydocs/meta.json": lambda p: [bytes(load_tokens(str(data), "pydocs", split)) for split in ("train", "val")],
+        data / "pydocs/train.bin": lambda p: bytes(load_tokens(str(data), "pydocs", "train")),
+        data / "pydocs/val.bin": lambda p: bytes(load_tokens(str(data), "pydocs", "val")),
+    }
+    dice, outcomes = random.Random(0), {"right": 0, "refused": 0}
+    for path, read in readers.items():
+        whole, right = path.read_bytes(), read(path)
+        allowed = [right]
+        if path.name == "arch_traj.jsonl": # a last line that was cut off is as if it had not been written
+            allowed += [{k: v for k, v in line.items() if k != "sha256"} for line in last]
+        for case in range(100):
+            damaged = bytearray(whole)
+            if case % 2:
+                del damaged[dice.randrange(len(damaged)):]
+            else:
+                damaged[dice.randrange(len(damaged))] ^= 1 << dice.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                found = read(path)
+                assert found in allowed, f"{path.name}, case {case}: read as something else"
+                outcomes["right"] += 1
+            except SystemExit as e:
+                assert isinstance(e.code, str) and e.code and "\n" not in e.code, e.code
+                outcomes["refused"] += 1
+        path.write_bytes(whole)
+        assert read(path) == right
+    assert sum(outcomes.values()) >= 500 and outcomes["refused"] > 450, outcomes
+    assert arch["arch"]
+
+
+@pytest.mark.parametrize("skip", [0, 3])
+def test_a_step_that_is_not_finite_is_named_or_passed_over(skip, data_dir, tmp_path):
+    """A NaN in one layer's gradient at step 2: the run stops there with step, rank and tensor, or goes on without that step."""
+    def spoiled(net, *args):
+        loss = backward(net, *args)
+        steps.append(1)
+        if len(steps) == 3:
+            net.transformer.h[1].mlp.c_fc.weight.grad[0, 0] = float("nan")
+        return loss
+    steps, backward = [], train.backward
+    train.backward = spoiled
+    config = train_config(data_dir, tmp_path / "t", skip_nonfinite=skip)
+    try:
+        if skip:
+            train.train(config)
+            checkpoint = torch.load(tmp_path / "t/ckpt.pt", weights_only=True)
+            assert checkpoint["state"]["skipped"] == 1 and all(v.isfinite().all() for v in checkpoint["model"].values())
+        else:
+            with pytest.raises(FloatingPointError) as e:
+                train.train(config)
+            assert all(word in str(e.value) for word in ("step 2", "rank 0", "transformer.h.1.mlp.c_fc.weight"))
+    finally:
+        train.backward = backward
+
+
+def test_not_finite_is_one_sentence_for_the_user(data_dir, tmp_path):
+    message = fails("train.py", *flags(TINY | {"max_iters": 50, "learning_rate": 1e30, "grad_clip": 0}), f"--data_dir={data_dir}",
+                    f"--out_dir={tmp_path}/t")
+    assert "finite" in message or "loss is" in message
+
+
+# ---- many processes
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_two_processes_are_one(name, data_dir, tmp_path):
+    """Half of the micro-batches each: the curves, the alphas and the architecture of one process, up to rounding."""
+    options = [*flags(TINY_SEARCH | {"gradient_accumulation_steps": 2, "max_iters": 6}), *flags(OPTIMIZERS[name]), f"--data_dir={data_dir}"]
+    succeeds("train_search.py", *options, f"--out_dir={tmp_path}/1")
+    succeeds("torchrun", "--standalone", "--nproc_per_node=2", "train_search.py", *options, f"--out_dir={tmp_path}/2")
+    one, two = (read_lines(tmp_path / n / "arch_traj.jsonl") for n in "12")
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a["arch"] == b["arch"] and a["step"] == b["step"]
+        for key in ("arch_loss", "mixture_loss", "val_arch_loss"):
+            assert abs(a[key] - b[key]) < 2e-5
+        for key in a.get("weights", {}):
+            assert torch.allclose(torch.tensor(a["weights"][key]), torch.tensor(b["weights"][key]), atol=1e-5)
+    one, two = ([line["loss"] for line in read_lines(tmp_path / n / "log.jsonl") if "loss" in line] for n in "12")
+    assert one == pytest.approx(two, abs=2e-5)
+
+
+RANKS = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch, torch.distributed as dist, train, train_search
+from optim_nas import ArchOptimizer
+from test_train import search_config
+seen, step = [], ArchOptimizer.step
+def spy(self, weights, grads):
+    step(self, weights, grads)
+    mine = torch.cat([a.detach().reshape(-1) for a in self.alphas.values()] + [w.detach().reshape(-1) for w in weights.values()])
+    every = [torch.zeros_like(mine) for _ in range(2)]
+    dist.all_gather(every, mine)
+    assert torch.equal(*every), "alphas or samples differ between the ranks"
+    seen.append(1)
+ArchOptimizer.step = spy
+train_search.search(search_config({data!r}, {out!r}, optimizer={optimizer!r}, gradient_accumulation_steps=2))
+assert len(seen) == 4
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["drnas", "gdas"])
+def test_alphas_and_samples_are_the_same_on_all_ranks(optimizer, data_dir, tmp_path):
+    program = tmp_path / "ranks.py"
+    program.write_text(RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), data=data_dir, out=str(tmp_path / "o"), optimizer=optimizer))
+    succeeds("torchrun", "--standalone", "--nproc_per_node=2", str(program))
+
+
+def test_zero_gives_the_same_losses(data_dir, tmp_path):
+    """With the optimizer's state shared out the losses stay, each process holds about half, and a run resumes with or without it."""
+    sizes = {"gradient_accumulation_steps": 2, "max_iters": 6, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    options = [*flags(TINY | sizes), f"--data_dir={data_dir}"]
+    two = ("torchrun", "--standalone", "--nproc_per_node=2")
+    succeeds(*two, "train.py", *options, f"--out_dir={tmp_path}/plain")
+    succeeds(*two, "train.py", *options, f"--out_dir={tmp_path}/zero", "--zero_stage=1")
+    plain, zero = ([line for line in read_lines(tmp_path / name / "log.jsonl") if line.get("step")] for name in ("plain", "zero"))
+    for a, b in zip(plain, zero, strict=True):
+        for key in ("loss", "train_loss", "val_loss"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-6)
+    for zero_stage, processes in ((0, ()), (1, two)):
+        out = tmp_path / f"again{zero_stage}"
+        shutil.copytree(tmp_path / "zero", out)
+        succeeds(*processes, "train.py", *options, f"--out_dir={out}", "--max_iters=8", "--init_from=resume", f"--zero_stage={zero_stage}")
+    a, b = (torch.load(tmp_path / f"again{i}/ckpt.pt", weights_only=True)["model"] for i in (0, 1))
+    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+
+
+def test_a_rank_that_dies_ends_all_and_the_run_goes_on_with_another_number(data_dir, tmp_path):
+    options = [*flags(TINY_SEARCH | {"gradient_accumulation_steps": 2, "save_interval": 1, "max_iters": 100000, "eval_interval": 50000}),
+               f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o"]
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_search.py", *options)
+    wait_for(process, "step 3/")
+    workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == process.pid]
+    os.kill(max(workers), signal.SIGKILL)
+    began = time.time()
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and time.time() - began < 90 and "Signal 9" in output
+    step = torch.load(tmp_path / "o/ckpt.pt", weights_only=True)["state"]["step"]
+    succeeds("train_search.py", *options, "--init_from=resume", f"--max_iters={step + 3}")
+    assert read_json(tmp_path / "o/result.json")["steps"] == step + 3
+
+
+def parent_of(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None
+
+
+def test_zero_on_one_process_is_one_sentence(data_dir, tmp_path):
+    done = run("train.py", *flags(TINY), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o", "--zero_stage=1")
+    assert done.returncode == 1 and "torchrun" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_json_of_ours_is_unsealed(data_dir, tmp_path):
+    """What is written can be told from what was changed: run.json, arch.json, result.json, meta.json and every line of a trajectory."""
+    train_search.search(search_config(data_dir, tmp_path / "s"))
+    for path in (*(tmp_path / "s").glob("*.json"), Path(data_dir) / "pydocs/meta.json"):
+        assert "sha256" in json.loads(path.read_text()), path
+    assert all("sha256" in line for line in read_lines(tmp_path / "s/arch_traj.jsonl"))
