@@ -103,8 +103,9 @@ def setup(config):
         if device_type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group(config.backend or ("nccl" if device_type == "cuda" else "gloo"),
-                                timeout=timedelta(minutes=config.timeout_minutes))
+        if not dist.is_initialized(): # by an earlier run in this process
+            dist.init_process_group(config.backend or ("nccl" if device_type == "cuda" else "gloo"),
+                                    timeout=timedelta(minutes=config.timeout_minutes))
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dtype = pick_dtype(config.dtype, device_type)
@@ -610,17 +611,18 @@ def finish(net, splits, config, run, state, cost, arch, log):
     if run.master:
         write_json(os.path.join(config.out_dir, "result.json"), result)
         print(f"next: python sample.py --out_dir={config.out_dir}")
-    if run.world > 1:
-        dist.destroy_process_group()
     return result
 
 
 def main(function, config):
     """Runs a script's function; a number that is not finite ends it with a sentence."""
     try:
-        return function(config)
+        function(config)
     except FloatingPointError as e:
         raise SystemExit(str(e)) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import os
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from analyze import describe, read_lines, search_figure
@@ -241,8 +240,6 @@ def finish(net, config, run, state):
         print(f"found: {describe(state.best_arch)}, {result['params']:,} parameters, loss {state.best_loss:.4f} with shared weights")
         print(f"figure: {search_figure(config.out_dir)}")
         print(f"next: python train_base.py --arch={os.path.join(config.out_dir, 'arch.json')}")
-    if run.world > 1:
-        dist.destroy_process_group()
     return result
 
 
