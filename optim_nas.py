@@ -150,11 +150,11 @@ def kl_to_uniform(concentration):
             + ((c - 1) * (c.digamma() - total.digamma().unsqueeze(-1))).sum(-1)).sum()
 
 
-def unrolled_gradient(params, alphas, train_grad, val_grad, learning_rate):
+def unrolled_gradient(params, alphas, train_grad, val_grad, learning_rate, radius=0.01):
     """The gradient of L_val(w - learning_rate * dL_train/dw, alpha) to the alphas (DARTS eq. 7), a list like alphas.
 
     train_grad(tensors), val_grad(tensors): the gradients of the two losses, at the current params, to those tensors.
-    The second derivative is a central difference along dL_val/dw', of length eps = 0.01 / its norm (eq. 8).
+    The second derivative is a central difference along dL_val/dw', of eps = radius / its norm (eq. 8).
     params are as before when it returns.
     """
     start = [p.detach().clone() for p in params]
@@ -167,7 +167,7 @@ def unrolled_gradient(params, alphas, train_grad, val_grad, learning_rate):
     move(train_grad(params), -learning_rate)
     grads = val_grad([*alphas, *params])
     d_alpha, d_w = grads[:len(alphas)], grads[len(alphas):]
-    eps = 0.01 / torch.stack([d.norm() for d in d_w]).norm().clamp_min(1e-12)
+    eps = radius / torch.stack([d.norm() for d in d_w]).norm().clamp_min(1e-12)
     move(d_w, eps)
     plus = train_grad(alphas)
     move(d_w, -eps)

@@ -79,8 +79,9 @@ def arch_step(net, forward, chooser, splits, config, run, state):
     leaves = to_device(weights, run, requires_grad=True)
 
     def grad_of(split, tensors):
-        batches = micro_batches(splits[split], config, run, "arch" if split == "search" else "unrolled", step)
-        backward(forward, batches, run, (leaves,))
+        # the same dropout in all evaluations: order 2 takes differences of gradients
+        torch.manual_seed(rng(config.seed, "dropout", "arch", step, run.rank).initial_seed())
+        backward(forward, micro_batches(splits[split], config, run, split, step), run, (leaves,))
         grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
         for t in [*leaves.values(), *net.parameters()]:
             t.grad = None
@@ -156,6 +157,8 @@ def search(config):
     if config.arch_search not in ("evolution", "random"):
         raise SystemExit(f"arch_search='{config.arch_search}' is not 'evolution' or 'random'.")
     run = setup(config)
+    if config.order == 2 and run.scaler.is_enabled():
+        raise SystemExit("order=2 differentiates through the gradient, which dtype=float16 scales: use --dtype=bfloat16 or float32.")
     splits, config.vocab_size = split_data(config, run)
     net = build(vars(config)).to(run.device)
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,

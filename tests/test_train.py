@@ -1,4 +1,5 @@
 """The trainers: the whole path on real text, and the laws of seeds, splits, resuming and keeping the best."""
+import functools
 import itertools
 import json
 import math
@@ -165,6 +166,52 @@ def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
             assert (spread.abs().sum(-1) > 0).all(), f"{name}: {leaf.grad}"
 
 
+def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
+    """arch_step of order 2 against the central difference of L_val(w - lr dL_train/dw) in one weight, with dropout; float64, where
+    the inner difference may be short."""
+    monkeypatch.setattr(train_search, "unrolled_gradient", functools.partial(train_search.unrolled_gradient, radius=1e-4))
+    config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", optimizer="darts", order=2, dropout=0.2, warmup_iters=0,
+                                            learning_rate=0.3))
+    run, state = train.setup(config), SimpleNamespace(step=0, skipped=0)
+    splits, config.vocab_size = train_search.split_data(config, run)
+    torch.manual_seed(0)
+    net = build(vars(config)).double()
+    chooser = ArchOptimizer("darts", net.choices, train.rng(0))
+    for alpha in chooser.alphas.values():
+        alpha.data = alpha.data.double()
+    seen = {}
+    chooser.step = lambda weights, grads: seen.update(weights=weights, grads=grads)
+    train_search.arch_step(net, net, chooser, splits, config, run, state)
+    params, start = list(net.parameters()), [p.detach().clone() for p in net.parameters()]
+
+    def loss_at(name, change, split, grads=False):
+        weights = {k: w.detach().clone() for k, w in seen["weights"].items()}
+        weights[name].view(-1)[1] += change
+        torch.manual_seed(train.rng(config.seed, "dropout", "arch", 0, 0).initial_seed())
+        loss = train.backward(net, train.micro_batches(splits[split], config, run, split, 0), run, (weights,))
+        found = [p.grad.clone() for p in params]
+        net.zero_grad()
+        return found if grads else loss.item()
+
+    def unrolled(name, change, unrolled_at):
+        with torch.no_grad():
+            for p, g in zip(params, loss_at_with_grad(name, unrolled_at), strict=True):
+                p -= config.learning_rate * g
+        loss = loss_at(name, change, "search")
+        with torch.no_grad():
+            for p, p0 in zip(params, start, strict=True):
+                p.copy_(p0)
+        return loss
+
+    def loss_at_with_grad(name, change):
+        with torch.enable_grad():
+            return loss_at(name, change, "train", grads=True)
+    for name in ("n_layer", "n_embd", "mlp_ratio"):
+        whole = (unrolled(name, 1e-4, 1e-4) - unrolled(name, -1e-4, -1e-4)) / 2e-4
+        first = (unrolled(name, 1e-4, 0) - unrolled(name, -1e-4, 0)) / 2e-4 # without the part that comes through the weights
+        assert abs(seen["grads"][name].view(-1)[1].item() - whole) < 1e-3 * abs(first - whole), name
+
+
 def test_micro_batches_sum_to_one_batch(data_dir):
     config = SimpleNamespace(**train_config(data_dir, "unused", gradient_accumulation_steps=3))
     run = SimpleNamespace(rank=0, world=1, device="cpu", amp=torch.autocast("cpu", enabled=False),
@@ -316,7 +363,8 @@ def test_mistakes_are_one_sentence_and_lose_nothing(searched, data_dir, tmp_path
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(optimizer="dart"), ["dart", "drnas"]), (dict(order=2), ["order=2", "darts"]), (dict(train_portion=1.0), ["train_portion"]),
+    (dict(optimizer="dart"), ["dart", "drnas"]), (dict(order=2), ["order=2", "darts"]),
+    (dict(optimizer="darts", order=2, dtype="float16"), ["order=2", "float16"]), (dict(train_portion=1.0), ["train_portion"]),
     (dict(device="tpu"), ["tpu", "cpu"]), (dict(dtype="float8"), ["float8"]), (dict(init_from="gpt5"), ["gpt5"]),
     (dict(init_from="resume"), ["holds no run"]), (dict(arch_search="luck"), ["luck"])])
 def test_wrong_values_are_one_sentence(change, words, data_dir, tmp_path):
