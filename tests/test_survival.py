@@ -75,47 +75,51 @@ def test_twenty_steps_are_ten_and_ten(name, data_dir, tmp_path):
 KILLER = """
 import os, random, signal, sys, time
 sys.path[:0] = [{root!r}, {tests!r}]
-import torch
+import matplotlib.figure, torch
 import train_search
 from test_train import search_config
 torch.set_num_threads(1)
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)]) # imports what the children would import, one after the other
 def go(out, init_from):
     sys.stdout = open(os.devnull, "w")
     train_search.search(search_config({data!r}, out, optimizer={optimizer!r}, max_iters=40, lr_decay_iters=40, eval_interval=10,
                                       save_interval=1, dropout=0.1, arch_evals=30, population=8, init_from=init_from))
-def attempt(out, init_from, kill_after=None):
+def attempt(out, kill_after=1e9):
+    began = os.path.exists(out + "/run.json")
     child = os.fork()
     if not child:
         try:
-            go(out, init_from)
+            go(out, "resume" if began else "scratch")
             os._exit(0)
         except BaseException as e:
             print(e, file=sys.stderr)
             os._exit(1)
-    end = time.time() + (kill_after if kill_after is not None else 1e9)
-    while time.time() < end:
+    start = time.time()
+    while time.time() < start + kill_after:
+        if not os.path.exists(out + "/run.json"):
+            start = time.time() # there is nothing to resume yet
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return status
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
-t = time.time()
-assert attempt({out!r} + "/whole", "scratch") == 0
-whole = time.time() - t
-clock, kills, finished = random.Random({seed}), 0, 0
+def progress(out):
+    path = out + "/ckpt.pt"
+    searched = sum(1 for _ in open(out + "/arch_search.jsonl")) if os.path.exists(out + "/arch_search.jsonl") else 0
+    return torch.load(path, weights_only=True)["state"]["step"] + searched if os.path.exists(path) else 0
+assert attempt({out!r} + "/whole") == 0
+clock, kills, run, moments = random.Random({seed}), 0, 0, set()
 while kills < 20:
-    out = {out!r} + f"/killed{{finished}}"
-    first = not os.path.exists(out + "/run.json")
-    status = attempt(out, "scratch" if first else "resume", clock.uniform(0.01, whole / 4))
-    kills += status == signal.SIGKILL
+    out = {out!r} + f"/killed{{run}}"
+    status = attempt(out, clock.uniform(0.0, 0.5))
     assert status in (0, signal.SIGKILL), status
-    finished += status == 0
-for i in range(finished + 1):
-    out = {out!r} + f"/killed{{i}}"
-    if not os.path.exists(out + "/result.json"):
-        assert attempt(out, "resume" if os.path.exists(out + "/run.json") else "scratch") == 0
-print("runs", finished + 1)
+    kills += status == signal.SIGKILL
+    moments.add(progress(out))
+    run += status == 0
+if not os.path.exists({out!r} + f"/killed{{run}}/result.json"):
+    assert attempt({out!r} + f"/killed{{run}}") == 0
+print(run + 1, len(moments))
 """
 
 
@@ -126,7 +130,8 @@ def test_killed_at_twenty_random_moments(optimizer, data_dir, tmp_path):
     program = KILLER.format(**places, optimizer=optimizer, seed=len(optimizer))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    runs = int(done.stdout.split()[-1])
+    runs, moments = map(int, done.stdout.split()[-2:])
+    assert moments >= 8, f"the kills fell at {moments} different moments only"
     whole = state_of(tmp_path / "whole")
     for i in range(runs):
         assert state_of(tmp_path / f"killed{i}") == whole, f"run {i} of {runs}"
