@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import build
 from optim_nas import uniform
-from supernet import extremes, one_hot
+from supernet import Size, extremes, one_hot
 
 SPACES = { # lists of lengths 1 to 4 that differ between choices, and sizes of no config
     "three": dict(n_layer=[1, 2, 3], n_embd=[12, 24, 36], n_head=[2, 3, 6], mlp_ratio=[1, 2.5, 4]),
@@ -96,7 +96,6 @@ def test_attention_mixture_is_its_padded_sum(head_size):
     attn, e_options, E = net.transformer.h[0].attn, (12, 24, 36), 36
     p, a = torch.tensor([0.2, 0.5, 0.3], requires_grad=True), torch.tensor([0.1, 0.6, 0.3], requires_grad=True)
     x = torch.randn(2, 5, E, requires_grad=True)
-    from supernet import Size
     cheap = attn(x, Size(e_options, share=net.share, p=p), a)
 
     width = sum(pk * (torch.arange(E) < k) for pk, k in zip(p, e_options, strict=True))
@@ -206,13 +205,84 @@ def test_cached_generation_equals_recomputing(head_size):
     net, (x, _) = supernet("ragged", head_size=head_size), tokens(T=3)
     net.eval()
     for arch in extremes(net.choices):
-        new = net.generate(x, 20, temperature=0, arch=arch) # runs past block_size=12
-        for t in range(3, 23):
+        new = net.generate(x, 40, temperature=1.5, arch=arch, generator=torch.Generator().manual_seed(3)) # runs past block_size=12
+        g = torch.Generator().manual_seed(3)
+        for t in range(3, 43):
             logits, _ = net(new[:, max(0, t - 12):t], arch=arch)
-            assert torch.equal(logits[:, -1].argmax(-1), new[:, t])
+            assert torch.equal(torch.multinomial((logits[:, -1] / 1.5).softmax(-1), 1, generator=g)[:, 0], new[:, t]), t
     drawn = [net.generate(x, 8, temperature=0.9, top_k=5, arch=arch, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert net.generate(x, 30, temperature=5.0, arch=arch, vocab_size=7)[:, 3:].max() < 7
+
+
+def test_plain_network_is_gpt2_written_out():
+    """Against the equations of GPT-2, in plain tensor operations: tanh GELU, pre-norm, tied head, softmax(q k / sqrt(d)) v."""
+    net, (x, y) = supernet("single"), tokens()
+    w = net.state_dict()
+    h = w["transformer.wte.weight"][x] + w["transformer.wpe.weight"][:9]
+
+    def norm(h, name):
+        centred = h - h.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(h, name):
+        return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    for i in range(2):
+        qkv = linear(norm(h, f"transformer.h.{i}.ln_1"), f"transformer.h.{i}.attn.c_attn")
+        q, k, v = (t.view(2, 9, 5, 8).transpose(1, 2) for t in qkv.split(40, -1))
+        scores = (q @ k.transpose(-1, -2) / 8 ** 0.5).masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
+        h = h + linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 40), f"transformer.h.{i}.attn.c_proj")
+        z = linear(norm(h, f"transformer.h.{i}.ln_2"), f"transformer.h.{i}.mlp.c_fc")
+        z = 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z ** 3)))
+        h = h + linear(z, f"transformer.h.{i}.mlp.c_proj")
+    logits = norm(h, "transformer.ln_f") @ w["transformer.wte.weight"].T
+    agree(net(x, y)[0], logits, "logits")
+    agree(net(x)[0], logits[:, [-1]], "logits of the last position")
+
+
+def test_mixture_mixes_the_width_once_in_every_operation():
+    """Embeddings, final norm and head of the mixture, written out around its blocks."""
+    net, (x, y) = supernet("three"), tokens()
+    g = torch.Generator().manual_seed(0)
+    weights = {name: torch.rand(c.shape, generator=g).softmax(-1) for name, c in net.choices.items()}
+    e, p, w = Size((12, 24, 36), share=net.share, p=weights["n_embd"]), weights["n_layer"], net.state_dict()
+    options = list(zip(weights["n_embd"], (12, 24, 36), strict=True))
+    S = sum(pk * (torch.arange(36) < k) for pk, k in options)
+    h, mixed = w["transformer.wte.weight"][x] * S + w["transformer.wpe.weight"][:9] * S, 0
+    for i, block in enumerate(net.transformer.h):
+        h = block(h, e, weights["n_head"][i], weights["mlp_ratio"][i])
+        mixed = mixed + p[i] * h
+    weight, bias = w["transformer.ln_f.weight"], w["transformer.ln_f.bias"]
+    normed = sum(pk * F.pad(F.layer_norm(mixed[..., :k], (k,), weight[:k], bias[:k]), (0, 36 - k)) for pk, k in options)
+    agree(net(x, y, weights)[0], (normed * S) @ w["transformer.wte.weight"].T, "logits")
+
+
+def test_dropout_is_everywhere_in_training_and_nowhere_in_evaluation(monkeypatch):
+    net, (x, y) = supernet("single", dropout=0.3), tokens()
+    dropped, attention = [], F.scaled_dot_product_attention
+
+    def spy(*args, dropout_p=0.0, **kwargs):
+        dropped.append(dropout_p)
+        return attention(*args, dropout_p=dropout_p, **kwargs)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    places = [net.transformer.drop, *(m for b in net.transformer.h for m in (b.attn.resid_dropout, b.mlp.dropout))]
+    for place in places:
+        place.register_forward_hook(lambda module, args, out: dropped.append(module.p if module.training else 0.0))
+    net(x, y)
+    assert dropped == [0.3] * 7
+    dropped.clear()
+    net.eval()
+    assert torch.equal(net(x, y)[0], net(x, y)[0]) and not any(dropped) and len(dropped) == 14
+
+
+def test_sampling_follows_temperature_and_top_k():
+    net, (x, _) = supernet("single"), tokens(B=1, T=4)
+    net.eval()
+    logits = net(x)[0][0, -1].detach()
+    drawn = net.generate(x.repeat(20_000, 1), 1, temperature=2.0, top_k=5, generator=torch.Generator().manual_seed(0))[:, -1]
+    kept = logits.topk(5)
+    p = torch.zeros(29).index_put((kept.indices,), (kept.values / 2.0).softmax(-1))
+    assert (drawn.bincount(minlength=29) / 20_000 - p).abs().max() < 0.015
 
 
 def test_any_batch_and_length_at_run_time():

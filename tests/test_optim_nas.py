@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from optim_nas import (ArchOptimizer, architectures, best_of, dirichlet, entropy, evolutionary_search, gumbel, key_of, kl_to_uniform,
-                       likeliest, one_hot, random_search, space_size, sparsemax, uniform, unrolled_gradient)
+import optim_nas
+from optim_nas import (ArchOptimizer, architectures, best_of, crossover, dirichlet, entropy, evolutionary_search, gumbel, key_of,
+                       kl_to_uniform, likeliest, mutate, one_hot, random_search, space_size, sparsemax, uniform, unrolled_gradient)
 from supernet import Choice
 
 CHOICES = {"n_layer": Choice((1, 2, 3)), "n_embd": Choice((8, 16)), "n_head": Choice((1, 2, 4), repeat=3, depth="n_layer")}
@@ -113,6 +114,58 @@ def test_each_finds_the_best_option_of_a_linear_loss(name, rest):
         search.step(weights, bad)
     assert search.arch() == likeliest(CHOICES, {key: -b for key, b in bad.items()})
     assert sum(h.sum() for h in entropy(search.mean()).values()) < before
+
+
+def test_settings_of_the_arch_optimizer():
+    """alphas 1e-3 N(0, 1); Adam 3e-4, betas (0.5, 0.999), weight decay 1e-3, which drnas with kl puts into the loss instead."""
+    choices = {"op": Choice(tuple(range(50)), repeat=40)}
+    for name, rest, decay in (("darts", {}, 1e-3), ("drnas", {}, 1e-3), ("drnas", {"regularizer": "kl"}, 0.0), ("gdas", {}, 1e-3)):
+        search = ArchOptimizer(name, choices, generator(), **rest)
+        group, alpha = search.optimizer.param_groups[0], search.alphas["op"]
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.5, 0.999), decay)
+        assert 0.9e-3 < alpha.std() < 1.1e-3 and abs(alpha.mean()) < 1e-4
+
+
+def test_kl_regularizer_pulls_towards_the_flat_dirichlet():
+    """With a loss that does not care, kl brings concentrations back to 1, alpha to 0, and l2 without decay does not."""
+    for rest, moved in (({"regularizer": "kl"}, True), ({"weight_decay": 0.0}, False)):
+        search = ArchOptimizer("drnas", {"op": Choice((0, 1, 2))}, generator(), learning_rate=0.02, **rest)
+        search.alphas["op"].data.fill_(2.0)
+        for step in range(300):
+            search.step(search.sample(0, generator(step)), {"op": torch.full((3,), 1e-12)})
+        assert (search.alphas["op"].abs().max() < 0.5) == moved
+
+
+def test_the_mean_is_what_is_sampled_on_average():
+    for name, rest in (("drnas", {}), ("gdas", {}), ("darts", {"normalize": "sparsemax"})):
+        search = ArchOptimizer(name, {"op": Choice((0, 1, 2))}, generator(), **rest)
+        search.alphas["op"].data.copy_(torch.tensor([0.4, -0.3, 0.1]))
+        g = generator()
+        mean = torch.stack([search.sample(0.5, g)["op"].detach() for _ in range(4000)]).mean(0)
+        torch.testing.assert_close(mean, search.mean()["op"].detach(), atol=0.025, rtol=0)
+    assert torch.equal(search.mean()["op"], sparsemax(search.alphas["op"]))
+
+
+def test_mutation_changes_what_its_probabilities_say_and_crossover_what_the_parents_have():
+    choices = {"n_layer": Choice((20,)), "n_embd": Choice((8, 16)), "op": Choice(tuple(range(10)), repeat=20, depth="n_layer")}
+    a, b = ({"n_layer": 20, "n_embd": e, "op": [o] * 20} for e, o in ((8, 3), (16, 7)))
+    g = generator()
+    assert mutate(choices, a, g, 0.0, 0.0) == a
+    children = [mutate(choices, a, g, 0.3, 0.5) for _ in range(400)]
+    changed = sum(v != 3 for c in children for v in c["op"]) / 8000
+    assert changed == pytest.approx(0.3 * 0.9, abs=0.025) and sum(c["n_embd"] != 8 for c in children) / 400 == pytest.approx(0.25, abs=0.08)
+    children = [crossover(choices, a, b, g) for _ in range(200)]
+    assert {v for c in children for v in c["op"]} == {3, 7} and {c["n_embd"] for c in children} == {8, 16}
+    assert sum(v == 3 for c in children for v in c["op"]) / 4000 == pytest.approx(0.5, abs=0.05)
+
+
+def test_evolution_mutates_and_crosses(monkeypatch):
+    used = []
+    for name in ("mutate", "crossover"):
+        real = getattr(optim_nas, name)
+        monkeypatch.setattr(optim_nas, name, lambda *args, name=name, real=real: used.append(name) or real(*args))
+    evolutionary_search(CHOICES, loss_of, 40, generator(), population=10, parents=4)
+    assert 10 < used.count("mutate") and 10 < used.count("crossover")
 
 
 def test_a_choice_without_gradient_stops_the_search():

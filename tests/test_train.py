@@ -166,6 +166,78 @@ def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
             assert (spread.abs().sum(-1) > 0).all(), f"{name}: {leaf.grad}"
 
 
+def test_the_split_shares_out_train_bin(data_dir, tmp_path):
+    config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", train_portion=0.7))
+    splits, vocab_size = train_search.split_data(config, SimpleNamespace(master=True, world=1))
+    whole = load_tokens(data_dir, "pydocs", "train")
+    assert np.array_equal(np.concatenate([splits["train"], splits["search"]]), whole) and len(splits["train"]) == int(0.7 * len(whole))
+    assert np.array_equal(splits["val"], load_tokens(data_dir, "pydocs", "val"))
+    assert vocab_size == read_json(f"{data_dir}/pydocs/meta.json")["vocab_size"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path, monkeypatch):
+    """The alphas learn on the search split with frozen weights, the weights on the train split; every draw has its own generator."""
+    length = len(load_tokens(data_dir, "pydocs", "train"))
+    split_of = {int(0.8 * length): "train", length - int(0.8 * length): "search", len(load_tokens(data_dir, "pydocs", "val")): "val"}
+    batches, evaluated, draws, frozen, rates, choosers = [], [], [], [], [], []
+    real_batches, real_estimate, real_backward = train_search.micro_batches, train_search.estimate_loss, train_search.backward
+    real_sample, real_update, real_init = ArchOptimizer.sample, train_search.update, ArchOptimizer.__init__
+
+    def spy_batches(tokens, *args):
+        batches.append(split_of[len(tokens)])
+        return real_batches(tokens, *args)
+
+    def spy_estimate(net, tokens, *args):
+        evaluated.append(split_of[len(tokens)])
+        return real_estimate(net, tokens, *args)
+
+    def spy_backward(net, *args):
+        frozen.append(not any(p.requires_grad for p in net.parameters()))
+        return real_backward(net, *args)
+
+    def spy_sample(self, progress, generator):
+        draws.append((progress, generator.initial_seed()))
+        return real_sample(self, progress, generator)
+
+    def spy_update(net, optimizer, *args):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return real_update(net, optimizer, *args)
+
+    def spy_init(self, *args, **kwargs):
+        real_init(self, *args, **kwargs)
+        choosers.append((self, {k: a.detach().clone() for k, a in self.alphas.items()}))
+    for module, attribute, spy in ((train_search, "micro_batches", spy_batches), (train_search, "estimate_loss", spy_estimate),
+                                   (train_search, "backward", spy_backward), (train_search, "update", spy_update),
+                                   (ArchOptimizer, "sample", spy_sample), (ArchOptimizer, "__init__", spy_init)):
+        monkeypatch.setattr(module, attribute, spy)
+    settings = dict(train_portion=0.8, arch_learning_rate=0.007, arch_weight_decay=0.002)
+    config = search_config(data_dir, tmp_path / "s", **settings, **OPTIMIZERS[name])
+    train_search.search(config)
+    arch_steps = {"darts2": ["train", "search", "train", "train"], "spos": []}.get(name, ["search"])
+    assert batches == [*arch_steps, "train"] * 4 and set(evaluated) == {"search", "val"}
+    assert frozen == ([name != "darts2"] * len(arch_steps) + [False]) * 4
+    assert rates == [train.get_lr(step, SimpleNamespace(**config)) for step in range(4)]
+    chooser, before = choosers[0]
+    assert all(not torch.equal(a, before[k]) for k, a in chooser.alphas.items())
+    if name != "spos":
+        group = chooser.optimizer.param_groups[0]
+        assert (group["lr"], group["weight_decay"]) == (0.007, 0.002)
+    in_steps = [d for d in draws if d[0] < 1.0]
+    assert [p for p, _ in in_steps] == [step / 4 for step in range(4) for _ in range(1 if name == "spos" else 2)]
+    assert len({seed for _, seed in in_steps}) == len(in_steps)
+
+
+@pytest.mark.parametrize("arch_search, other", [("evolution", "random_search"), ("random", "evolutionary_search")])
+def test_spos_ends_with_the_search_that_was_asked_for(arch_search, other, data_dir, tmp_path, monkeypatch):
+    config, real = search_config(data_dir, tmp_path / "s", optimizer="spos", arch_search=arch_search), getattr(train_search, other)
+    calls = []
+    monkeypatch.setattr(train_search, other, lambda *args: calls.append(len(args)) or real(*args))
+    train_search.search(config)
+    assert len(calls) == (3 if other == "random_search" else 0) # three evaluations draw a few at random
+    assert len(read_lines(tmp_path / "s/arch_search.jsonl")) == 6
+
+
 def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
     """arch_step of order 2 against the central difference of L_val(w - lr dL_train/dw) in one weight, with dropout; float64, where
     the inner difference may be short."""
