@@ -29,7 +29,8 @@ from train import Log, append, average, backward, begin, configure_optimizer, es
 from train import micro_batches, resume, rng, save, setup, signals, share, stop_if_told, update
 
 # -----------------------------------------------------------------------------
-# the keys of train.py, and:
+# the keys of train.py but two, and:
+del val_portion, early_stopping # noqa: F821 (a search splits by train_portion, and runs to its end)
 out_dir = 'out/search'
 # search space: lists of sizes
 n_layer = [2, 3, 4]
