@@ -82,7 +82,7 @@ torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)]) # imports what the children would import, one after the other
 def go(out, init_from):
     sys.stdout = open(os.devnull, "w")
-    train_search.search(search_config({data!r}, out, optimizer={optimizer!r}, max_iters=40, lr_decay_iters=40, eval_interval=10,
+    train_search.search(search_config({data!r}, out, optimizer={optimizer!r}, max_iters=60, lr_decay_iters=60, eval_interval=10,
                                       save_interval=1, dropout=0.1, arch_evals=30, population=8, init_from=init_from))
 def attempt(out, kill_after=1e9):
     began = os.path.exists(out + "/run.json")
@@ -94,16 +94,19 @@ def attempt(out, kill_after=1e9):
         except BaseException as e:
             print(e, file=sys.stderr)
             os._exit(1)
-    start = time.time()
+    start, log = time.time(), touched(out)
     while time.time() < start + kill_after:
-        if not os.path.exists(out + "/run.json"):
-            start = time.time() # there is nothing to resume yet
+        if touched(out) == log: # it has not begun to work yet
+            start = time.time()
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return status
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
+def touched(out):
+    names = [out + "/log.jsonl", out + "/arch_search.jsonl"]
+    return [os.stat(name).st_mtime_ns for name in names if os.path.exists(name)]
 def progress(out):
     path = out + "/ckpt.pt"
     searched = sum(1 for _ in open(out + "/arch_search.jsonl")) if os.path.exists(out + "/arch_search.jsonl") else 0
@@ -112,13 +115,14 @@ assert attempt({out!r} + "/whole") == 0
 clock, kills, run, moments = random.Random({seed}), 0, 0, set()
 while kills < 20:
     out = {out!r} + f"/killed{{run}}"
-    status = attempt(out, clock.uniform(0.0, 0.5))
+    status = attempt(out, clock.uniform(0.0, 0.08))
     assert status in (0, signal.SIGKILL), status
     kills += status == signal.SIGKILL
     moments.add(progress(out))
     run += status == 0
 if not os.path.exists({out!r} + f"/killed{{run}}/result.json"):
     assert attempt({out!r} + f"/killed{{run}}") == 0
+print(sorted(moments), file=sys.stderr)
 print(run + 1, len(moments))
 """
 
