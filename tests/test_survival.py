@@ -91,7 +91,7 @@ def attempt(out, kill_after=1e9):
         try:
             go(out, "resume" if began else "scratch")
             os._exit(0)
-        except BaseException as e:
+        except (Exception, SystemExit) as e:
             print(e, file=sys.stderr)
             os._exit(1)
     start, log = time.time(), touched(out)
