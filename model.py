@@ -5,6 +5,7 @@ A GPT, after nanoGPT, whose sizes may be lists: n_layer, n_head, n_embd and mlp_
     build({"n_embd": [192, 288, 384]})      a supernet that holds all three, with shared weights
     net(x, y, weights)                      a mixture of all its networks, differentiable in the weights
     net(x, y, arch)                         one of them, by slicing, at its own cost
+    net(x, y, picked(net.choices, weights)) the same, differentiable in the weights of what was picked
     net.extract(arch)                       the same as a network of its own
 
 Attention heads follow one of two conventions:
@@ -19,7 +20,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from supernet import Choice, Embedding, LayerNorm, Linear, Size, check_arch, extract, one_hot, options_of, prefixes
+from supernet import Choice, Embedding, LayerNorm, Linear, Size, causal_attention, check_arch, extract, mixed_attention, one_hot, options_of
+from supernet import prefixes, straight
 
 
 @dataclass
@@ -47,46 +49,41 @@ class CausalSelfAttention(nn.Module):
         # what a mixture multiplies with, for each head count j: the channels that each width uses, and 1/sqrt of its head size
         if config.head_size:
             share = prefixes([h * config.head_size for h in n_head], inner) # (n_head, inner)
+            scale = torch.full((1, inner), config.head_size ** -0.5)
         else:
             share = torch.stack([prefixes(n_embd, inner, groups=h) for h in n_head]) # (n_head, n_embd, inner)
-            scale = torch.tensor([[(e / h) ** -0.5 for e in n_embd] for h in n_head]) # (n_head, n_embd)
-            self.register_buffer("scale", share * scale.unsqueeze(-1), persistent=False)
+            scale = share * torch.tensor([[(e / h) ** -0.5 for e in n_embd] for h in n_head]).unsqueeze(-1)
         self.register_buffer("share", share, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x, e=None, n_head=None, cache=None):
         if isinstance(n_head, torch.Tensor):
             return self.mixture(x, e, n_head)
-        h = n_head or self.n_head[-1]
+        h, a = n_head if isinstance(n_head, tuple) else (n_head or self.n_head[-1], None)
         n = h * self.head_size or (self.n_embd[-1] if e is None else e.n)
         groups = 1 if self.head_size else h
         q, k, v = self.c_attn(x, e, Size(3 * n, 3 * groups)).split(n, dim=2) # (B, T, n)
         if cache is not None: # of generate(): the keys and values of all tokens before these
             k, v = (torch.cat((cache[name], new), 1) if cache else new for name, new in (("k", k), ("v", v)))
             cache.update(k=k, v=v)
-        y = self.attend(q, k, v, h)
+        if a is not None and not self.head_size: # the weights as in the mixture below
+            q, a = straight(q, e.p * e.p), a * e.p * e.p
+        y = straight(causal_attention(q, k, v, h, self.dropout if self.training else 0.0), a)
         return self.resid_dropout(self.c_proj(y, Size(n, groups), e))
-
-    def attend(self, q, k, v, h, scale=None):
-        """(B, T, n) each -> (B, T, n): h heads of n/h channels side by side."""
-        q, k, v = (t.unflatten(2, (h, -1)).transpose(1, 2) for t in (q, k, v)) # (B, h, T, n/h)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, scale=scale,
-                                           is_causal=q.size(2) == k.size(2)) # one new token sees the whole cache
-        return y.transpose(1, 2).flatten(2)
 
     def mixture(self, x, e, a):
         """a: (n_head,) weights. Every head count attends in its own layout, with the scale of its true head size.
 
         The width is mixed once by each projection: in the rows of query, key and value, and in the columns of c_proj.
         Masks are linear in what they multiply, so the key's moves onto the query and the value's behind the attention.
+        Heads of a fixed size are nested: one attention, head i times S(i).
         """
-        q, k, v = self.c_attn(x, e).chunk(3, dim=2) # (B, T, inner)
-        if self.head_size: # the heads are nested: one attention, head i times S(i)
-            y = self.attend(q, k, v, self.n_head[-1]) * (a @ self.share)
-            return self.resid_dropout(self.c_proj(y, None, e))
-        y = 0
-        for j, h in enumerate(self.n_head):
-            S, scale = e.p @ self.share[j], e.p @ self.scale[j] # (inner,)
-            y = y + self.attend(q * (S * scale), k, v, h, scale=1.0) * (a[j] * S * S)
+        qkv, dropout = self.c_attn(x, e), self.dropout if self.training else 0.0 # (B, T, 3 inner)
+        if self.head_size:
+            y = mixed_attention(qkv, self.scale, (a @ self.share).unsqueeze(0), self.n_head[-1:], dropout)
+        else:
+            S, scale = e.p @ self.share, e.p @ self.scale # (n_head, inner)
+            y = mixed_attention(qkv, S * scale, a.unsqueeze(-1) * S * S, self.n_head, dropout)
         return self.resid_dropout(self.c_proj(y, None, e))
 
 
@@ -100,12 +97,15 @@ class MLP(nn.Module):
         self.c_proj = Linear(n_hidden[-1][-1], n_embd[-1], bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("share", prefixes(n_hidden, n_hidden[-1][-1]), persistent=False) # (n_embd, mlp_ratio, hidden)
+        self.n_hidden = tuple(sorted({n for row in n_hidden for n in row}))
+        self.register_buffer("last", torch.tensor(self.n_hidden) - 1, persistent=False)
 
     def hidden(self, e, m):
         """The Size of the hidden dimension, n_embd * mlp_ratio."""
         if isinstance(m, torch.Tensor):
-            return Size(None, share=torch.einsum("m,emh->eh", m, self.share), p=e.p)
-        return Size(int((m or self.mlp_ratio[-1]) * (self.n_embd[-1] if e is None else e.n)))
+            return Size(self.n_hidden, share=torch.einsum("m,emh->eh", m, self.share), p=e.p, last=self.last)
+        m, weight = m if isinstance(m, tuple) else (m or self.mlp_ratio[-1], None)
+        return Size(int(m * (self.n_embd[-1] if e is None else e.n)), share=weight, p=None if e is None else e.p)
 
     def forward(self, x, e=None, mlp_ratio=None):
         hidden = self.hidden(e, mlp_ratio)
@@ -162,6 +162,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(E, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight # weight tying
         self.register_buffer("share", prefixes(self.n_embd, E), persistent=False) # (n_embd, E)
+        self.register_buffer("last", torch.tensor(self.n_embd) - 1, persistent=False)
 
         self.apply(self._init_weights)
         for name, p in self.named_parameters(): # scaled init of the residual projections, per the GPT-2 paper
@@ -185,6 +186,8 @@ class GPT(nn.Module):
         x = self.transformer.drop(self.transformer.wte(idx, e) + self.transformer.wpe(pos, e)) # (B, T, n_embd)
         if isinstance(n_layer, torch.Tensor):
             x = self.mixed_depth(x, e, n_layer, layers)
+        elif isinstance(n_layer, tuple):
+            x = self.picked_depth(x, e, *n_layer, layers)
         else:
             for i in range(n_layer):
                 x = self.transformer.h[i](x, e, *layers[i], cache[i] if cache else None)
@@ -202,10 +205,10 @@ class GPT(nn.Module):
             open_choices = {name: list(c.options) for name, c in self.choices.items() if len(c.options) > 1}
             assert not open_choices, f"a supernet needs weights or an architecture as its third argument: it has {open_choices}"
             return None, L, [(None, None)] * L
-        if isinstance(arch["n_layer"], torch.Tensor):
-            e = Size(self.n_embd, share=self.share, p=arch["n_embd"])
-            return e, arch["n_layer"], list(zip(arch["n_head"], arch["mlp_ratio"], strict=True))
-        return Size(arch["n_embd"]), arch["n_layer"], list(zip(arch["n_head"], arch["mlp_ratio"], strict=False))
+        n_embd, layers = arch["n_embd"], list(zip(arch["n_head"], arch["mlp_ratio"], strict=False))
+        if isinstance(n_embd, torch.Tensor):
+            return Size(self.n_embd, share=self.share, p=n_embd, last=self.last), arch["n_layer"], layers
+        return Size(n_embd[0], p=n_embd[1]) if isinstance(n_embd, tuple) else Size(n_embd), arch["n_layer"], layers
 
     def mixed_depth(self, x, e, p, layers):
         """sum_d p_d x_d, x_d the output of the d-th layer; p: (n_layer,) weights."""
@@ -215,6 +218,20 @@ class GPT(nn.Module):
             if depth in self.n_layer:
                 out = out + x * p[self.n_layer.index(depth)]
         return out
+
+    def picked_depth(self, x, e, n_layer, p, layers):
+        """mixed_depth() for a p that is 1 at n_layer and 0 elsewhere. The norm that follows hides the scale of what was picked, so
+        the other depths must have gradients too, or none would learn: the layers behind n_layer run forward alone."""
+        out, deeper = 0, x
+        for depth, (block, layer) in enumerate(zip(self.transformer.h, layers, strict=True), 1):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and depth <= n_layer):
+                deeper = block(deeper, e, *layer)
+            if depth == n_layer:
+                x = deeper
+            if depth in self.n_layer:
+                weight = p[self.n_layer.index(depth)]
+                out = out + deeper.detach() * (weight - weight.detach())
+        return x + out
 
     def extract(self, arch):
         """The stand-alone network of an architecture, with the weights it has here."""

@@ -63,6 +63,17 @@ def likeliest(choices, weights):
                                 for name, c in choices.items()})
 
 
+def picked(choices, weights):
+    """The architecture of the largest weight in every row, for all layers, each option in a pair with its weight; a number of
+    layers in a pair with all weights of its row."""
+    depths = {choice.depth for choice in choices.values()}
+
+    def pick(name, row):
+        k = row.argmax().item()
+        return choices[name].options[k], row if name in depths else row[k]
+    return {name: [pick(name, row) for row in weights[name]] if c.repeat else pick(name, weights[name]) for name, c in choices.items()}
+
+
 def entropy(weights):
     """{name: (...,)}: the entropy of every row over its largest possible value; 1 is undecided, 0 decided."""
     return {name: -torch.special.xlogy(w, w).sum(-1) / math.log(w.size(-1)) for name, w in weights.items() if w.size(-1) > 1}

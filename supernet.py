@@ -11,6 +11,10 @@ option does not use is exactly zero, and never enters a norm, a softmax or a sca
 Weight superposition: TangleNAS (Sukthanker et al. 2023), `sum_k p_k pad(W[:o_k, :i_k])`. For option sizes s_k,
 S(i) = sum of p_k with s_k > i is the share of the options that use channel i: most sums collapse to a product with S.
 """
+import hashlib
+import os
+import platform
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -89,22 +93,29 @@ def extremes(choices):
 class Size(NamedTuple):
     """The part of a dimension of N channels that is in use: the first n/groups channels of each of `groups` equal parts.
 
-    A mixture has n: (K,) options, p: (K,) their weights and share: (K, N), how much of every channel option k uses
-    (0 or 1, or between them where a second choice mixes inside the dimension).
+    A mixture has p: (K,), the weights of its options, share: (K, N), how much of every channel option k uses (0 or 1, or
+    between them where a second choice mixes inside the dimension), and n: the sizes where that changes, as numbers and as
+    `last`: (len(n),), the last channel before each. A hard size whose option carries a weight (gdas) has it as p, and that of
+    a second choice as share, both scalars.
     """
     n: int | tuple
     groups: int = 1
     share: torch.Tensor | None = None
     p: torch.Tensor | None = None
+    last: torch.Tensor | None = None
 
     @property
     def mixed(self):
-        return self.p is not None
+        return self.p is not None and self.p.dim() == 1
+
+    @property
+    def weighted(self):
+        return self.p is not None and self.p.dim() == 0
 
     @property
     def S(self):
-        """(N,): the total weight of the options that use each channel."""
-        return self.p @ self.share
+        """(N,): the total weight of the options that use each channel; of a hard size: its weight."""
+        return self.p @ self.share if self.mixed else self.p if self.share is None else self.p * self.share
 
 
 def prefixes(n, N, groups=1):
@@ -121,6 +132,168 @@ def take(w, dim, size):
     return w.unflatten(dim, (size.groups, -1)).narrow(dim + 1, 0, size.n // size.groups).flatten(dim, dim + 1)
 
 # -----------------------------------------------------------------------------
+# mixing: each of these in PyTorch, which says what is computed, and for a CPU in fused_ops.cpp
+
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
+fused = False # whether CPU mixtures run in fused_ops.cpp
+
+
+def use_fused_ops(wanted=True):
+    """Turns the kernels of fused_ops.cpp on, or off; compiles them first where this machine has not yet done so. Without a
+    compiler the same is computed by PyTorch, after one line that says so."""
+    global fused
+    fused = wanted and (hasattr(torch.ops.nas, "attention") or compile_fused_ops())
+
+
+def compile_fused_ops():
+    from torch.utils import cpp_extension
+    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fused_ops.cpp")
+    with open(file) as f: # a build is for one source, one PyTorch and one kind of processor
+        identity = repr((f.read(), FLAGS, torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), processor()))
+    name, start = "nas_" + hashlib.sha256(identity.encode()).hexdigest()[:12], time.perf_counter()
+    built = os.path.exists(os.path.join(cpp_extension.get_default_build_root(), name, f"{name}.so"))
+    if not built:
+        print("compiling fused_ops.cpp, once on this machine, about 15 s ...", flush=True)
+    try:
+        os.makedirs(folder := os.path.join(cpp_extension.get_default_build_root(), name), exist_ok=True)
+        cpp_extension.load(name, [file], extra_cflags=FLAGS, build_directory=folder, is_python_module=False)
+    except (RuntimeError, OSError, ImportError, SystemError) as e: # no compiler, no ninja, no room, a library that does not load
+        print(f"fused_ops.cpp is not in use, PyTorch computes the same more slowly ({str(e).strip().splitlines()[0]}).", flush=True)
+        return False
+    if not built:
+        print(f"compiled fused_ops.cpp in {time.perf_counter() - start:.0f} s", flush=True)
+    register_fused_ops()
+    return True
+
+
+def processor():
+    """The model of this processor, for code that was compiled for it alone."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next((line for line in f if line.startswith("model name")), "")
+    except OSError:
+        return platform.processor()
+
+
+def register_fused_ops():
+    """The shapes and the gradients of the kernels."""
+    ops, library = torch.ops.nas, torch.library
+
+    library.register_fake("nas::layer_norm")(lambda x, weight, bias, p, n, eps: torch.empty_like(x, memory_format=torch.contiguous_format))
+    library.register_fake("nas::layer_norm_backward")(lambda g, x, weight, p, n, eps: (
+        torch.empty_like(x, memory_format=torch.contiguous_format), *(small(x, t.shape) for t in (weight, weight, p))))
+    library.register_fake("nas::block_linear")(lambda x, W, bias, M, o, i: x.new_empty((*x.shape[:-1], W.shape[0])))
+    library.register_fake("nas::block_linear_backward")(lambda g, x, W, M, o, i, need_W, need_bias, need_M: (
+        torch.empty_like(x, memory_format=torch.contiguous_format), W.new_empty(W.shape if need_W else 0),
+        small(x, W.shape[:1] if need_bias else 0), small(x, M.shape if need_M else 0)))
+    library.register_fake("nas::attention")(lambda qkv, q_scale, y_scale, n_head: qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3)))
+    library.register_fake("nas::attention_backward")(lambda g, qkv, q_scale, y_scale, n_head: (
+        torch.empty_like(qkv, memory_format=torch.contiguous_format), small(qkv, q_scale.shape), small(qkv, y_scale.shape)))
+
+    def small(x, shape): # what the kernels sum up is float32, or float64
+        return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*(t for t in inputs if isinstance(t, torch.Tensor)))
+        ctx.rest = [t for t in inputs if not isinstance(t, torch.Tensor | None)]
+        ctx.bias = isinstance(inputs[2], torch.Tensor)
+
+    def layer_norm(ctx, g):
+        x, weight, *_, p = ctx.saved_tensors
+        dx, dweight, dbias, dp = ops.layer_norm_backward(g, x, weight, p, *ctx.rest)
+        return dx, dweight.to(weight.dtype), dbias.to(weight.dtype) if ctx.bias else None, dp.to(p.dtype), None, None
+
+    def block_linear(ctx, g):
+        x, W, *_, M = ctx.saved_tensors
+        need_W, need_bias, need_M = ctx.needs_input_grad[1:4]
+        dx, dW, dbias, dM = ops.block_linear_backward(g, x, W, M, *ctx.rest, need_W, need_bias, need_M)
+        return dx, dW if need_W else None, dbias.to(g.dtype) if need_bias else None, dM.to(M.dtype) if need_M else None, None, None
+
+    def attention(ctx, g):
+        qkv, q_scale, y_scale = ctx.saved_tensors
+        dqkv, dq_scale, dy_scale = ops.attention_backward(g, qkv, q_scale, y_scale, *ctx.rest)
+        return dqkv, dq_scale.to(q_scale.dtype), dy_scale.to(y_scale.dtype), None
+
+    for backward in (layer_norm, block_linear, attention):
+        library.register_autograd(f"nas::{backward.__name__}", backward, setup_context=keep)
+
+
+def mixed_norm(x, weight, bias, p, n, eps):
+    """weight * sum_k p_k pad((x[:n_k] - mean_k) / std_k) + bias: x (..., N), n increasing options, p their weights -> (..., N).
+
+    Each block of channels between two options is reduced once; the blocks' means and squared deviations are merged
+    into those of every prefix (Chan et al. 1979), which stays exact where E[x^2] - mean^2 would cancel.
+    """
+    if fused and x.is_cpu:
+        return torch.ops.nas.layer_norm(x, weight, bias, p, n, eps)
+    sizes = [b - a for a, b in zip((0, *n[:-1]), n, strict=True)]
+    blocks = x.split(sizes, dim=-1)
+    mean, m2, scales, shifts = 0.0, 0.0, [], []
+    for k, (size, block) in enumerate(zip(sizes, blocks, strict=True)):
+        var_b, mean_b = torch.var_mean(block, dim=-1, keepdim=True, correction=0) # (..., 1)
+        delta = mean_b - mean
+        m2 = m2 + var_b * size + delta * delta * ((n[k] - size) * size / n[k])
+        mean = mean + delta * (size / n[k])
+        scales.append(p[k] * torch.rsqrt(m2 / n[k] + eps))
+        shifts.append(scales[-1] * mean)
+    # block k is in every option from k on
+    y = weight * torch.cat([block * sum(scales[k:]) - sum(shifts[k:]) for k, block in enumerate(blocks)], dim=-1)
+    return y if bias is None else y + bias
+
+
+def mixed_linear(x, W, bias, M, o, i):
+    """x @ (W * M).T + bias: M (len(o), len(i)) is constant on the blocks that the row ends o and the column ends i cut W into.
+
+    Frozen weights get no gradient, and that of M comes at no more than the price of the gradient to x: by block rows r,
+    y_r = W_r (M_r * x), the products with W_r are what the gradient to x is made of.
+    """
+    if fused and x.is_cpu:
+        if torch.is_autocast_enabled("cpu"): # which knows torch's own operations alone
+            x, W = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, W))
+        return torch.ops.nas.block_linear(x, W, bias, M, o, i)
+    rows, columns = ([b - a for a, b in zip((0, *n[:-1]), n, strict=True)] for n in (o, i))
+    M = torch.cat([M[:, [k]].expand(-1, size) for k, size in enumerate(columns)], dim=1) # (len(o), in)
+    if W.requires_grad or not M.requires_grad:
+        return F.linear(x, W * torch.cat([M[[k]].expand(size, -1) for k, size in enumerate(rows)]), bias)
+    y = torch.cat([F.linear(x * m, W_r) for m, W_r in zip(M, W.split(rows), strict=True)], dim=-1)
+    return y if bias is None else y + bias
+
+
+def causal_attention(q, k, v, n_head, dropout=0.0, scale=None):
+    """(B, T, n) each -> (B, T, n): n_head heads of n / n_head channels side by side; q may be the last tokens of k's alone."""
+    q, k, v = (t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in (q, k, v)) # (B, n_head, T, n / n_head)
+    # one new token sees the whole cache
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, is_causal=q.size(2) == k.size(2))
+    return y.transpose(1, 2).flatten(2)
+
+
+def mixed_attention(qkv, q_scale, y_scale, n_head, dropout=0.0):
+    """sum_j y_scale_j * attention of n_head[j] heads on (q_scale_j * q, k, v). qkv: (B, T, 3n), scales: (len(n_head), n)."""
+    if fused and qkv.is_cpu and not dropout:
+        return torch.ops.nas.attention(qkv, q_scale, y_scale, n_head)
+    q, k, v = qkv.chunk(3, dim=2)
+    q_scale, y_scale = q_scale.to(q.dtype), y_scale.to(q.dtype) # else they would undo autocast
+    return sum(causal_attention(q * q_scale[j], k, v, h, dropout, scale=1.0) * y_scale[j] for j, h in enumerate(n_head))
+
+
+class Straight(torch.autograd.Function):
+    """x * w for a scalar w that is 1: x itself, though not its gradient."""
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g, torch.dot(g.flatten().to(w.dtype), x.flatten().to(w.dtype))
+
+
+def straight(x, w):
+    """x * w, where w is the weight 1 of a chosen option, or None."""
+    return x if w is None or not w.requires_grad else Straight.apply(x, w)
+
+# -----------------------------------------------------------------------------
 # layers: the plain torch layers, whose sizes may be chosen or mixed
 
 class Linear(nn.Linear):
@@ -134,13 +307,17 @@ class Linear(nn.Linear):
 
     def forward(self, x, i=None, o=None):
         mix_i, mix_o = i is not None and i.mixed, o is not None and o.mixed
-        if not mix_i and not mix_o:
-            return F.linear(x, **self.take(i, o))
-        if mix_i and mix_o and i.p is o.p:
-            M = (o.p[:, None] * o.share).T @ i.share # (out, in)
-            return F.linear(x, self.weight * M, self.bias if self.bias is None else self.bias * o.S)
-        y = F.linear(x * i.S if mix_i else x, self.weight, self.bias)
-        return y * o.S if mix_o else y
+        joint = i is not None and o is not None and i.p is o.p
+        if mix_i and mix_o and joint:
+            M = (o.p[:, None] * o.share[:, o.last]).T @ i.share[:, i.last] # (len(o.n), len(i.n))
+            return mixed_linear(x, self.weight, self.bias if self.bias is None else self.bias * o.S, M, o.n, i.n)
+        if mix_i or mix_o:
+            y = F.linear(x * i.S.to(x.dtype) if mix_i else x, self.weight, self.bias)
+            return y * o.S.to(y.dtype) if mix_o else y
+        if i is not None and i.weighted:
+            x = straight(x, i.share if joint else i.S) # joint: p counts once, in what goes out
+        y = F.linear(x, **self.take(i, o))
+        return straight(y, o.S) if o is not None and o.weighted else y
 
 
 class Embedding(nn.Embedding):
@@ -151,7 +328,8 @@ class Embedding(nn.Embedding):
     def forward(self, idx, e=None):
         if e is not None and e.mixed:
             return F.embedding(idx, self.weight) * e.S
-        return F.embedding(idx, **self.take(e))
+        y = F.embedding(idx, **self.take(e))
+        return straight(y, e.S) if e is not None and e.weighted else y
 
 
 class LayerNorm(nn.Module):
@@ -170,30 +348,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x, e=None):
         if e is not None and e.mixed:
-            y = mixed_norm(x, e.n, e.p, self.eps) * self.weight
-            return y if self.bias is None else y + self.bias * e.S
+            return mixed_norm(x, self.weight, self.bias if self.bias is None else self.bias * e.S, e.p, e.n, self.eps)
         slices = self.take(e)
-        return F.layer_norm(x, slices["weight"].shape, **slices, eps=self.eps)
-
-
-def mixed_norm(x, n, p, eps):
-    """sum_k p_k pad((x[:n_k] - mean_k) / std_k): x (..., N), n increasing options, p their weights -> (..., N).
-
-    Each block of channels between two options is reduced once; the blocks' means and squared deviations are merged
-    into those of every prefix (Chan et al. 1979), which stays exact where E[x^2] - mean^2 would cancel.
-    """
-    sizes = [b - a for a, b in zip((0, *n[:-1]), n, strict=True)]
-    blocks = x.split(sizes, dim=-1)
-    mean, m2, scales, shifts = 0.0, 0.0, [], []
-    for k, (size, block) in enumerate(zip(sizes, blocks, strict=True)):
-        var_b, mean_b = torch.var_mean(block, dim=-1, keepdim=True, correction=0) # (..., 1)
-        delta = mean_b - mean
-        m2 = m2 + var_b * size + delta * delta * ((n[k] - size) * size / n[k])
-        mean = mean + delta * (size / n[k])
-        scales.append(p[k] * torch.rsqrt(m2 / n[k] + eps))
-        shifts.append(scales[-1] * mean)
-    # block k is in every option from k on
-    return torch.cat([block * sum(scales[k:]) - sum(shifts[k:]) for k, block in enumerate(blocks)], dim=-1)
+        y = F.layer_norm(x, slices["weight"].shape, **slices, eps=self.eps)
+        return straight(y, e.S) if e is not None and e.weighted else y
 
 # -----------------------------------------------------------------------------
 

@@ -277,11 +277,16 @@ class Log:
         speed = sequences * self.config.block_size / ms * 1000
         values = {"step": step, "loss": loss, "lr": lr, "ms": ms, "tokens_per_s": speed}
         line = f"step {step}/{self.config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {ms:.1f} ms | {speed:,.0f} tok/s"
-        name = torch.cuda.get_device_name() if self.run.device_type == "cuda" else ""
-        for peak in (peak for card, peak in PEAK_FLOPS.items() if card in name):
+        if peak := peak_flops(self.run):
             values["mfu"] = 3 * flops * sequences / ms * 1000 / peak / self.run.world # backward costs two forwards
             line += f" | mfu {100 * values['mfu']:.1f}%"
         self(line + "".join(f" | {key} {value}" for key, value in extra.items()), **values)
+
+
+def peak_flops(run):
+    """What the card can do in 16 bit, FLOPs a second; 0 where it is not known."""
+    name = torch.cuda.get_device_name(run.device) if run.device_type == "cuda" else ""
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), 0)
 
 
 def get_lr(step, config):
@@ -377,6 +382,15 @@ def fault(what, config, state):
     if state.skipped > config.skip_nonfinite:
         raise FloatingPointError(f"step {state.step}: not finite {what}; try a lower learning_rate or dtype=float32, or pass over up to N "
                                  "such steps by --skip_nonfinite=N")
+
+
+def train_step(net, forward, optimizer, tokens, config, run, state, lr, arch=()):
+    """One step of the weights; returns this process's loss. arch: () or (a supernet's third argument,)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    loss = backward(forward, micro_batches(tokens, config, run, "train", state.step), run, arch)
+    update(net, optimizer, loss, config, run, state)
+    return loss
 
 
 def share(number, run):
@@ -562,11 +576,7 @@ def train(config, arch=None, test=False):
     log(f"{cost['params']:,} parameters, {cost['flops'] / 1e9:.2f} GFLOPs a sequence, on {run.device} in {run.dtype}", **cost)
 
     def step(lr):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = backward(forward, micro_batches(splits["train"], config, run, "train", state.step), run)
-        update(net, optimizer, loss, config, run, state)
-        return loss
+        return train_step(net, forward, optimizer, splits["train"], config, run, state, lr)
 
     def evaluation():
         evaluate(forward, splits, config, run, state, log)

@@ -22,11 +22,13 @@ from tqdm import tqdm
 
 from analyze import describe, read_lines, search_figure
 from model import build
-from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, key_of, likeliest, random_search, unrolled_gradient
+from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, key_of, likeliest, picked, random_search
+from optim_nas import unrolled_gradient
 from prepare import check_length, seal, unseal, write, write_json
+from supernet import use_fused_ops
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
 from train import Log, append, average, backward, begin, configure_optimizer, estimate_loss, fault, get_lr, load_data, loop, main
-from train import micro_batches, resume, rng, save, setup, signals, share, stop_if_told, update
+from train import micro_batches, resume, rng, save, setup, signals, share, stop_if_told, train_step
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -53,6 +55,7 @@ population = 50
 parents = 10
 mutate_prob = 0.2 # of each layer's entries
 depth_mutate_prob = 0.4 # of the other choices
+fused = True # on a CPU: mixtures in the kernels of fused_ops.cpp, compiled at first use; False: in PyTorch alone
 # the quick search on pydocs
 eval_interval = 100
 max_iters = 500
@@ -82,7 +85,8 @@ def arch_step(net, forward, chooser, splits, config, run, state):
     def grad_of(split, tensors):
         # the same dropout in all evaluations: order 2 takes differences of gradients
         torch.manual_seed(rng(config.seed, "dropout", "arch", step, run.rank).initial_seed())
-        backward(forward, micro_batches(splits[split], config, run, split, step), run, (leaves,))
+        arch = picked(net.choices, leaves) if config.optimizer == "gdas" else leaves
+        backward(forward, micro_batches(splits[split], config, run, split, step), run, (arch,))
         grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
         for t in [*leaves.values(), *net.parameters()]:
             t.grad = None
@@ -102,6 +106,20 @@ def arch_step(net, forward, chooser, splits, config, run, state):
         chooser.step(weights, grads)
     elif not run.scaler.is_enabled(): # float16 overflows now and then, and the weight step of this iteration lowers its scale
         fault(f"in the gradient to the weights of {', '.join(sick)}", config, state)
+
+
+def bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, lr):
+    """One iteration: the alphas on the search split, then the weights on the train split. Returns the weights' loss."""
+    if chooser.alphas:
+        arch_step(net, forward, chooser, splits, config, run, state)
+    arch = weight_arch(net, chooser, config, run, state.step / config.max_iters, state.step)
+    return train_step(net, forward, optimizer, splits["train"], config, run, state, lr, (arch,))
+
+
+def weight_arch(net, chooser, config, run, progress, step):
+    """What the weights are trained as in a step: the weights of a mixture; for gdas and spos the architecture drawn."""
+    sampled = chooser.sample(progress, rng(config.seed, "sample", "weights", step))
+    return likeliest(net.choices, sampled) if config.optimizer == "gdas" else to_device(sampled, run)
 
 
 def to_device(weights, run, requires_grad=False):
@@ -161,6 +179,7 @@ def search(config):
     if config.order == 2 and run.scaler.is_enabled():
         raise SystemExit("order=2 differentiates through the gradient, which dtype=float16 scales: use --dtype=bfloat16 or float32.")
     splits, config.vocab_size = split_data(config, run)
+    use_fused_ops(config.fused and run.device_type == "cpu" and config.optimizer in ("darts", "drnas"))
     net = build(vars(config)).to(run.device)
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer)
@@ -175,15 +194,7 @@ def search(config):
         " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
 
     def step(lr):
-        """The bilevel iteration: the alphas on the search split, then the weights on the train split."""
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if chooser.alphas:
-            arch_step(net, forward, chooser, splits, config, run, state)
-        sampled = chooser.sample(state.step / config.max_iters, rng(config.seed, "sample", "weights", state.step))
-        loss = backward(forward, micro_batches(splits["train"], config, run, "train", state.step), run, (to_device(sampled, run),))
-        update(net, optimizer, loss, config, run, state)
-        return loss
+        return bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, lr)
 
     def undecided():
         rows = torch.cat([h.reshape(-1) for h in entropy(chooser.mean()).values()] or [torch.zeros(1)])

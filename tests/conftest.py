@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import supernet
+
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_accumulation_steps=1, max_iters=4, eval_interval=2,
@@ -45,3 +47,12 @@ def data_dir(tmp_path_factory):
     (folder / "text.txt").write_text(Path(inspect.getsourcefile(argparse)).read_text()[:60_000])
     succeeds("prepare.py", "--dataset=text", f"--path={folder}/text.txt", "--name=pydocs", f"--data_dir={folder}")
     return str(folder)
+
+
+@pytest.fixture(params=[False, True], ids=["pytorch", "kernels"])
+def implementation(request):
+    """Mixtures by PyTorch, then by fused_ops.cpp."""
+    supernet.use_fused_ops(request.param)
+    assert supernet.fused == request.param, "fused_ops.cpp does not compile here"
+    yield
+    supernet.use_fused_ops(False)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import build
-from optim_nas import uniform
+from optim_nas import picked, uniform
 from supernet import Size, extremes, one_hot
 
 SPACES = { # lists of lengths 1 to 4 that differ between choices, and sizes of no config
@@ -50,6 +50,7 @@ def some_archs(net):
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("head_size", [0, 4])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.usefixtures("implementation")
 def test_law_of_exactness(space, head_size, bias):
     net, (x, y) = supernet(space, head_size=head_size, bias=bias), tokens()
     for arch in some_archs(net):
@@ -90,13 +91,14 @@ def test_mixed_depth_is_the_sum_over_depths():
 
 
 @pytest.mark.parametrize("head_size", [0, 4])
+@pytest.mark.usefixtures("implementation")
 def test_attention_mixture_is_its_padded_sum(head_size):
     """sum_h a_h of the heads' outputs, each in the layout and with the scale of h; in and out of the projections mixed once."""
     net = supernet("three", head_size=head_size)
     attn, e_options, E = net.transformer.h[0].attn, (12, 24, 36), 36
     p, a = torch.tensor([0.2, 0.5, 0.3], requires_grad=True), torch.tensor([0.1, 0.6, 0.3], requires_grad=True)
     x = torch.randn(2, 5, E, requires_grad=True)
-    cheap = attn(x, Size(e_options, share=net.share, p=p), a)
+    cheap = attn(x, Size(e_options, share=net.share, p=p, last=net.last), a)
 
     width = sum(pk * (torch.arange(E) < k) for pk, k in zip(p, e_options, strict=True))
     q, k, v = F.linear(x * width, attn.c_attn.weight, attn.c_attn.bias).chunk(3, -1)
@@ -240,12 +242,39 @@ def test_plain_network_is_gpt2_written_out():
     agree(net(x)[0], logits[:, [-1]], "logits of the last position")
 
 
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("head_size", [0, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_picked_options_have_the_gradients_of_the_mixture(space, head_size, bias):
+    """gdas slices: its loss is the mixture's, so are the gradients of the shared weights and those to the weights of what was
+    picked; of all depths, whose own weight the final norm hides. (In float64, but for buffers rounded to
+    float32: the norms all but cancel some of them.)"""
+    net, (x, y) = supernet(space, head_size=head_size, bias=bias).double(), tokens()
+    params = list(net.parameters())
+    for arch in some_archs(net):
+        leaves = {name: w.double().requires_grad_() for name, w in one_hot(net.choices, arch).items()}
+        results = []
+        for third in (picked(net.choices, leaves), leaves):
+            logits, loss = net(x, y, third)
+            grads = torch.autograd.grad(loss, [*leaves.values(), *params], materialize_grads=True)
+            results.append((logits, loss, dict(zip(leaves, grads, strict=False)), grads[len(leaves):]))
+        (logits, loss, grads, shared), (mixed_logits, mixed_loss, mixed_grads, mixed_shared) = results
+        agree(logits, mixed_logits, "logits")
+        agree(loss, mixed_loss, "loss")
+        for g, g0 in zip(shared, mixed_shared, strict=True):
+            agree(g, g0, "gradient")
+        for name, g in grads.items():
+            chosen = leaves[name] if name != "n_layer" else 1 # layers that were not run get nothing from either
+            worst = (g - mixed_grads[name] * chosen).abs().max().item()
+            assert worst <= 1e-7, f"gradient to {name} of {arch}: differs by {worst:.2e}"
+
+
 def test_mixture_mixes_the_width_once_in_every_operation():
     """Embeddings, final norm and head of the mixture, written out around its blocks."""
     net, (x, y) = supernet("three"), tokens()
     g = torch.Generator().manual_seed(0)
     weights = {name: torch.rand(c.shape, generator=g).softmax(-1) for name, c in net.choices.items()}
-    e, p, w = Size((12, 24, 36), share=net.share, p=weights["n_embd"]), weights["n_layer"], net.state_dict()
+    e, p, w = net.sizes(weights)[0], weights["n_layer"], net.state_dict()
     options = list(zip(weights["n_embd"], (12, 24, 36), strict=True))
     S = sum(pk * (torch.arange(36) < k) for pk, k in options)
     h, mixed = w["transformer.wte.weight"][x] * S + w["transformer.wpe.weight"][:9] * S, 0

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from supernet import Embedding, LayerNorm, Linear, Size, mixed_norm, prefixes, take
 
+pytestmark = pytest.mark.usefixtures("implementation")
 EMBD = (3, 5, 8)
 
 
@@ -24,7 +25,7 @@ def close(a, b):
 
 def mixture(n, N, groups=1):
     p = torch.rand(len(n)).softmax(-1).requires_grad_()
-    return Size(n, groups, prefixes(n, N, groups).double(), p)
+    return Size(n, groups, prefixes(n, N, groups).double(), p, torch.tensor(n) - 1)
 
 
 def pad(x, N):
@@ -56,7 +57,7 @@ def test_layer_norm_far_from_zero():
     """Block statistics must not cancel: channels around 1000 with a deviation of 1, in float32."""
     x, n, p = (torch.randn(4, 64) + 1000).float(), (16, 48, 64), torch.tensor([0.2, 0.3, 0.5])
     exact = sum(pk * pad(F.layer_norm(x[..., :k].double(), (k,)), 64) for pk, k in zip(p, n, strict=True))
-    assert (mixed_norm(x, n, p.float(), 1e-5) - exact).abs().max() < 2e-3
+    assert (mixed_norm(x, torch.ones(64).float(), None, p.float(), n, 1e-5) - exact).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -67,7 +68,8 @@ def test_linear_sizes_chosen_together(bias):
     alpha = torch.randn(2, requires_grad=True)
     q = alpha.softmax(-1) # rows sum to 1: gradients are compared behind the softmax
     share = prefixes([[int(m * k) for m in ratios] for k in EMBD], 20).double()
-    hidden = Size(None, share=torch.einsum("m,emh->eh", q, share), p=e.p)
+    n = tuple(sorted({int(m * k) for m in ratios for k in EMBD}))
+    hidden = Size(n, share=torch.einsum("m,emh->eh", q, share), p=e.p, last=torch.tensor(n) - 1)
     pairs = [(pi * qj, k, int(m * k)) for pi, k in zip(e.p, EMBD, strict=True) for qj, m in zip(q, ratios, strict=True)]
     padded = sum(w * pad(F.linear(x[..., :k], linear.weight[:o, :k], linear.bias[:o] if bias else None), 20) for w, k, o in pairs)
     same_with_gradients(linear(x, e, hidden), padded, [x, e.p, alpha, *linear.parameters()])
@@ -97,7 +99,7 @@ def test_embedding():
 @pytest.mark.parametrize("k", range(3))
 def test_one_hot_is_the_slice(k):
     """With all weight on one option, channels beyond it are exactly 0, whatever stands there."""
-    e = Size(EMBD, share=prefixes(EMBD, 8).double(), p=F.one_hot(torch.tensor(k), 3).double())
+    e = mixture(EMBD, 8)._replace(p=F.one_hot(torch.tensor(k), 3).double())
     n, x = Size(EMBD[k]), torch.randn(4, 8)
     idx = torch.randint(11, (4,))
     for layer, mixed, hard in (

@@ -1,0 +1,220 @@
+"""
+Measures what one search iteration costs against two plain training steps of the largest network, side by side in one process.
+
+    python bench.py                                             # the TinyStories space, 4 sequences of 224 tokens; some minutes
+    python bench.py config/search_shakespeare_char.py --batch_size=16 --compile=False
+    python bench.py config/search_shakespeare_char.py --batch_size=16 --compile=False --head_size=64
+    python bench.py config/search_tinystories.py --device=cuda --dtype=bfloat16             # one GPU, compiled
+    python bench.py --growth=True                               # how the ratio grows with the options and the layers, as a figure
+    python bench.py --help                                      # every key with its default
+
+An iteration is train_search.py's own, with both optimizers; a plain step is train.py's, of the same GPT without choices. Rounds
+interleave them, so that whatever else the machine does meets all alike. The tokens are random: the speed does not depend on them.
+Prints a table for people and, as its last line, one JSON object; the same goes to bench.json in out_dir.
+"""
+import itertools
+import json
+import os
+import statistics
+import time
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
+
+from model import build
+from optim_nas import ArchOptimizer
+from prepare import get_batch, write_json
+from supernet import extremes, use_fused_ops
+from train import configure_optimizer, peak_flops, rng, setup, train_step, update
+from train_search import * # noqa: F403 (every key of a search)
+from train_search import arch_step, bilevel_step, weight_arch
+
+# -----------------------------------------------------------------------------
+# the keys of train_search.py but one, and:
+del optimizer # noqa: F821 (methods takes its place)
+methods = ['drnas', 'darts', 'gdas', 'spos']
+rounds = 10
+warmup = 2 # rounds before the first that counts
+growth = False # instead: DrNAS with 2, 3, 5 and 9 options a choice, and with 6, 12 and 24 layers
+vocab_size = 0 # 0: the dataset's
+out_dir = 'out/bench'
+overwrite = True
+# the TinyStories space
+dataset = 'tinystories'
+n_layer = [5, 6, 7]
+n_head = [6, 8, 12]
+n_embd = [384, 576, 768]
+mlp_ratio = [2, 3, 4]
+batch_size = 4
+block_size = 224
+# -----------------------------------------------------------------------------
+
+VOCAB_SIZE = {"pydocs": 97, "shakespeare_char": 65, "tinystories": 50304, "openwebtext": 50304}
+DRAWS = {"gdas": 2, "spos": 2} # iterations a round of the methods that draw large and small networks by turns
+REPEATS = 3 # measurements of a step's parts
+NUMBERS = {"ratio": "ratio", "low": "from", "high": "to", "ms": "ms", "arch_ms": "arch ms", "forward_ms": "forward",
+           "backward_ms": "backward", "optimizer_ms": "optimizer", "saved_mb": "saved MB", "saved_ratio": "x plain", "peak_mb": "peak MB",
+           "peak_ratio": "x plain", "tokens_per_s": "tokens/s", "mfu": "MFU"} # of the JSON object, and their heads in the table
+
+
+def contender(config, run, method=""):
+    """The plain largest network (no method), or a supernet in search: all that their steps need, and step()."""
+    net = build(vars(config))
+    if not method:
+        net = build(vars(config), extremes(net.choices)[1])
+    net = net.to(run.device)
+    tokens = torch.randint(config.vocab_size, (100 * config.block_size,), generator=rng(config.seed, "bench")).numpy().astype("uint16")
+    c = SimpleNamespace(net=net, forward=torch.compile(net) if config.compile else net, optimizer=configure_optimizer(net, config, run),
+                        state=SimpleNamespace(step=0, skipped=0), method=method or "plain", splits={"train": tokens, "search": tokens},
+                        config=SimpleNamespace(**vars(config) | {"optimizer": method}), arch_step=None, seconds=[], ratios=[])
+    c.step = lambda: train_step(net, c.forward, c.optimizer, tokens, config, run, c.state, config.learning_rate)
+    if method:
+        c.chooser = ArchOptimizer(method, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate)
+        c.step = lambda: bilevel_step(net, c.forward, c.chooser, c.optimizer, c.splits, c.config, run, c.state, config.learning_rate)
+        if c.chooser.alphas:
+            c.arch_step = lambda: arch_step(net, c.forward, c.chooser, c.splits, c.config, run, c.state)
+    return c
+
+
+def clock(function, run):
+    """Seconds that function() takes, the device's work included."""
+    wait = torch.cuda.synchronize if run.device_type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def advance(c, times=1):
+    for _ in range(times):
+        c.step()
+        c.state.step += 1
+
+
+def interleave(plain, searches, config, run, label="rounds"):
+    """Fills c.seconds and c.ratios of every search: an iteration over the two plain steps just before and just after it."""
+    for i in tqdm(range(config.warmup + config.rounds), desc=label, leave=False):
+        before = clock(lambda: advance(plain), run)
+        for c in searches:
+            draws = DRAWS.get(c.method, 1)
+            seconds = clock(lambda c=c, draws=draws: advance(c, draws), run) / draws
+            after = clock(lambda: advance(plain), run)
+            if i >= config.warmup:
+                c.seconds.append(seconds)
+                c.ratios.append(seconds / (before + after))
+                plain.seconds.append(after)
+            before = after
+
+
+def parts(c, config, run):
+    """Median milliseconds of the forward pass, the backward pass and the optimizer in a weight step, and of an arch step."""
+    times = {"forward_ms": [], "backward_ms": [], "optimizer_ms": [], "arch_ms": []}
+    loss = None
+
+    def forward(x, y, third):
+        nonlocal loss
+        with run.amp:
+            loss = c.forward(x, y, *third)[1]
+
+    for i in range(REPEATS):
+        times["forward_ms"].append(clock(lambda i=i: forward(*inputs(c, config, run, i)), run))
+        times["backward_ms"].append(clock(loss.backward, run))
+        times["optimizer_ms"].append(clock(lambda: update(c.net, c.optimizer, loss.detach(), config, run, c.state), run))
+        if c.arch_step:
+            times["arch_ms"].append(clock(c.arch_step, run))
+    return {name: 1000 * statistics.median(seconds) for name, seconds in times.items() if seconds}
+
+
+def inputs(c, config, run, i):
+    """x, y and a supernet's third argument, as in a weight step."""
+    x, y = get_batch(c.splits["train"], config.batch_size, config.block_size, rng(config.seed, "parts", i), run.device)
+    return x, y, () if c.method == "plain" else (weight_arch(c.net, c.chooser, c.config, run, i / REPEATS, i),)
+
+
+def memory(c, config, run):
+    """Megabytes that the forward pass of a step keeps for its backward pass, parameters aside, and that a step allocates at its peak:
+    the larger of the arch step's and the weight step's."""
+    x, y, third = inputs(c, config, run, 0)
+    kept, own = {}, {t.untyped_storage().data_ptr() for t in (*c.net.parameters(), *c.net.buffers(), x, y)}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    def saved(function):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            function()
+        return sum(size for pointer, size in kept.items() if pointer not in own)
+    with run.amp:
+        savings = [saved(lambda: c.net(x, y, *third))]
+    peaks = [peak(c.step, run)]
+    if c.arch_step:
+        peaks.append(peak(c.arch_step, run))
+        savings.append(saved(c.arch_step))
+    return {"saved_mb": max(savings) / 1e6, "peak_mb": max(peaks) / 1e6}
+
+
+def peak(function, run):
+    """Bytes that function() allocates at its peak, above what there was before."""
+    if run.device_type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in events))
+
+
+def measure(config):
+    """{"drnas": {"ratio": ..., ...}, ..., "plain": {...}}, all that the table shows."""
+    config = SimpleNamespace(**config)
+    run = setup(config)
+    config.vocab_size = config.vocab_size or VOCAB_SIZE[config.dataset]
+    config.gradient_accumulation_steps = 1
+    use_fused_ops(config.fused and run.device_type == "cpu")
+    plain, *searches = (contender(config, run, method) for method in ("", *config.methods))
+    interleave(plain, searches, config, run)
+    results, tokens = {}, config.batch_size * config.block_size
+    for c in tqdm((plain, *searches), desc="parts and memory", leave=False):
+        seconds = statistics.median(c.seconds)
+        r = {"ms": 1000 * seconds, "tokens_per_s": tokens / seconds, **parts(c, config, run), **memory(c, config, run)}
+        if c.ratios:
+            low, _, high = statistics.quantiles(c.ratios, n=4)
+            r |= {"ratio": statistics.median(c.ratios), "low": low, "high": high}
+            r |= {f"{name}_ratio": r[f"{name}_mb"] / results["plain"][f"{name}_mb"] for name in ("saved", "peak")}
+        elif peak_flops(run):
+            r["mfu"] = 3 * c.net.cost()["flops"] * config.batch_size / seconds / peak_flops(run)
+        results[c.method] = r
+    return results
+
+
+def table(results):
+    """The numbers that there are as lines of text, a column for each head in NUMBERS."""
+    rows = [["", *NUMBERS.values()]]
+    for method, r in results.items():
+        rows.append([method, *("" if r.get(k) is None else f"{r[k]:.3g}" if r[k] < 10 else f"{r[k]:,.0f}" for k in NUMBERS)])
+    rows = list(zip(*[column for column in zip(*rows, strict=True) if any(column[1:])], strict=True))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def main(config):
+    results = measure(config)
+    where = torch.cuda.get_device_name() if config["device"].startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    if not config["growth"]:
+        print(f"{config['batch_size']} x {config['block_size']} tokens on {where}; ratio: an iteration over two plain steps of the largest "
+              "network, median and quartiles")
+        print(table(results))
+    os.makedirs(config["out_dir"], exist_ok=True)
+    write_json(os.path.join(config["out_dir"], "bench.json"), {"config": config, "where": where, "results": results})
+    print(json.dumps({method: {k: round(v, 4) for k, v in r.items()} for method, r in results.items()}))
+
+
+if __name__ == "__main__":
+    from configurator import configure
+    main(configure(globals()))

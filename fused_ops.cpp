@@ -1,0 +1,506 @@
+// The mixing kernels of a weight-entangled supernet on a CPU, forward and backward: LayerNorm, Linear and attention.
+//
+// supernet.py compiles this file at first use, registers shapes and autograd, and has each kernel's reference in PyTorch, which
+// says what is computed. Activations are float, double or bfloat16; sums and all small vectors are float (double for double).
+// Strides are free but for the last dimension, which is made contiguous.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+using at::Tensor;
+using Sizes = at::IntArrayRef;
+using OptTensor = std::optional<Tensor>;
+
+namespace {
+
+template <typename scalar_t>
+using acc = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+at::TensorOptions acc_options(const Tensor& x) {
+  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+// A small vector as the kernels read it.
+Tensor small(const Tensor& v, const Tensor& x) { return v.to(acc_options(x).dtype()).contiguous(); }
+
+// (rows, N) with any row stride.
+Tensor rows_of(const Tensor& x) {
+  Tensor flat = x.reshape({-1, x.size(-1)});
+  return flat.stride(1) == 1 || flat.size(1) == 1 ? flat : flat.contiguous();
+}
+
+constexpr int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_per_item)); }
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// y = weight * sum_k p_k pad((x[:n_k] - mean_k) * rstd_k) + bias. Inside block b, the channels between two options, this is
+// weight * (x * A_b - B_b) + bias, A_b = sum_{k >= b} p_k rstd_k, B_b = sum_{k >= b} p_k rstd_k mean_k.
+
+// The mean and 1 / deviation of every prefix of a row.
+template <typename T, typename scalar_t>
+void prefix_moments(const scalar_t* x, Sizes n, T eps, T* mean, T* rstd) {
+  T m = 0, m2 = 0; // of the channels so far; blocks are merged as in Chan et al. 1979
+  for (size_t k = 0, c0 = 0; k < n.size(); c0 = n[k++]) {
+    const size_t c1 = n[k];
+    T sum = 0, square = 0;
+    for (size_t c = c0; c < c1; c++) sum += T(x[c]);
+    const T size = c1 - c0, block_mean = sum / size, delta = block_mean - m;
+    for (size_t c = c0; c < c1; c++) square += (T(x[c]) - block_mean) * (T(x[c]) - block_mean);
+    m2 += square + delta * delta * (c0 * size / c1);
+    m += delta * (size / c1);
+    mean[k] = m;
+    rstd[k] = 1 / std::sqrt(m2 / c1 + eps);
+  }
+}
+
+Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& p, Sizes n, double eps) {
+  const int64_t N = x.size(-1), K = n.size();
+  Tensor x2 = rows_of(x), y = at::empty(x2.sizes(), x.options());
+  const int64_t rows = x2.size(0), stride = x2.stride(0);
+  Tensor w = small(weight, x), b = bias ? small(*bias, x) : Tensor(), ps = small(p, x);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "nas::layer_norm", [&] {
+    using T = acc<scalar_t>;
+    const scalar_t* px = x2.const_data_ptr<scalar_t>();
+    scalar_t* py = y.data_ptr<scalar_t>();
+    const T *pw = w.const_data_ptr<T>(), *pb = bias ? b.const_data_ptr<T>() : nullptr, *pp = ps.const_data_ptr<T>();
+    at::parallel_for(0, rows, grain(4 * N), [&](int64_t begin, int64_t end) {
+      std::vector<T> mean(K), rstd(K);
+      for (int64_t r = begin; r < end; r++) {
+        const scalar_t* xr = px + r * stride;
+        scalar_t* yr = py + r * N;
+        prefix_moments<T>(xr, n, T(eps), mean.data(), rstd.data());
+        T A = 0, B = 0;
+        for (int64_t k = K - 1; k >= 0; k--) {
+          A += pp[k] * rstd[k];
+          B += pp[k] * rstd[k] * mean[k];
+          if (pb) for (int64_t c = k ? n[k - 1] : 0; c < n[k]; c++) yr[c] = scalar_t(pw[c] * (T(xr[c]) * A - B) + pb[c]);
+          else for (int64_t c = k ? n[k - 1] : 0; c < n[k]; c++) yr[c] = scalar_t(pw[c] * (T(xr[c]) * A - B));
+        }
+      }
+    });
+  });
+  return y.view(x.sizes());
+}
+
+// With G_k, H_k the sums over c < n_k of g w and g w (x - m), m any shift, Q_k = rstd_k (H_k - (mean_k - m) G_k) is the gradient to
+// p_k, and dx = g w A_b - (x - m) D_b - E_b in block b; D_b and E_b are sums over k >= b.
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& g, const Tensor& x, const Tensor& weight, const Tensor& p,
+                                                               Sizes n, double eps) {
+  const int64_t N = x.size(-1), K = n.size();
+  Tensor x2 = rows_of(x), g2 = rows_of(g.to(x.scalar_type())), dx = at::empty(x2.sizes(), x.options());
+  const int64_t rows = x2.size(0), xs = x2.stride(0), gs = g2.stride(0);
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), rows / grain(8 * N)));
+  Tensor sums = at::zeros({parts, 2 * N + K}, acc_options(x)); // of dweight, dbias, dp
+  Tensor w = small(weight, x), ps = small(p, x);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "nas::layer_norm_backward", [&] {
+    using T = acc<scalar_t>;
+    const scalar_t *px = x2.const_data_ptr<scalar_t>(), *pg = g2.const_data_ptr<scalar_t>();
+    scalar_t* pdx = dx.data_ptr<scalar_t>();
+    const T *pw = w.const_data_ptr<T>(), *pp = ps.const_data_ptr<T>();
+    T* psums = sums.data_ptr<T>();
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      std::vector<T> mean(K), rstd(K), G(K), H(K);
+      for (int64_t part = begin; part < end; part++) {
+        T *dw = psums + part * (2 * N + K), *db = dw + N, *dp = db + N;
+        for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; r++) {
+          const scalar_t *xr = px + r * xs, *gr = pg + r * gs;
+          scalar_t* dxr = pdx + r * N;
+          prefix_moments<T>(xr, n, T(eps), mean.data(), rstd.data());
+          const T m = mean[K - 1];
+          T sum_g = 0, sum_h = 0;
+          for (int64_t k = 0, c0 = 0; k < K; c0 = n[k++]) {
+            for (int64_t c = c0; c < n[k]; c++) {
+              const T gw = T(gr[c]) * pw[c];
+              sum_g += gw;
+              sum_h += gw * (T(xr[c]) - m);
+            }
+            G[k] = sum_g;
+            H[k] = sum_h;
+          }
+          T A = 0, B = 0, D = 0, E = 0;
+          for (int64_t k = K - 1; k >= 0; k--) {
+            const T scale = pp[k] * rstd[k], shift = mean[k] - m, Q = rstd[k] * (H[k] - shift * G[k]), slope = scale * rstd[k] * Q / n[k];
+            dp[k] += Q;
+            A += scale;
+            B += scale * shift;
+            D += slope;
+            E += scale * G[k] / n[k] - slope * shift;
+            for (int64_t c = k ? n[k - 1] : 0; c < n[k]; c++) {
+              const T gc = T(gr[c]), xc = T(xr[c]) - m;
+              dxr[c] = scalar_t(gc * pw[c] * A - xc * D - E);
+              dw[c] += gc * (xc * A - B);
+              db[c] += gc;
+            }
+          }
+        }
+      }
+    });
+  });
+  Tensor total = sums.sum(0);
+  return {dx.view(x.sizes()), total.slice(0, 0, N).clone(), total.slice(0, N, 2 * N).clone(), total.slice(0, 2 * N).clone()};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// y = x (W * M)^T + bias, M constant on the blocks that the row ends o and the column ends i cut W into; M is (len(o), len(i)).
+
+Tensor block_scale(const Tensor& W, const Tensor& M, Sizes o, Sizes i) {
+  Tensor out = at::empty(W.sizes(), W.options()), Wc = rows_of(W), Ms = small(M, W);
+  const int64_t stride = Wc.stride(0), columns = W.size(1), C = i.size();
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, W.scalar_type(), "nas::block_scale", [&] {
+    using T = acc<scalar_t>;
+    const scalar_t* pw = Wc.const_data_ptr<scalar_t>();
+    const T* pm = Ms.const_data_ptr<T>();
+    scalar_t* po = out.data_ptr<scalar_t>();
+    at::parallel_for(0, W.size(0), grain(columns), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        const int64_t block = std::upper_bound(o.begin(), o.end(), r) - o.begin();
+        for (int64_t k = 0, c0 = 0; k < C; c0 = i[k++]) {
+          const T m = pm[block * C + k];
+          for (int64_t c = c0; c < i[k]; c++) po[r * columns + c] = scalar_t(T(pw[r * stride + c]) * m);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// (len(o), len(i)): the sums of a * b over each block.
+Tensor block_dot(const Tensor& a, const Tensor& b, Sizes o, Sizes i) {
+  Tensor ac = rows_of(a), bc = rows_of(b);
+  const int64_t C = i.size(), rows = a.size(0), sa = ac.stride(0), sb = bc.stride(0);
+  Tensor per_row = at::empty({rows, C}, acc_options(a)), out = at::empty({static_cast<int64_t>(o.size()), C}, acc_options(a));
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, a.scalar_type(), "nas::block_dot", [&] {
+    using T = acc<scalar_t>;
+    const scalar_t *pa = ac.const_data_ptr<scalar_t>(), *pb = bc.const_data_ptr<scalar_t>();
+    T* pr = per_row.data_ptr<T>();
+    at::parallel_for(0, rows, grain(a.size(1)), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++)
+        for (int64_t k = 0, c0 = 0; k < C; c0 = i[k++]) {
+          T sum = 0;
+          for (int64_t c = c0; c < i[k]; c++) sum += T(pa[r * sa + c]) * T(pb[r * sb + c]);
+          pr[r * C + k] = sum;
+        }
+    });
+  });
+  for (size_t k = 0; k < o.size(); k++) {
+    const int64_t from = k ? o[k - 1] : 0;
+    out.select(0, k).copy_(per_row.narrow(0, from, o[k] - from).sum(0));
+  }
+  return out;
+}
+
+Tensor block_linear(const Tensor& x, const Tensor& W, const OptTensor& bias, const Tensor& M, Sizes o, Sizes i) {
+  return at::linear(x, block_scale(W, M, o, i), bias ? bias->to(x.scalar_type()) : OptTensor());
+}
+
+// dx and dM of frozen weights: h_r = g[:, rows r] W[rows r] for each row block, at the price of the plain dx alone; then
+// dx = sum_r M_r h_r and dM_rc = <h_r, x> over the columns c. A few hundred tokens at a time, so that h stays in the cache.
+void frozen_backward(const Tensor& g, const Tensor& x, const Tensor& W, const Tensor& M, Sizes o, Sizes i, Tensor& dx, Tensor& dM) {
+  const int64_t R = o.size(), C = i.size(), tokens = x.size(0), I = x.size(1), chunk = 512;
+  Tensor h = at::empty({R, std::min(chunk, tokens), I}, x.options()), Ms = small(M, x);
+  Tensor dots = at::empty({tokens, R * C}, acc_options(x));
+  for (int64_t t0 = 0; t0 < tokens; t0 += chunk) {
+    const int64_t size = std::min(chunk, tokens - t0);
+    for (int64_t r = 0, from = 0; r < R; from = o[r++]) {
+      Tensor out = h.select(0, r).narrow(0, 0, size);
+      at::mm_out(out, g.narrow(0, t0, size).narrow(1, from, o[r] - from), W.narrow(0, from, o[r] - from));
+    }
+    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "nas::block_linear_backward", [&] {
+      using T = acc<scalar_t>;
+      const scalar_t *ph = h.const_data_ptr<scalar_t>(), *px = x.const_data_ptr<scalar_t>() + t0 * x.stride(0);
+      const int64_t hs = h.stride(0), xs = x.stride(0);
+      scalar_t* pdx = dx.data_ptr<scalar_t>() + t0 * I;
+      T* pd = dots.data_ptr<T>() + t0 * R * C;
+      const T* pm = Ms.const_data_ptr<T>();
+      at::parallel_for(0, size, grain(R * I), [&](int64_t begin, int64_t end) {
+        std::vector<T> row(I);
+        for (int64_t t = begin; t < end; t++)
+          for (int64_t k = 0, c0 = 0; k < C; c0 = i[k++]) {
+            std::fill(row.begin() + c0, row.begin() + i[k], T(0));
+            for (int64_t r = 0; r < R; r++) {
+              const scalar_t *hr = ph + r * hs + t * I, *xr = px + t * xs;
+              const T m = pm[r * C + k];
+              T sum = 0;
+              for (int64_t c = c0; c < i[k]; c++) {
+                row[c] += m * T(hr[c]);
+                sum += T(hr[c]) * T(xr[c]);
+              }
+              pd[t * R * C + r * C + k] = sum;
+            }
+            for (int64_t c = c0; c < i[k]; c++) pdx[t * I + c] = scalar_t(row[c]);
+          }
+      });
+    });
+  }
+  dM = dots.sum(0).view({R, C});
+}
+
+// An empty tensor stands for a gradient that was not asked for. dx is computed always.
+std::tuple<Tensor, Tensor, Tensor, Tensor> block_linear_backward(const Tensor& g, const Tensor& x, const Tensor& W, const Tensor& M,
+                                                                 Sizes o, Sizes i, bool need_W, bool need_bias, bool need_M) {
+  Tensor g2 = rows_of(g), x2 = rows_of(x), dx, dW = at::empty({0}, W.options()), db = dW;
+  Tensor dM = at::empty({0}, acc_options(x));
+  if (need_M && !need_W) {
+    dx = at::empty(x2.sizes(), x.options());
+    frozen_backward(g2, x2, W, M, o, i, dx, dM);
+  } else {
+    dx = at::mm(g2, block_scale(W, M, o, i));
+  }
+  if (need_W) {
+    Tensor raw = at::mm(g2.t(), x2); // (out, in)
+    if (need_M) dM = block_dot(raw, W, o, i);
+    dW = block_scale(raw, M, o, i);
+  }
+  if (need_bias) db = g2.sum(0, false, acc_options(x).dtype().toScalarType());
+  return {dx.view(x.sizes()), dW, db, dM};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// C (m, n) = or += A (m, k) B (k, n). A has any strides; B and C have contiguous rows, and m is a multiple of 8, n of a vector.
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  typedef T anywhere __attribute__((vector_size(vector_bytes), aligned(sizeof(T)))); // in memory, at any address
+  static constexpr int64_t size = vector_bytes / sizeof(T);
+};
+constexpr int tile_rows = vector_bytes == 64 ? 8 : 4;
+
+template <typename T, int columns>
+void tile(int64_t k, const T* A, int64_t ai, int64_t ak, const T* B, int64_t ldb, T* C, int64_t ldc, bool add) {
+  using V = typename Vector<T>::type;
+  using Anywhere = typename Vector<T>::anywhere;
+  constexpr int64_t v = Vector<T>::size;
+  V sum[tile_rows][columns], b[columns]; // all in registers, once the loops are unrolled
+#pragma GCC unroll 8
+  for (int r = 0; r < tile_rows; r++)
+#pragma GCC unroll 2
+    for (int c = 0; c < columns; c++) sum[r][c] = V{};
+  for (int64_t q = 0; q < k; q++) {
+#pragma GCC unroll 2
+    for (int c = 0; c < columns; c++) b[c] = *reinterpret_cast<const Anywhere*>(B + q * ldb + c * v);
+#pragma GCC unroll 8
+    for (int r = 0; r < tile_rows; r++)
+#pragma GCC unroll 2
+      for (int c = 0; c < columns; c++) sum[r][c] += A[r * ai + q * ak] * b[c];
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < tile_rows; r++)
+#pragma GCC unroll 2
+    for (int c = 0; c < columns; c++) {
+      Anywhere* out = reinterpret_cast<Anywhere*>(C + r * ldc + c * v);
+      *out = add ? *out + sum[r][c] : sum[r][c];
+    }
+}
+
+template <typename T>
+void gemm(int64_t m, int64_t n, int64_t k, const T* A, int64_t ai, int64_t ak, const T* B, int64_t ldb, T* C, int64_t ldc, bool add) {
+  constexpr int64_t v = Vector<T>::size;
+  for (int64_t c = 0; c < n; c += 2 * v)
+    for (int64_t r = 0; r < m; r += tile_rows) {
+      if (n - c >= 2 * v) tile<T, 2>(k, A + r * ai, ai, ak, B + c, ldb, C + r * ldc + c, ldc, add);
+      else tile<T, 1>(k, A + r * ai, ai, ak, B + c, ldb, C + r * ldc + c, ldc, add);
+    }
+}
+
+// e^x for x <= 0, to 2 units in the last place; a loop over it becomes vector instructions.
+inline float fast_exp(float x) {
+  x = x < -87.f ? -87.f : x;
+  const float n = std::floor(x * 1.44269504f + 0.5f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = 1.f / 5040;
+  y = y * r + 1.f / 720;
+  y = y * r + 1.f / 120;
+  y = y * r + 1.f / 24;
+  y = y * r + 1.f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.f;
+  y = y * r + 1.f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return y * scale;
+}
+inline double fast_exp(double x) { return std::exp(x); }
+
+// Row i of S, (rows, width), holds the scores of a token for the keys 0 .. first + i: softmax over these, zeros behind them.
+template <typename T>
+void causal_softmax(T* S, int64_t rows, int64_t width, int64_t first) {
+  for (int64_t i = 0; i < rows; i++) {
+    constexpr int64_t v = Vector<T>::size;
+    const int64_t keys = first + i + 1;
+    T *s = S + i * width, top = s[0], sum = 0, tops[v];
+    std::fill(tops, tops + v, top);
+    for (int64_t j = 0; j + v <= keys; j += v)
+      for (int64_t l = 0; l < v; l++) tops[l] = s[j + l] > tops[l] ? s[j + l] : tops[l];
+    for (int64_t l = 0; l < v; l++) top = tops[l] > top ? tops[l] : top;
+    for (int64_t j = keys / v * v; j < keys; j++) top = s[j] > top ? s[j] : top;
+    for (int64_t j = 0; j < keys; j++) sum += s[j] = fast_exp(s[j] - top);
+    const T inverse = 1 / sum;
+    for (int64_t j = 0; j < keys; j++) s[j] *= inverse;
+    for (int64_t j = keys; j < width; j++) s[j] = 0;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
+// y = sum_j y_scale_j * attention with n_head[j] heads of (q_scale_j * q, k, v); qkv (B, T, 3E), q_scale and y_scale (J, E).
+// Both scales are linear in what they multiply: the first goes to the keys, the second to the values, T x d each, once a head.
+
+constexpr int64_t block = 64; // query rows at a time
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// The first rows of a head, times scale (or 1), as T: out (rows, d), or its transpose, a cache line of tokens at a time, (size, ld).
+template <typename T, typename scalar_t>
+void load(const scalar_t* x, int64_t stride, int64_t rows, int64_t size, const T* scale, T* out, int64_t d) {
+  for (int64_t t = 0; t < rows; t++)
+    for (int64_t c = 0; c < size; c++) out[t * d + c] = scale ? T(x[t * stride + c]) * scale[c] : T(x[t * stride + c]);
+}
+
+template <typename T, typename scalar_t>
+void load_transposed(const scalar_t* x, int64_t stride, int64_t rows, int64_t size, const T* scale, T* out, int64_t ld) {
+  for (int64_t t0 = 0; t0 < rows; t0 += 16)
+    for (int64_t c = 0; c < size; c++)
+      for (int64_t t = t0; t < std::min(t0 + 16, rows); t++) out[c * ld + t] = T(x[t * stride + c]) * scale[c];
+}
+
+Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale, Sizes n_head) {
+  Tensor x = qkv.stride(2) == 1 ? qkv : qkv.contiguous();
+  const int64_t B = x.size(0), L = x.size(1), E = x.size(2) / 3, sb = x.stride(0), st = x.stride(1);
+  Tensor y = at::empty({B, L, E}, acc_options(x)), qs = small(q_scale, x), ys = small(y_scale, x);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "nas::attention", [&] {
+    using T = acc<scalar_t>;
+    const scalar_t* px = x.const_data_ptr<scalar_t>();
+    T* py = y.data_ptr<T>();
+    for (size_t j = 0; j < n_head.size(); j++) {
+      const int64_t h = n_head[j], size = E / h, d = round_up(size, Vector<T>::size), width = round_up(L, Vector<T>::size);
+      const T *pq = qs.const_data_ptr<T>() + j * E, *po = ys.const_data_ptr<T>() + j * E;
+      at::parallel_for(0, B * h, 1, [&](int64_t begin, int64_t end) {
+        std::vector<T> k(d * width), v(width * d), q(block * d), S(block * width), out(block * d);
+        for (int64_t item = begin; item < end; item++) {
+          const int64_t b = item / h, c0 = item % h * size;
+          const scalar_t* head = px + b * sb + c0;
+          load_transposed<T>(head + E, st, L, size, pq + c0, k.data(), width);
+          load<T>(head + 2 * E, st, L, size, po + c0, v.data(), d);
+          for (int64_t t = 0; t < L; t += block) {
+            const int64_t rows = std::min(block, L - t), padded = round_up(rows, tile_rows);
+            const int64_t keys = round_up(t + rows, Vector<T>::size);
+            load<T, scalar_t>(head + t * st, st, rows, size, nullptr, q.data(), d);
+            gemm<T>(padded, keys, size, q.data(), d, 1, k.data(), width, S.data(), keys, false);
+            causal_softmax(S.data(), rows, keys, t);
+            gemm<T>(padded, d, std::min(keys, L), S.data(), keys, 1, v.data(), d, out.data(), d, false);
+            for (int64_t r = 0; r < rows; r++) {
+              T* row = py + (b * L + t + r) * E + c0;
+              for (int64_t c = 0; c < size; c++) row[c] = (j ? row[c] : T(0)) + out[r * d + c];
+            }
+          }
+        }
+      });
+    }
+  });
+  return y.to(qkv.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& g, const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale,
+                                                      Sizes n_head) {
+  Tensor x = qkv.stride(2) == 1 ? qkv : qkv.contiguous(), gc = g.to(qkv.scalar_type()).contiguous();
+  const int64_t B = x.size(0), L = x.size(1), E = x.size(2) / 3, sb = x.stride(0), st = x.stride(1), J = n_head.size();
+  Tensor dx = at::empty({B, L, 3 * E}, acc_options(x)), dq_scale = at::empty({B, J, E}, acc_options(x));
+  Tensor dy_scale = at::empty({B, J, E}, acc_options(x)), qs = small(q_scale, x), ys = small(y_scale, x);
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "nas::attention_backward", [&] {
+    using T = acc<scalar_t>;
+    const scalar_t *px = x.const_data_ptr<scalar_t>(), *pg = gc.const_data_ptr<scalar_t>();
+    T *pdx = dx.data_ptr<T>(), *pdq = dq_scale.data_ptr<T>(), *pdy = dy_scale.data_ptr<T>();
+    for (int64_t j = 0; j < J; j++) {
+      const int64_t h = n_head[j], size = E / h, d = round_up(size, Vector<T>::size), width = round_up(L, Vector<T>::size);
+      const T *pq = qs.const_data_ptr<T>() + j * E, *po = ys.const_data_ptr<T>() + j * E;
+      at::parallel_for(0, B * h, 1, [&](int64_t begin, int64_t end) {
+        std::vector<T> k(width * d), kT(d * width), vT(d * width), q(block * d), gy(block * d), out(block * d);
+        std::vector<T> P(block * width), dP(block * width), w(width * d), u(width * d); // w, u: before the scales' product with dk, dv
+        for (int64_t item = begin; item < end; item++) {
+          const int64_t b = item / h, c0 = item % h * size;
+          const scalar_t* head = px + b * sb + c0;
+          load<T>(head + E, st, L, size, pq + c0, k.data(), d);
+          load_transposed<T>(head + E, st, L, size, pq + c0, kT.data(), width);
+          load_transposed<T>(head + 2 * E, st, L, size, po + c0, vT.data(), width);
+          std::fill(w.begin(), w.end(), T(0));
+          std::fill(u.begin(), u.end(), T(0));
+          for (int64_t t = 0; t < L; t += block) {
+            const int64_t rows = std::min(block, L - t), padded = round_up(rows, tile_rows);
+            const int64_t keys = round_up(t + rows, Vector<T>::size);
+            load<T, scalar_t>(head + t * st, st, rows, size, nullptr, q.data(), d);
+            load<T, scalar_t>(pg + (b * L + t) * E + c0, E, rows, size, nullptr, gy.data(), d);
+            gemm<T>(padded, keys, size, q.data(), d, 1, kT.data(), width, P.data(), keys, false);
+            causal_softmax(P.data(), rows, keys, t);
+            gemm<T>(keys, d, rows, P.data(), 1, keys, gy.data(), d, u.data(), d, true);
+            gemm<T>(padded, keys, size, gy.data(), d, 1, vT.data(), width, dP.data(), keys, false);
+            for (int64_t r = 0; r < rows; r++) { // dP becomes the gradient of the scores
+              T *a = dP.data() + r * keys, dot = 0;
+              const T* s = P.data() + r * keys;
+              for (int64_t c = 0; c < keys; c++) dot += s[c] * a[c];
+              for (int64_t c = 0; c < keys; c++) a[c] = s[c] * (a[c] - dot);
+            }
+            gemm<T>(keys, d, rows, dP.data(), 1, keys, q.data(), d, w.data(), d, true);
+            gemm<T>(padded, d, std::min(keys, L), dP.data(), keys, 1, k.data(), d, out.data(), d, false);
+            for (int64_t r = 0; r < rows; r++) {
+              T* row = pdx + (b * L + t + r) * 3 * E + c0;
+              for (int64_t c = 0; c < size; c++) row[c] = (j ? row[c] : T(0)) + out[r * d + c];
+            }
+          }
+          T *sq = pdq + (b * J + j) * E + c0, *sy = pdy + (b * J + j) * E + c0;
+          std::fill(sq, sq + size, T(0));
+          std::fill(sy, sy + size, T(0));
+          for (int64_t t = 0; t < L; t++) {
+            T* row = pdx + (b * L + t) * 3 * E + c0;
+            for (int64_t c = 0; c < size; c++) {
+              const T dk = w[t * d + c], dv = u[t * d + c];
+              row[E + c] = (j ? row[E + c] : T(0)) + dk * pq[c0 + c];
+              row[2 * E + c] = (j ? row[2 * E + c] : T(0)) + dv * po[c0 + c];
+              sq[c] += dk * T(head[t * st + E + c]);
+              sy[c] += dv * T(head[t * st + 2 * E + c]);
+            }
+          }
+        }
+      });
+    }
+  });
+  return {dx.to(qkv.scalar_type()), dq_scale.sum(0), dy_scale.sum(0)};
+}
+
+} // namespace
+
+TORCH_LIBRARY(nas, m) {
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor p, int[] n, float eps) -> Tensor");
+  m.def("layer_norm_backward(Tensor g, Tensor x, Tensor weight, Tensor p, int[] n, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("block_linear(Tensor x, Tensor W, Tensor? bias, Tensor M, int[] o, int[] i) -> Tensor");
+  m.def("block_linear_backward(Tensor g, Tensor x, Tensor W, Tensor M, int[] o, int[] i, bool need_W, bool need_bias, bool need_M)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention(Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head) -> Tensor");
+  m.def("attention_backward(Tensor g, Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(nas, CPU, m) {
+  m.impl("layer_norm", layer_norm);
+  m.impl("layer_norm_backward", layer_norm_backward);
+  m.impl("block_linear", block_linear);
+  m.impl("block_linear_backward", block_linear_backward);
+  m.impl("attention", attention);
+  m.impl("attention_backward", attention_backward);
+}
