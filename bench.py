@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import time
+os.environ.setdefault("KINETO_LOG_LEVEL", "99") # the memory profiler is silent
 from types import SimpleNamespace
 
 import torch
@@ -64,8 +65,9 @@ def contender(config, run, method=""):
     if not method:
         net = build(vars(config), extremes(net.choices)[1])
     net = net.to(run.device)
+    compiled = torch.compile if not method else type(net).compile_parts
     tokens = torch.randint(config.vocab_size, (100 * config.block_size,), generator=rng(config.seed, "bench")).numpy().astype("uint16")
-    c = SimpleNamespace(net=net, forward=torch.compile(net) if config.compile else net, optimizer=configure_optimizer(net, config, run),
+    c = SimpleNamespace(net=net, forward=compiled(net) if config.compile else net, optimizer=configure_optimizer(net, config, run),
                         state=SimpleNamespace(step=0, skipped=0), method=method or "plain", splits={"train": tokens, "search": tokens},
                         config=SimpleNamespace(**vars(config) | {"optimizer": method}), arch_step=None, seconds=[], ratios=[])
     c.step = lambda: train_step(net, c.forward, c.optimizer, tokens, config, run, c.state, config.learning_rate)

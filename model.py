@@ -62,14 +62,16 @@ class CausalSelfAttention(nn.Module):
         h, a = n_head if isinstance(n_head, tuple) else (n_head or self.n_head[-1], None)
         n = h * self.head_size or (self.n_embd[-1] if e is None else e.n)
         groups = 1 if self.head_size else h
-        q, k, v = self.c_attn(x, e, Size(3 * n, 3 * groups)).split(n, dim=2) # (B, T, n)
+        plain = e is None and n_head is None
+        q, k, v = self.c_attn(x, e, None if plain else Size(3 * n, 3 * groups)).chunk(3, dim=2) # (B, T, n)
         if cache is not None: # of generate(): the keys and values of all tokens before these
             k, v = (torch.cat((cache[name], new), 1) if cache else new for name, new in (("k", k), ("v", v)))
             cache.update(k=k, v=v)
         if a is not None and not self.head_size: # the weights as in the mixture below
             q, a = straight(q, e.p * e.p), a * e.p * e.p
-        y = straight(causal_attention(q, k, v, h, self.dropout if self.training else 0.0), a)
-        return self.resid_dropout(self.c_proj(y, Size(n, groups), e))
+        is_causal = cache is None or q.size(1) == k.size(1) # one new token sees the whole cache
+        y = straight(causal_attention(q, k, v, h, self.dropout if self.training else 0.0, is_causal=is_causal), a)
+        return self.resid_dropout(self.c_proj(y, None if plain else Size(n, groups), e))
 
     def mixture(self, x, e, a):
         """a: (n_head,) weights. Every head count attends in its own layout, with the scale of its true head size.
@@ -104,6 +106,8 @@ class MLP(nn.Module):
         """The Size of the hidden dimension, n_embd * mlp_ratio."""
         if isinstance(m, torch.Tensor):
             return Size(self.n_hidden, share=torch.einsum("m,emh->eh", m, self.share), p=e.p, last=self.last)
+        if m is None and e is None:
+            return None
         m, weight = m if isinstance(m, tuple) else (m or self.mlp_ratio[-1], None)
         return Size(int(m * (self.n_embd[-1] if e is None else e.n)), share=weight, p=None if e is None else e.p)
 
@@ -191,11 +195,23 @@ class GPT(nn.Module):
         else:
             for i in range(n_layer):
                 x = self.transformer.h[i](x, e, *layers[i], cache[i] if cache else None)
+        return self.head(x, e, targets)
+
+    def head(self, x, e, targets):
         x = self.transformer.ln_f(x, e)
         if targets is None:
             return self.lm_head(x[:, [-1], :], e), None
         logits = self.lm_head(x, e)
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+    def compile_parts(self):
+        """Compiles what all layers and all architectures share: one block, with sizes that are symbols, and the head. Any number
+        of architectures then needs no more than a few graphs: for full and part widths, with and without gradients."""
+        torch._dynamo.config.recompile_limit = 32
+        for block in self.transformer.h:
+            block.compile(dynamic=True)
+        self.head = torch.compile(self.head, dynamic=True)
+        return self
 
     def sizes(self, arch):
         """(the Size of n_embd, n_layer, [(n_head, mlp_ratio) of every layer]) of an architecture, of weights, or of a

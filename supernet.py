@@ -126,8 +126,10 @@ def prefixes(n, N, groups=1):
 
 def take(w, dim, size):
     """The slice of w along dim that a hard size uses; a view wherever one part is asked for."""
-    if size is None or size.n == w.shape[dim]:
+    if size is None:
         return w
+    if size.groups == 1:
+        return w.narrow(dim, 0, size.n)
     assert w.shape[dim] % size.groups == 0 and size.n % size.groups == 0, (w.shape, dim, size)
     return w.unflatten(dim, (size.groups, -1)).narrow(dim + 1, 0, size.n // size.groups).flatten(dim, dim + 1)
 
@@ -259,11 +261,10 @@ def mixed_linear(x, W, bias, M, o, i):
     return y if bias is None else y + bias
 
 
-def causal_attention(q, k, v, n_head, dropout=0.0, scale=None):
-    """(B, T, n) each -> (B, T, n): n_head heads of n / n_head channels side by side; q may be the last tokens of k's alone."""
+def causal_attention(q, k, v, n_head, dropout=0.0, scale=None, is_causal=True):
+    """(B, T, n) each -> (B, T, n): n_head heads of n / n_head channels side by side."""
     q, k, v = (t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in (q, k, v)) # (B, n_head, T, n / n_head)
-    # one new token sees the whole cache
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, is_causal=q.size(2) == k.size(2))
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, is_causal=is_causal)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -303,7 +304,9 @@ class Linear(nn.Linear):
     in and out of the same choice, sum_k p_k pad(W[:o_k, :c_k]) = (W * M) @ x, M = sum_k p_k 1[row < o_k] 1[column < c_k].
     """
     def take(self, i=None, o=None):
-        return {"weight": take(take(self.weight, 0, o), 1, i), "bias": self.bias if self.bias is None else take(self.bias, 0, o)}
+        w, (first, second) = self.weight, ((0, o), (1, i)) if i is not None and i.groups > 1 else ((1, i), (0, o))
+        return {"weight": take(take(w, *first), *second), # the one in parts last: it makes a copy
+                "bias": self.bias if self.bias is None else take(self.bias, 0, o)}
 
     def forward(self, x, i=None, o=None):
         mix_i, mix_o = i is not None and i.mixed, o is not None and o.mixed

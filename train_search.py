@@ -188,7 +188,7 @@ def search(config):
     if config.init_from != "scratch" and (checkpoint := resume(config, run, net, optimizer, state)):
         chooser.load_state_dict(checkpoint["chooser"])
     begin(config, run)
-    forward = torch.compile(net) if config.compile else net
+    forward = net.compile_parts() if config.compile else net
     log = Log(config, run, state.step)
     log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +
         " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
