@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+from analyze import save_figure
 from model import build
 from optim_nas import ArchOptimizer
 from prepare import get_batch, write_json
@@ -191,7 +192,7 @@ def measure(config):
             r |= {f"{name}_ratio": r[f"{name}_mb"] / results["plain"][f"{name}_mb"] for name in ("saved", "peak")}
         elif peak_flops(run):
             r["mfu"] = 3 * c.net.cost()["flops"] * config.batch_size / seconds / peak_flops(run)
-        results[c.method] = r
+        results[c.method] = {name: round(value, 4) for name, value in r.items()}
     return results
 
 
@@ -205,8 +206,50 @@ def table(results):
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
+def measure_growth(config):
+    """The ratio of DrNAS, {series: {size: {...}}}: 2 to 9 options a choice on 9 layers, then 6 to 24 layers with 3 options a choice; with
+    heads of n_embd / n_head channels and of 48. Draws growth.png."""
+    widths, heads, ratios = range(48, 433, 48), [1, 2, 3, 4, 6, 8, 12, 16, 24], [1 + 3 * i / 8 for i in range(9)]
+    results = {}
+    for head_size in (0, 48):
+        heads = list(range(1, 10)) if head_size else heads
+        for axis, sizes in (("options", (2, 3, 5, 9)), ("layers", (6, 12, 24))):
+            for size in sizes:
+                K, L = (size, 9) if axis == "options" else (3, size)
+                some = [round(8 * i / (K - 1)) for i in range(K)] # evenly, with the first and the last
+                space = {"n_layer": list(range(L - K + 1, L + 1)), "n_embd": [widths[i] for i in some], "n_head": [heads[i] for i in some],
+                         "mlp_ratio": [ratios[i] for i in some], "head_size": head_size}
+                sizes_of_step = {"batch_size": 4, "block_size": 128, "vocab_size": 256, "gradient_accumulation_steps": 1}
+                options = SimpleNamespace(**config | space | sizes_of_step)
+                run = setup(options)
+                use_fused_ops(options.fused and run.device_type == "cpu")
+                plain, search = contender(options, run), contender(options, run, "drnas")
+                label = f"{axis}, {'heads of 48' if head_size else 'n_embd / n_head'}"
+                interleave(plain, [search], options, run, f"{label}: {size}")
+                low, _, high = statistics.quantiles(search.ratios, n=4)
+                results.setdefault(label, {})[size] = {"ratio": statistics.median(search.ratios), "low": low, "high": high}
+                print(f"{label}: {size} -> {results[label][size]['ratio']:.3f} ({low:.3f} to {high:.3f})", flush=True)
+    print(f"figure: {growth_figure(results, config['out_dir'])}")
+    return results
+
+
+def growth_figure(results, out_dir):
+    def draw(figure):
+        for ax, axis in zip(figure.subplots(1, 2, sharey=True), ("options", "layers"), strict=True):
+            for label, points in results.items():
+                if label.startswith(axis):
+                    x, r = list(points), list(points.values())
+                    errors = [[p["ratio"] - p["low"] for p in r], [p["high"] - p["ratio"] for p in r]]
+                    ax.errorbar(x, [p["ratio"] for p in r], errors, marker="o", label=label.split(", ")[1])
+            ax.axhline(1, color="0.6", lw=0.8, ls="--")
+            ax.set(xlabel={"options": "options of each choice", "layers": "layers"}[axis], xticks=x, ylim=(0, None))
+            ax.legend(frameon=False, title="head size")
+        figure.axes[0].set_ylabel("search iteration / two plain steps")
+    return save_figure(os.path.join(out_dir, "growth.png"), 3, draw)
+
+
 def main(config):
-    results = measure(config)
+    results = growth(config) if config["growth"] else measure(config)
     where = torch.cuda.get_device_name() if config["device"].startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     if not config["growth"]:
         print(f"{config['batch_size']} x {config['block_size']} tokens on {where}; ratio: an iteration over two plain steps of the largest "
@@ -214,7 +257,7 @@ def main(config):
         print(table(results))
     os.makedirs(config["out_dir"], exist_ok=True)
     write_json(os.path.join(config["out_dir"], "bench.json"), {"config": config, "where": where, "results": results})
-    print(json.dumps({method: {k: round(v, 4) for k, v in r.items()} for method, r in results.items()}))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -47,15 +47,15 @@ constexpr int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, 327
 // y = weight * sum_k p_k pad((x[:n_k] - mean_k) * rstd_k) + bias. Inside block b, the channels between two options, this is
 // weight * (x * A_b - B_b) + bias, A_b = sum_{k >= b} p_k rstd_k, B_b = sum_{k >= b} p_k rstd_k mean_k.
 
-// The mean and 1 / deviation of every prefix of a row.
+// The mean of every block of a row, and the mean and 1 / deviation of every prefix.
 template <typename T, typename scalar_t>
-void prefix_moments(const scalar_t* x, Sizes n, T eps, T* mean, T* rstd) {
+void prefix_moments(const scalar_t* x, Sizes n, T eps, T* block_means, T* mean, T* rstd) {
   T m = 0, m2 = 0; // of the channels so far; blocks are merged as in Chan et al. 1979
   for (size_t k = 0, c0 = 0; k < n.size(); c0 = n[k++]) {
     const size_t c1 = n[k];
     T sum = 0, square = 0;
     for (size_t c = c0; c < c1; c++) sum += T(x[c]);
-    const T size = c1 - c0, block_mean = sum / size, delta = block_mean - m;
+    const T size = c1 - c0, block_mean = block_means[k] = sum / size, delta = block_mean - m;
     for (size_t c = c0; c < c1; c++) square += (T(x[c]) - block_mean) * (T(x[c]) - block_mean);
     m2 += square + delta * delta * (c0 * size / c1);
     m += delta * (size / c1);
@@ -75,11 +75,11 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias, 
     scalar_t* py = y.data_ptr<scalar_t>();
     const T *pw = w.const_data_ptr<T>(), *pb = bias ? b.const_data_ptr<T>() : nullptr, *pp = ps.const_data_ptr<T>();
     at::parallel_for(0, rows, grain(4 * N), [&](int64_t begin, int64_t end) {
-      std::vector<T> mean(K), rstd(K);
+      std::vector<T> block_means(K), mean(K), rstd(K);
       for (int64_t r = begin; r < end; r++) {
         const scalar_t* xr = px + r * stride;
         scalar_t* yr = py + r * N;
-        prefix_moments<T>(xr, n, T(eps), mean.data(), rstd.data());
+        prefix_moments<T>(xr, n, T(eps), block_means.data(), mean.data(), rstd.data());
         T A = 0, B = 0;
         for (int64_t k = K - 1; k >= 0; k--) {
           A += pp[k] * rstd[k];
@@ -93,8 +93,8 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias, 
   return y.view(x.sizes());
 }
 
-// With G_k, H_k the sums over c < n_k of g w and g w (x - m), m any shift, Q_k = rstd_k (H_k - (mean_k - m) G_k) is the gradient to
-// p_k, and dx = g w A_b - (x - m) D_b - E_b in block b; D_b and E_b are sums over k >= b.
+// With G_k, H_k the sums over c < n_k of g w and g w (x - mean_k), Q_k = rstd_k H_k is the gradient to p_k, and
+// dx = g w A_b - (x - m) D_b - E_b in block b; D_b and E_b are sums over k >= b, m any shift.
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& g, const Tensor& x, const Tensor& weight, const Tensor& p,
                                                                Sizes n, double eps) {
   const int64_t N = x.size(-1), K = n.size();
@@ -110,32 +110,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& g, 
     const T *pw = w.const_data_ptr<T>(), *pp = ps.const_data_ptr<T>();
     T* psums = sums.data_ptr<T>();
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      std::vector<T> mean(K), rstd(K), G(K), H(K);
+      std::vector<T> block_means(K), mean(K), rstd(K), g_sums(K), h_sums(K);
       for (int64_t part = begin; part < end; part++) {
         T *dw = psums + part * (2 * N + K), *db = dw + N, *dp = db + N;
         for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; r++) {
           const scalar_t *xr = px + r * xs, *gr = pg + r * gs;
           scalar_t* dxr = pdx + r * N;
-          prefix_moments<T>(xr, n, T(eps), mean.data(), rstd.data());
-          const T m = mean[K - 1];
-          T sum_g = 0, sum_h = 0;
+          prefix_moments<T>(xr, n, T(eps), block_means.data(), mean.data(), rstd.data());
           for (int64_t k = 0, c0 = 0; k < K; c0 = n[k++]) {
+            T sum_g = 0, sum_h = 0;
             for (int64_t c = c0; c < n[k]; c++) {
               const T gw = T(gr[c]) * pw[c];
               sum_g += gw;
-              sum_h += gw * (T(xr[c]) - m);
+              sum_h += gw * (T(xr[c]) - block_means[k]);
             }
-            G[k] = sum_g;
-            H[k] = sum_h;
+            g_sums[k] = sum_g;
+            h_sums[k] = sum_h;
           }
+          const T m = mean[K - 1];
           T A = 0, B = 0, D = 0, E = 0;
           for (int64_t k = K - 1; k >= 0; k--) {
-            const T scale = pp[k] * rstd[k], shift = mean[k] - m, Q = rstd[k] * (H[k] - shift * G[k]), slope = scale * rstd[k] * Q / n[k];
+            T G = 0, H = 0; // sums over c < n_k of g w, and of g w (x - mean_k)
+            for (int64_t i = 0; i <= k; i++) {
+              G += g_sums[i];
+              H += h_sums[i] - (mean[k] - block_means[i]) * g_sums[i];
+            }
+            const T scale = pp[k] * rstd[k], shift = mean[k] - m, Q = rstd[k] * H, slope = scale * rstd[k] * Q / n[k];
             dp[k] += Q;
             A += scale;
             B += scale * shift;
             D += slope;
-            E += scale * G[k] / n[k] - slope * shift;
+            E += scale * G / n[k] - slope * shift;
             for (int64_t c = k ? n[k - 1] : 0; c < n[k]; c++) {
               const T gc = T(gr[c]), xc = T(xr[c]) - m;
               dxr[c] = scalar_t(gc * pw[c] * A - xc * D - E);

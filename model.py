@@ -208,6 +208,8 @@ class GPT(nn.Module):
         """Compiles what all layers and all architectures share: one block, with sizes that are symbols, and the head. Any number
         of architectures then needs no more than a few graphs: for full and part widths, with and without gradients."""
         torch._dynamo.config.recompile_limit = 32
+        # its keys leave out for which sizes a graph is right, and another run gets wrong numbers (pytorch/pytorch issue 194001)
+        torch._functorch.config.enable_autograd_cache = False
         for block in self.transformer.h:
             block.compile(dynamic=True)
         self.head = torch.compile(self.head, dynamic=True)

@@ -240,7 +240,7 @@ def mixed_norm(x, weight, bias, p, n, eps):
         shifts.append(scales[-1] * mean)
     # block k is in every option from k on
     y = weight * torch.cat([block * sum(scales[k:]) - sum(shifts[k:]) for k, block in enumerate(blocks)], dim=-1)
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def mixed_linear(x, W, bias, M, o, i):
@@ -254,7 +254,7 @@ def mixed_linear(x, W, bias, M, o, i):
             x, W = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, W))
         return torch.ops.nas.block_linear(x, W, bias, M, o, i)
     rows, columns = ([b - a for a, b in zip((0, *n[:-1]), n, strict=True)] for n in (o, i))
-    M = torch.cat([M[:, [k]].expand(-1, size) for k, size in enumerate(columns)], dim=1) # (len(o), in)
+    M = torch.cat([M.to(W.dtype)[:, [k]].expand(-1, size) for k, size in enumerate(columns)], dim=1) # (len(o), in)
     if W.requires_grad or not M.requires_grad:
         return F.linear(x, W * torch.cat([M[[k]].expand(size, -1) for k, size in enumerate(rows)]), bias)
     y = torch.cat([F.linear(x * m, W_r) for m, W_r in zip(M, W.split(rows), strict=True)], dim=-1)

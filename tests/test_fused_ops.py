@@ -1,0 +1,189 @@
+"""The kernels of fused_ops.cpp are what their PyTorch references compute: values and gradients, all types, strides and shapes."""
+import pytest
+import torch
+from conftest import TINY_SEARCH, flags, succeeds
+
+import supernet
+from model import build
+from optim_nas import ArchOptimizer, likeliest, uniform
+from supernet import mixed_attention, mixed_linear, mixed_norm
+
+TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    supernet.use_fused_ops()
+    assert supernet.fused, "fused_ops.cpp does not compile here"
+    yield
+    supernet.use_fused_ops(False)
+
+
+def prefix_sizes(g, N):
+    """One to five increasing sizes, the last of them N."""
+    K = torch.randint(1, 6, (), generator=g).item()
+    return sorted({*(torch.randint(1, N, (K - 1,), generator=g) if K > 1 else torch.empty(0).int()).tolist(), N})
+
+
+def cases(seed, dtype):
+    """(reference, kernel's operator, inputs) of each kernel on random sizes."""
+    g = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return torch.randint(low, high + 1, (), generator=g).item()
+
+    def tensor(*shape, grad=True):
+        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad)
+    vector = torch.float64 if dtype == torch.float64 else torch.float32 # the type of small tensors
+    N, R, B, T = number(1, 40), number(2, 40), number(1, 3), number(1, 150)
+    n, o, bias = prefix_sizes(g, N), prefix_sizes(g, R), number(0, 1)
+    x = tensor(B, T, N)
+    w, b, p = (torch.randn(size, generator=g, dtype=torch.float64).to(vector).requires_grad_() for size in (N, N, len(n)))
+    yield mixed_norm, torch.ops.nas.layer_norm, (x, w, b if bias else None, p, n, 1e-5)
+    M = torch.rand(len(o), len(n), generator=g, dtype=torch.float64).to(vector).requires_grad_()
+    b = tensor(R) if bias else None
+    yield mixed_linear, torch.ops.nas.block_linear, (x, tensor(R, N), b, M, o, n)
+    yield mixed_linear, torch.ops.nas.block_linear, (x, tensor(R, N, grad=False), b, M, o, n) # frozen: another backward
+    heads = [h for h in (1, 2, 3, 4, 6) if number(0, 1)] or [2]
+    E = 12 * number(1, 6)
+    scales = [torch.randn(len(heads), E, generator=g, dtype=torch.float64).to(vector).requires_grad_() for _ in range(2)]
+    yield mixed_attention, torch.ops.nas.attention, (tensor(B, T, 3 * E), *scales, heads)
+
+
+def run(function, inputs, fused):
+    """[output, gradients to all inputs], for a random direction."""
+    supernet.use_fused_ops(fused)
+    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    y = function(*inputs)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(y.dtype)
+    return [y, *torch.autograd.grad(y, leaves, direction)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_kernels_are_their_references(seed, dtype, tolerance):
+    """As near to the truth, PyTorch's result in float64, as PyTorch's in the same type is."""
+    for reference, _, inputs in cases(seed, dtype):
+        exact = [t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in inputs]
+        truth, theirs, ours = run(reference, exact, False), run(reference, inputs, False), run(reference, inputs, True)
+        for i, (t, a, b) in enumerate(zip(truth, theirs, ours, strict=True)):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            error, scale = (b.double() - t).abs().max().item(), t.abs().max().item()
+            allowed = 3 * (a.double() - t).abs().max().item() + tolerance * max(scale, 1e-3)
+            assert error <= allowed, f"{reference.__name__}, output or gradient {i}: {error:.2e} > {allowed:.2e}, of {scale:.2e}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_strides_are_free(seed):
+    for reference, _, inputs in cases(seed, torch.float64):
+        loose = [t.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_(t.requires_grad)
+                 if isinstance(t, torch.Tensor) and t.dim() > 1 else t for t in inputs]
+        y, z = reference(*inputs), reference(*loose)
+        assert torch.allclose(y, z, rtol=1e-10, atol=1e-10)
+        leaves = [[t for t in some if isinstance(t, torch.Tensor) and t.requires_grad] for some in (inputs, loose)]
+        expanded = torch.ones((), dtype=y.dtype).expand(y.shape) # a gradient with strides of 0, as sum() sends it
+        for a, b in zip(torch.autograd.grad(y, leaves[0], expanded), torch.autograd.grad(z, leaves[1], expanded), strict=True):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_operators_are_registered_right(seed):
+    for _, operator, inputs in cases(seed, torch.float32):
+        torch.library.opcheck(operator, inputs, test_utils=TESTS)
+
+
+def test_gradients_are_finite_differences():
+    for reference, _, inputs in cases(5, torch.float64):
+        inputs = [t[:1, :5].detach().requires_grad_() if isinstance(t, torch.Tensor) and t.dim() == 3 else t for t in inputs]
+        assert torch.autograd.gradcheck(reference, inputs, fast_mode=True)
+
+
+def test_attention_is_causal():
+    """Later tokens change nothing, however large their scores: at lengths on both sides of the kernel's blocks."""
+    for T in (1, 63, 64, 65, 130):
+        qkv, ones = torch.randn(1, T, 36), torch.ones(1, 12)
+        y = mixed_attention(qkv, ones, ones, (3,))
+        for t in {0, T // 2, T - 1}:
+            changed = qkv.clone()
+            changed[:, t:] *= 1000
+            assert torch.equal(mixed_attention(changed, ones, ones, (3,))[:, :t], y[:, :t])
+
+
+def test_not_a_number_stays_one():
+    """A fault must be seen, not hidden by the kernel's own exp."""
+    for reference, _, inputs in cases(1, torch.float32):
+        with torch.no_grad():
+            inputs[0][0, -1, -1] = torch.nan
+        assert reference(*inputs).isnan().any()
+
+
+@pytest.mark.parametrize("head_size", [0, 8])
+def test_memory_kept_for_backward(head_size):
+    """A mixture keeps at most 1.5 times what the plain network keeps; 1.3 times with a fixed head_size."""
+    sizes = dict(block_size=64, vocab_size=65, head_size=head_size, bias=False)
+    net = build(dict(n_layer=[2, 3, 4], n_embd=[32, 64, 96], n_head=[2, 4, 8], mlp_ratio=[2, 3, 4]) | sizes)
+    plain = build(dict(n_layer=4, n_embd=96, n_head=8, mlp_ratio=4) | sizes)
+    x = torch.randint(65, (8, 64))
+
+    def kept(net, *third):
+        storages, own = {}, {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers(), x)}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+            net(x, x, *third)
+        return sum(t.untyped_storage().nbytes() for pointer, t in storages.items() if pointer not in own)
+    weights = {name: torch.ones(c.shape) / len(c.options) for name, c in net.choices.items()}
+    limit = (1.3 if head_size else 1.5) * kept(plain)
+    assert kept(net, weights) <= limit
+    assert kept(net.requires_grad_(False), {name: w.requires_grad_() for name, w in weights.items()}) <= limit
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_frozen_weights_get_no_gradient_and_cost_less(fused):
+    """The arch step of a mixture multiplies no more than forward and the gradient to activations ask for: two thirds of all."""
+    supernet.use_fused_ops(fused)
+    net = build(dict(block_size=64, vocab_size=65, n_layer=2, n_embd=[32, 64], n_head=4, mlp_ratio=[2, 4], bias=False))
+    x, weights = torch.randint(65, (4, 64)), {name: torch.ones(c.shape) / len(c.options) for name, c in net.choices.items()}
+    leaves = {name: w.requires_grad_() for name, w in weights.items()}
+    net.requires_grad_(False)
+    with torch.profiler.profile(with_flops=True) as profile:
+        net(x, x, leaves)[1].backward()
+    matmuls = sum(e.flops for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm"))
+    assert all(p.grad is None for p in net.parameters()) and leaves["n_embd"].grad.any() and leaves["mlp_ratio"].grad.any()
+    per_token = sum(p.numel() for name, p in net.named_parameters() if p.dim() == 2 and "wpe" not in name)
+    assert matmuls <= 1.05 * 2 * (2 * per_token * x.numel()), (matmuls, per_token)
+
+
+def test_without_a_compiler_the_search_says_so_and_runs(data_dir, tmp_path):
+    out = succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s", *flags(TINY_SEARCH), CXX="/no/such/compiler",
+                   TORCH_EXTENSIONS_DIR=str(tmp_path))
+    said = [line for line in out.splitlines() if "fused_ops.cpp is not in use" in line]
+    assert len(said) == 1 and "found:" in out
+    out = succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/t", "--fused=False", *flags(TINY_SEARCH))
+    assert "fused_ops.cpp" not in out.replace("fused: True", "")
+
+
+def test_compiled_parts_do_not_recompile():
+    """After a few architectures, 50 more, hard and mixed, use the graphs that there are, and are right; no graph has a break."""
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    net = build(dict(block_size=16, vocab_size=29, n_layer=[1, 2], n_embd=[24, 48, 96], n_head=[2, 4, 6], mlp_ratio=[2, 4], bias=False))
+    generator, x = torch.Generator().manual_seed(0), torch.randint(29, (3, 16))
+    eager = build(vars(net.config))
+    eager.load_state_dict(net.state_dict())
+    net.compile_parts()
+    drnas, gdas = (ArchOptimizer(name, net.choices, generator) for name in ("drnas", "gdas"))
+
+    def thirds():
+        yield uniform(net.choices, generator)
+        yield {name: w.detach() for name, w in drnas.sample(0.0, generator).items()}
+        yield likeliest(net.choices, gdas.sample(0.0, generator))
+
+    for i in range(58):
+        if i == 8: # the widest and the narrowest have come by
+            graphs = counters["stats"]["unique_graphs"]
+        for third in thirds():
+            logits, loss = net(x, x, third)
+            loss.backward()
+            expected = eager(x, x, third)[0]
+            assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == graphs, dict(counters["stats"])
