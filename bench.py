@@ -2,14 +2,15 @@
 Measures what one search iteration costs against two plain training steps of the largest network, side by side in one process.
 
     python bench.py                                             # the TinyStories space, 4 sequences of 224 tokens; some minutes
-    python bench.py config/search_shakespeare_char.py --batch_size=16 --compile=False
-    python bench.py config/search_shakespeare_char.py --batch_size=16 --compile=False --head_size=64
+    python bench.py config/search_shakespeare_char.py --batch_size=16 --dropout=0.0 --compile=False
+    python bench.py config/search_shakespeare_char.py --batch_size=16 --dropout=0.0 --compile=False --head_size=64
     python bench.py config/search_tinystories.py --device=cuda --dtype=bfloat16             # one GPU, compiled
     python bench.py --growth=True                               # how the ratio grows with the options and the layers, as a figure
     python bench.py --help                                      # every key with its default
 
 An iteration is train_search.py's own, with both optimizers; a plain step is train.py's, of the same GPT without choices. Rounds
 interleave them, so that whatever else the machine does meets all alike. The tokens are random: the speed does not depend on them.
+On a CPU, PyTorch has a fused attention for dropout=0.0 alone.
 Prints a table for people and, as its last line, one JSON object; the same goes to bench.json in out_dir.
 """
 import itertools
@@ -38,7 +39,9 @@ del optimizer # noqa: F821 (methods takes its place)
 methods = ['drnas', 'darts', 'gdas', 'spos']
 rounds = 10
 warmup = 2 # rounds before the first that counts
-growth = False # instead: DrNAS with 2, 3, 5 and 9 options a choice, and with 6, 12 and 24 layers
+growth = False # instead: how DrNAS' ratio grows with
+growth_options = [2, 3, 5, 9] # so many options of each choice, at most 9
+growth_layers = [6, 12, 24]
 vocab_size = 0 # 0: the dataset's
 out_dir = 'out/bench'
 overwrite = True
@@ -207,20 +210,19 @@ def table(results):
 
 
 def measure_growth(config):
-    """The ratio of DrNAS, {series: {size: {...}}}: 2 to 9 options a choice on 9 layers, then 6 to 24 layers with 3 options a choice; with
-    heads of n_embd / n_head channels and of 48. Draws growth.png."""
+    """The ratio of DrNAS, {series: {size: {...}}}: options of each choice on 9 layers, then layers with 3 options of each choice; with
+    heads of n_embd / n_head channels, then of 48. Draws growth.png."""
     widths, heads, ratios = range(48, 433, 48), [1, 2, 3, 4, 6, 8, 12, 16, 24], [1 + 3 * i / 8 for i in range(9)]
     results = {}
     for head_size in (0, 48):
         heads = list(range(1, 10)) if head_size else heads
-        for axis, sizes in (("options", (2, 3, 5, 9)), ("layers", (6, 12, 24))):
+        for axis, sizes in (("options", config["growth_options"]), ("layers", config["growth_layers"])):
             for size in sizes:
                 K, L = (size, 9) if axis == "options" else (3, size)
                 some = [round(8 * i / (K - 1)) for i in range(K)] # evenly, with the first and the last
                 space = {"n_layer": list(range(L - K + 1, L + 1)), "n_embd": [widths[i] for i in some], "n_head": [heads[i] for i in some],
                          "mlp_ratio": [ratios[i] for i in some], "head_size": head_size}
-                sizes_of_step = {"batch_size": 4, "block_size": 128, "vocab_size": 256, "gradient_accumulation_steps": 1}
-                options = SimpleNamespace(**config | space | sizes_of_step)
+                options = SimpleNamespace(**config | space | {"vocab_size": 256, "gradient_accumulation_steps": 1})
                 run = setup(options)
                 use_fused_ops(options.fused and run.device_type == "cpu")
                 plain, search = contender(options, run), contender(options, run, "drnas")
@@ -249,7 +251,7 @@ def growth_figure(results, out_dir):
 
 
 def main(config):
-    results = growth(config) if config["growth"] else measure(config)
+    results = measure_growth(config) if config["growth"] else measure(config)
     where = torch.cuda.get_device_name() if config["device"].startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     if not config["growth"]:
         print(f"{config['batch_size']} x {config['block_size']} tokens on {where}; ratio: an iteration over two plain steps of the largest "

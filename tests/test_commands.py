@@ -18,7 +18,7 @@ import train_search
 from model import build
 from optim_nas import space_size
 
-SCRIPTS = ("train.py", "train_search.py", "train_base.py", "sample.py", "analyze.py", "prepare.py")
+SCRIPTS = ("train.py", "train_search.py", "train_base.py", "bench.py", "sample.py", "analyze.py", "prepare.py")
 OPTIMIZERS = ("darts", "darts2", "drnas", "gdas", "spos")
 
 
@@ -46,6 +46,10 @@ def shrink(command, data_dir, finished, out):
     extra = [f"--data_dir={data_dir}", f"--out_dir={out}"]
     if script == "train_search.py":
         extra += ["--dataset=pydocs", *flags(TINY_SEARCH)]
+    elif script == "bench.py":
+        tiny = TINY_SEARCH | dict(rounds=2, warmup=1, dataset="pydocs", head_size=4 if "head_size" in command else 0, growth_options=[2],
+                                  growth_layers=[3])
+        extra = [*flags(tiny), f"--out_dir={out}"]
     elif script == "train_base.py":
         option, file = ("--arch_traj", "arch_traj.jsonl") if "--arch_traj" in command else ("--arch", "arch.json")
         words = [word for word in words if not word.startswith("--arch")]
