@@ -251,13 +251,13 @@ def growth_figure(results, out_dir):
 
 
 def main(config):
+    os.makedirs(config["out_dir"], exist_ok=True)
     results = measure_growth(config) if config["growth"] else measure(config)
     where = torch.cuda.get_device_name() if config["device"].startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     if not config["growth"]:
         print(f"{config['batch_size']} x {config['block_size']} tokens on {where}; ratio: an iteration over two plain steps of the largest "
               "network, median and quartiles")
         print(table(results))
-    os.makedirs(config["out_dir"], exist_ok=True)
     write_json(os.path.join(config["out_dir"], "bench.json"), {"config": config, "where": where, "results": results})
     print(json.dumps(results))
 

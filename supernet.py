@@ -14,6 +14,7 @@ S(i) = sum of p_k with s_k > i is the share of the options that use channel i: m
 import hashlib
 import os
 import platform
+import sys
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -153,17 +154,24 @@ def compile_fused_ops():
     with open(file) as f: # a build is for one source, one PyTorch and one kind of processor
         identity = repr((f.read(), FLAGS, torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), processor()))
     name, start = "nas_" + hashlib.sha256(identity.encode()).hexdigest()[:12], time.perf_counter()
-    built = os.path.exists(os.path.join(cpp_extension.get_default_build_root(), name, f"{name}.so"))
+    folder = os.path.join(cpp_extension.get_default_build_root(), name)
+    built = os.path.exists(os.path.join(folder, f"{name}.so"))
+
+    def say(line):
+        if os.environ.get("RANK", "0") == "0": # once, not by every process of torchrun
+            print(line, flush=True)
+
     if not built:
-        print("compiling fused_ops.cpp, once on this machine, about 15 s ...", flush=True)
+        say("compiling fused_ops.cpp, once on this machine, about 15 s ...")
     try:
-        os.makedirs(folder := os.path.join(cpp_extension.get_default_build_root(), name), exist_ok=True)
+        os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable) # ninja, of a virtual environment that is not activated
+        os.makedirs(folder, exist_ok=True)
         cpp_extension.load(name, [file], extra_cflags=FLAGS, build_directory=folder, is_python_module=False)
     except (RuntimeError, OSError, ImportError, SystemError) as e: # no compiler, no ninja, no room, a library that does not load
-        print(f"fused_ops.cpp is not in use, PyTorch computes the same more slowly ({str(e).strip().splitlines()[0]}).", flush=True)
+        say(f"fused_ops.cpp is not in use, PyTorch computes the same more slowly ({str(e).strip().splitlines()[0]}).")
         return False
     if not built:
-        print(f"compiled fused_ops.cpp in {time.perf_counter() - start:.0f} s", flush=True)
+        say(f"compiled fused_ops.cpp in {time.perf_counter() - start:.0f} s")
     register_fused_ops()
     return True
 
