@@ -3,6 +3,7 @@ The gymnasium environment of heads x layers, what evaluates an architecture in i
 
     python env.py                       # trains each of the 64 on every shard with every seed; goes on where it was stopped
     python env.py --n_envs=2            # in two processes of one thread each, the fastest on two cores
+    python env.py --evaluator=supernet --table=out/supernet.csv --against=assets/heads_layers.csv   # how well inherited weights rank
     python env.py --help                # every key with its default
 
 Action a stands for a // 8 + 1 heads and a % 8 + 1 layers, with n_embd = heads * head_size. Writes the file `table`, a row for every
@@ -42,6 +43,8 @@ del n_layer, n_head, n_embd # noqa: F821 (what the agent picks)
 out_dir = 'out/table'
 table = 'assets/heads_layers.csv'
 cache_dir = 'out/cache' # what has been trained is not trained again
+evaluator = 'train' # 'supernet'
+against = '' # a table: Kendall's tau between its losses and these
 shards = 5 # of prepare.py, which makes them at first use
 entries = [20, 2000] # of the smallest and the largest shard
 test_entries = 256 # of the test split
@@ -97,7 +100,7 @@ def sizes_of(arch, config):
     return {**arch, "n_embd": arch["n_head"] * config["head_size"]}
 
 
-def measure_times(archs, config, rounds=5):
+def measure_times(archs, config, rounds=20):
     """The seconds a sample of a training step of each arch: the median of interleaved rounds, after one that does not count."""
     config = SimpleNamespace(**config | {"overwrite": True, "init_from": "scratch"})
     run = setup(config)
@@ -219,6 +222,10 @@ def train_supernet(net, tokens, config, run):
 def table_evaluator(config):
     """Looks up the rows of config["table"]."""
     rows = {(row["entries"], row["n_head"], row["n_layer"], row["seed"]): row for row in read_table(config["table"])}
+    wanted = {(n, *arch_of(a).values(), seed) for n, *_ in rows for a in range(N * N) for seed in config["seeds"]}
+    for n, head, layer, seed in sorted(wanted - set(rows))[:1]:
+        raise SystemExit(f"The table {config['table']} lacks a row of {n} entries, {head} heads, {layer} layers and seed {seed}: finish it "
+                         "by python env.py, or choose other --seeds.")
 
     def evaluate(arch, shard):
         row = rows[shard["entries"], arch["n_head"], arch["n_layer"], shard["seed"]]
@@ -250,13 +257,13 @@ class ArchEnv(gymnasium.Env):
     def __init__(self, evaluate, reward, shards, seeds, limits=None):
         self.evaluate, self.reward, self.shards, self.seeds = evaluate, reward, shards, seeds
         self.limits = limits or (shards[0]["entries"], shards[-1]["entries"])
-        self.episode, self.observation_space = 0, gymnasium.spaces.Box(0, 1, (1,))
+        self.observation_space = gymnasium.spaces.Box(0, 1, (1,))
         self.action_space = gymnasium.spaces.Discrete(N * N)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.order, self.position = self.np_random.permutation(len(self.shards)), 0
-        self.seed, self.episode = int(self.np_random.choice(self.seeds)), self.episode + 1
+        self.seed = int(self.np_random.choice(self.seeds))
         return self.observe(self.shards[self.order[0]]), {}
 
     def observe(self, shard):
@@ -270,8 +277,7 @@ class ArchEnv(gymnasium.Env):
         self.position += 1
         done = self.position == len(self.shards)
         following = shard if done else self.shards[self.order[self.position]]
-        info = {"episode_number": self.episode, "entries": shard["entries"], **arch, **metrics, "reward": reward}
-        return self.observe(following), reward, done, False, info
+        return self.observe(following), reward, done, False, {"entries": shard["entries"], **arch, **metrics, "reward": reward}
 
 
 # ---- the table
@@ -281,6 +287,8 @@ def read_table(path):
     try:
         with open(path, newline="") as f:
             rows = list(csv.DictReader(f))
+        if not rows:
+            raise ValueError("it has no rows")
         return [{name: of(row[name]) for name, of in COLUMNS.items()} for row in rows]
     except OSError as e:
         raise SystemExit(f"The table {path} cannot be read ({e.strerror}): name one by --table, or make it by python env.py.") from None
@@ -302,25 +310,47 @@ def regret(rewards, actions):
     return (best - rewards[np.arange(len(rewards)), actions]) / (best - worst)
 
 
-def run_job(config, arch, shard):
-    return {"entries": shard["entries"], **arch, "seed": shard["seed"]} | train_evaluator(config)(arch, shard)
+def start_worker(config):
+    global _evaluate
+    _evaluate = EVALUATORS[config["evaluator"]](config)
+
+
+def run_job(arch, shard):
+    clock = time.perf_counter()
+    row = {"entries": shard["entries"], **arch, "seed": shard["seed"]} | _evaluate(arch, shard)
+    return row | {"took": time.perf_counter() - clock}
 
 
 def make_table(config):
-    """Trains what is not in cache_dir and writes the table; returns its rows."""
+    """Evaluates everything and writes the table; returns its rows."""
     archs = [arch_of(action) for action in range(N * N)]
-    jobs = [(config, arch, {**shard, "seed": seed}) for seed in config["seeds"] for shard in shards_of(config) for arch in archs]
-    with ProcessPoolExecutor(config["n_envs"], multiprocessing.get_context("spawn")) as pool:
-        rows = list(tqdm(pool.map(run_job, *zip(*jobs, strict=True)), total=len(jobs), desc="table", unit="training"))
-    # the time of a training is that of whatever else ran beside it
-    seconds = dict(zip(map(str, archs), measure_times(archs, config), strict=True))
-    lines = [",".join(COLUMNS)]
-    for row in rows:
-        row["time"] = seconds[str({"n_head": row["n_head"], "n_layer": row["n_layer"]})]
-        lines.append(",".join(f"{row[name]:.5g}" if of is float else str(row[name]) for name, of in COLUMNS.items()))
-    write(config["table"], lambda f: f.write(("\n".join(lines) + "\n").encode()))
-    print(f"{config['table']}: {len(rows)} rows\nnext: python train_rl.py --table={config['table']}")
+    jobs = [(arch, {**shard, "seed": seed}) for seed in config["seeds"] for shard in shards_of(config) for arch in archs]
+    # the time of a training is that of whatever else ran beside it, so it is measured afterwards
+    config, measured = config | {"time_from": "flops"}, config["time_from"] == "measured"
+    with ProcessPoolExecutor(config["n_envs"], multiprocessing.get_context("spawn"), start_worker, (config,)) as pool:
+        rows = list(tqdm(pool.map(run_job, *zip(*jobs, strict=True)), total=len(jobs), desc="table", unit="network"))
+    if measured:
+        seconds = dict(zip(map(str, archs), measure_times(archs, config), strict=True))
+        rows = [row | {"time": seconds[str({"n_head": row["n_head"], "n_layer": row["n_layer"]})]} for row in rows]
+    lines = [",".join(f"{row[name]:.5g}" if of is float else str(row[name]) for name, of in COLUMNS.items()) for row in rows]
+    write(config["table"], lambda f: f.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
+    took = [row["took"] for row in rows]
+    print(f"{config['table']}: {len(rows)} rows, {sum(took):.0f} s, {1000 * statistics.median(took):.1f} ms an evaluation (median)")
+    if config["against"]:
+        compare(rows, read_table(config["against"]))
+    print(f"next: python train_rl.py --table={config['table']}")
     return rows
+
+
+def compare(rows, others):
+    """Prints Kendall's tau between the losses of two tables over the 64 networks, means over the seeds, for each number of entries."""
+    def losses(rows, entries):
+        return np.array([np.mean([r["loss"] for r in rows if (r["entries"], r["n_head"], r["n_layer"]) == (entries, *arch_of(a).values())])
+                         for a in range(N * N)])
+    for entries in sorted({row["entries"] for row in rows}):
+        a, b = losses(rows, entries), losses(others, entries)
+        tau = (np.sign(a[:, None] - a) * np.sign(b[:, None] - b)).sum() / (len(a) * (len(a) - 1))
+        print(f"{entries:6d} entries: Kendall's tau {tau:.2f}")
 
 
 if __name__ == "__main__":

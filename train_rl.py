@@ -42,7 +42,9 @@ algo = 'dqn' # 'ppo', 'a2c', 'random'
 q_network = 'numbers' # of dqn: sees heads and layers as numbers, and so learns across neighbours; 'outputs': one output an action
 budget = 1000 # evaluations an iteration
 n_iterations = 1 # in all, also with those before --init_from=resume
-learning_starts = 0 # of dqn: evaluations before the first update; 0: a twentieth of the budget
+learning_starts = 0 # of dqn: evaluations before the first update; 0: 16, or half of a budget that is smaller
+updates = 4000 # of dqn, an iteration: as many whatever the budget, for an evaluation costs more than an update
+temperature = 0.2 # of numbers: it draws actions from softmax(Q / temperature), Q in standard deviations of the reward
 rl_learning_rate = 0.0 # 0: the algorithm's, below
 eval_interval = 25 # evaluations between two looks at the policy
 # -----------------------------------------------------------------------------
@@ -58,36 +60,51 @@ def settings_of(config):
     common = {"gamma": 0.0, "seed": config.seed, "device": "cpu"}
     if config.algo == "dqn":
         return common | {
-            "learning_rate": config.rl_learning_rate or 1e-3, "buffer_size": total, "batch_size": 64, "train_freq": 1,
-            "learning_starts": config.learning_starts or config.budget // 20,
-            "gradient_steps": max(1, 8000 // config.budget), # 8,000 updates whatever the budget: an evaluation costs more than an update
-            "exploration_fraction": 0.5, "exploration_final_eps": 0.1,
-            "policy_kwargs": {"net_arch": [64, 64], "activation_fn": torch.nn.Tanh},
+            "learning_rate": config.rl_learning_rate or 1e-3, "buffer_size": total + config.n_envs * config.n_iterations,
+            "batch_size": 32, "train_freq": 1, "learning_starts": config.learning_starts or min(16, config.budget // 2),
+            "gradient_steps": min(16, max(1, config.updates // config.budget)),
+            "exploration_fraction": 0.1 if config.q_network == "numbers" else 0.5, "exploration_final_eps": 0.1,
+            "policy_kwargs": {"net_arch": [64, 64]} | ({"temperature": config.temperature} if config.q_network == "numbers" else {}),
             "policy": {"numbers": NumbersPolicy, "outputs": DQNPolicy}[config.q_network]}
     n_steps = 4 * max(1, min(16 if config.algo == "ppo" else 2, config.budget // (32 * config.n_envs)))
-    more = {"batch_size": n_steps * config.n_envs // 4, "n_epochs": 10} if config.algo == "ppo" else {}
+    more = {"batch_size": max(4, n_steps * config.n_envs // 4), "n_epochs": 10} if config.algo == "ppo" else {}
     return common | more | {"policy": "MlpPolicy", "learning_rate": config.rl_learning_rate or 3e-3, "n_steps": n_steps, "ent_coef": 0.02}
 
 
 class NumbersNet(torch.nn.Module):
-    """Q of all actions from (observation, heads, layers): (B, F) -> (B, 64). heads and layers: logarithms, from -1 to 1."""
+    """Q of all actions: (B, F) -> (B, 64). A function of (observation, heads, layers) that one evaluation teaches about its neighbours,
+    plus one output an action, at first zero, for what the neighbours do not tell. heads and layers: logarithms, from -1 to 1."""
     def __init__(self, n_features, net_arch, activation_fn):
         super().__init__()
         sizes = [[arch["n_head"], arch["n_layer"]] for arch in map(arch_of, range(N * N))]
         self.register_buffer("sizes", 2 * torch.tensor(sizes).float().log2() / np.log2(N) - 1, persistent=False) # (64, 2)
         self.net = torch.nn.Sequential(*create_mlp(n_features + 2, 1, net_arch, activation_fn))
+        self.rest = torch.nn.Sequential(*create_mlp(n_features, N * N, net_arch, activation_fn))
+        torch.nn.init.zeros_(self.rest[-1].weight)
+        torch.nn.init.zeros_(self.rest[-1].bias)
 
     def forward(self, features):
         B, A = len(features), len(self.sizes)
         pairs = torch.cat([features.unsqueeze(1).expand(B, A, -1), self.sizes.expand(B, A, -1)], dim=2) # (B, 64, F + 2)
-        return self.net(pairs).squeeze(2)
+        return self.net(pairs).squeeze(2) + self.rest(features)
 
 
 class NumbersPolicy(DQNPolicy):
+    """Explores by drawing from softmax(Q / temperature): among what it takes for good, and not among all."""
+    def __init__(self, *args, temperature, **kwargs):
+        self.temperature = temperature
+        super().__init__(*args, **kwargs)
+
     def make_q_net(self):
         q_net = super().make_q_net()
         q_net.q_net = NumbersNet(q_net.features_dim, self.net_arch, self.activation_fn)
         return q_net.to(self.device)
+
+    def _predict(self, obs, deterministic=True):
+        q = self.q_net(obs)
+        if not deterministic:
+            q = q - self.temperature * torch.empty_like(q).exponential_().log() # the Gumbel-max trick
+        return q.argmax(1)
 
 
 class Normalize(VecNormalize):
@@ -144,12 +161,14 @@ class Recorder(BaseCallback):
     def __init__(self, config, run, log, state, env, rewards):
         super().__init__()
         self.config, self.run, self.log, self.state, self.env, self.rewards = config, run, log, state, env, rewards
+        self.episodes = list(range(1, config.n_envs + 1)) # the number of the one that each environment is in
 
     def _on_step(self):
         before = self.state.step
         values = value_of(self.model, self.model._last_obs, self.locals["actions"])
         for i, (info, value) in enumerate(zip(self.locals["infos"], values, strict=True)):
-            record(self.log, self.state, info, (info["episode_number"] - 1) * self.config.n_envs + i + 1, value)
+            record(self.log, self.state, info, self.episodes[i], value)
+            self.episodes[i] += self.config.n_envs * int(self.locals["dones"][i])
         if before // self.config.eval_interval < self.state.step // self.config.eval_interval:
             look(self.config, self.log, self.state, partial(greedy, self.model), self.env, self.rewards)
         stop_if_told(self.run, lambda: None) # the last iteration's checkpoint counts
@@ -188,23 +207,27 @@ def iterate_random(config, run, log, state, env, rewards):
     draw = np.random.default_rng(seed_of(config, "random", state.iteration))
     walk = build_env(config, mode_of(config, state.iteration))
     walk.reset(seed=seed_of(config, "iteration", state.iteration))
-    left, first = {}, draw.integers(N * N, size=len(env.shards)).tolist()
+    left, episode, first = {}, 1, draw.integers(N * N, size=len(env.shards)).tolist()
     for _ in range(config.budget):
         entries = walk.shards[walk.order[walk.position]]["entries"]
         left[entries] = left.get(entries) or draw.permutation(N * N).tolist()
         *_, done, _, info = walk.step(left[entries].pop())
-        record(log, state, info, walk.episode)
+        record(log, state, info, episode)
         if done:
             walk.reset()
+            episode += 1
         if state.step % config.eval_interval == 0:
             look(config, log, state, lambda _: best_observed(env.shards, state.seen, first), env, rewards)
         stop_if_told(run, lambda: None)
 
 
 def best_observed(shards, seen, first):
-    """For each shard the action of the highest mean reward so far; first[i]: for shard i while there is none."""
-    found = [means_of(shard, seen) for shard in shards]
-    return [max(means, key=means.get) if means else first[i] for i, means in enumerate(found)]
+    """For each shard the action of the highest reward so far; first[i]: for shard i while there is none."""
+    actions = []
+    for shard, action in zip(shards, first, strict=True):
+        found = [(reward, a) for entries, a, reward in seen if entries == shard["entries"]]
+        actions.append(max(found)[1] if found else action)
+    return actions
 
 
 def means_of(shard, seen):
