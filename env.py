@@ -297,10 +297,9 @@ def read_table(path):
 
 
 def reward_table(path, reward, config):
-    """(the numbers of entries (S,), the rewards (S, 64), means over the seeds) of a table."""
-    evaluate, rows = table_evaluator({**config, "table": path}), read_table(path)
-    entries, seeds = (sorted({row[key] for row in rows}) for key in ("entries", "seed"))
-    return entries, np.array([[np.mean([reward(evaluate(arch_of(a), {"entries": n, "seed": seed})) for seed in seeds])
+    """(the numbers of entries (S,), the rewards (S, 64), means over config["seeds"]) of a table."""
+    evaluate, entries = table_evaluator({**config, "table": path}), sorted({row["entries"] for row in read_table(path)})
+    return entries, np.array([[np.mean([reward(evaluate(arch_of(a), {"entries": n, "seed": seed})) for seed in config["seeds"]])
                                for a in range(N * N)] for n in entries])
 
 

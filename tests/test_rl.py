@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fails, succeeds
+from conftest import ROOT, succeeds
 
 import configurator
 import env
 import train_rl
-from analyze import read_lines
+from analyze import main, read_lines
 from prepare import read_json
 from train import load_checkpoint
 from train_rl import learn
@@ -113,19 +113,19 @@ def test_numbers_are_what_the_network_sees():
     (dict(algo="sac"), "algo='sac' is not one of dqn, ppo, a2c, random"), (dict(reward="x"), "reward='x'"), (dict(budget=0), "budget=0"),
     (dict(seeds=[9]), "lacks a row"), (dict(table="none.csv"), "cannot be read")])
 def test_a_mistake_is_one_sentence(changes, words, tmp_path):
-    options = {"table": TABLE, "out_dir": tmp_path / "out", **changes}
-    assert words in fails("train_rl.py", *(f"--{key}={str(value).replace(' ', '')}" for key, value in options.items()))
+    with pytest.raises(SystemExit, match=words):
+        learn(settings(tmp_path, **changes))
 
 
-def test_groups_of_runs_are_compared(tmp_path):
+def test_groups_of_runs_are_compared(tmp_path, capsys):
     for seed in (1, 2):
         learn(settings(tmp_path / f"r_{seed}", algo="random", seed=seed))
-        learn(settings(tmp_path / f"d_{seed}", seed=seed))
-    out = succeeds("analyze.py", f"--out_dir={tmp_path}", f"--compare=dqn:{tmp_path}/d_*,random:{tmp_path}/r_*")
+    main(str(tmp_path), f"draws:{tmp_path}/r_*,the first:{tmp_path}/r_1")
     assert (tmp_path / "regret.png").stat().st_size > 10_000
-    last = [np.mean(log_of(tmp_path / f"d_{seed}")[1][-1]["regret"]) for seed in (1, 2)]
-    assert f"dqn: regret after the last evaluation {100 * np.mean(last):.2f}%" in out
-    assert "names no runs" in fails("analyze.py", f"--out_dir={tmp_path}", f"--compare=x:{tmp_path}/none_*")
+    last = [np.mean(log_of(tmp_path / f"r_{seed}")[1][-1]["regret"]) for seed in (1, 2)]
+    assert f"draws: regret after the last evaluation {100 * np.mean(last):.2f}%" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="names no runs"):
+        main(str(tmp_path), f"x:{tmp_path}/none_*")
 
 
 def test_parallel_environments_train_for_real(data_dir, tmp_path):
