@@ -2,7 +2,7 @@
 Learns which number of heads and of layers suits a number of entries (training sequences): DQN, PPO or A2C over env.py.
 
     python train_rl.py                                          # on the table of all 64 networks: seconds
-    python train_rl.py --evaluator=train --shards=10 --budget=150 --n_envs=2 --seeds=[1]     # real training: minutes, on two cores
+    python train_rl.py --evaluator=train --shards=10 --budget=100 --n_envs=2 --seeds=[1]     # real training: minutes, on two cores
     python train_rl.py --evaluator=supernet                     # inherited weights of one supernet for each shard
     python train_rl.py --algo=ppo                               # or a2c, or random: the best of random draws
     python train_rl.py --n_iterations=10                        # alternates between the two halves of the shards
