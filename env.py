@@ -52,7 +52,7 @@ seeds = [1, 2, 3] # of the trainings
 n_envs = 1 # processes
 time_from = 'measured' # 'flops': repeatable, at flops_per_second
 flops_per_second = 2e10 # of a training step, forward and backward
-supernet_iters = 2000 # steps of a supernet, one for each shard
+supernet_iters = 300 # steps of a supernet, one for each shard; many overfit a small one
 # a training, of some seconds on one core
 head_size = 16
 batch_size = 4
