@@ -3,7 +3,10 @@ Redraws the figure of any run from its files, at any time, also while it runs, a
 
     python analyze.py --out_dir=out/search      # of train_search.py: losses, gap and weights -> search.png
     python analyze.py --out_dir=out/base        # of train.py or train_base.py: losses -> loss.png
+    python analyze.py --out_dir=out/rl          # of train_rl.py: aggregate.png, frames.png, two.png, regret.png, surface.png
+    python analyze.py --out_dir=out/rl --compare=numbers:out/rl_numbers_*,random:out/rl_random_*    # regret.png of groups of runs
 """
+import glob
 import json
 import os
 
@@ -13,6 +16,7 @@ from prepare import read_json, write
 
 # -----------------------------------------------------------------------------
 out_dir = 'out/search' # of the run
+compare = '' # label:pattern,label:pattern: the regret of groups of train_rl.py runs, each a curve; written to out_dir
 # -----------------------------------------------------------------------------
 
 BLUE, RED, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "0.75" # for the colour-blind too (Okabe & Ito)
@@ -199,6 +203,133 @@ def train_figure(out_dir):
     return save_figure(os.path.join(out_dir, "loss.png"), 4.2, lambda figure: draw_training(figure.subplots(), log, best))
 
 
+RL_KEYS = {"reward": "reward", "loss": "loss", "ppl": "perplexity", "time": "time, ms a sample", "value": "value (normalised)"}
+
+
+def rl_log(out_dir):
+    """(the evaluations, with their time in ms, and the looks at the policy) in the log of a train_rl.py run."""
+    lines = read_lines(os.path.join(out_dir, "log.jsonl"))
+    return ([line | {"time": 1000 * line["time"]} for line in evaluations(os.path.join(out_dir, "log.jsonl"), "reward")],
+            [line for line in lines if "actions" in line])
+
+
+def rl_panels(figure, lines, by_entries=True):
+    """(panel, key) for every quantity of a run; random search expects no value."""
+    keys = [key for key in RL_KEYS if lines[0][key] is not None]
+    entries = sorted({line["entries"] for line in lines})
+    ticks = entries[::-(-len(entries) // 5)]
+    for ax, key in zip(figure.subplots(1, len(keys)), keys, strict=True):
+        ax.set_title(RL_KEYS[key], fontsize=9)
+        yield ax, key
+        ax.set_xlabel("entries" if by_entries else "evaluation")
+        if by_entries:
+            ax.set_xscale("log")
+            ax.set_xticks(ticks, ticks, fontsize=7)
+            ax.set_xticks([], minor=True)
+
+
+def episodes_of(lines):
+    """The evaluations of every episode, each in order of their entries."""
+    found = {}
+    for line in lines:
+        found.setdefault((line["iteration"], line["episode"]), []).append(line)
+    return [sorted(episode, key=lambda line: line["entries"]) for episode in found.values()]
+
+
+def draw_aggregate(figure, lines):
+    """Every quantity over all evaluations, and its mean over the last 50."""
+    for ax, key in rl_panels(figure, lines, by_entries=False):
+        values, width = np.array([line[key] for line in lines]), min(50, len(lines))
+        steps = np.array([line["step"] for line in lines])
+        ax.plot(steps, values, ".", color=GREY, markersize=2)
+        ax.plot(steps[width - 1:], np.convolve(values, np.ones(width) / width, "valid"), color=RED)
+
+
+def draw_frames(figure, lines):
+    """Every episode a line over the number of entries, the early ones dark."""
+    episodes = episodes_of(lines)
+    for ax, key in rl_panels(figure, lines):
+        for i, episode in enumerate(episodes):
+            ax.plot([line["entries"] for line in episode], [line[key] for line in episode], linewidth=0.5, alpha=0.6,
+                    color=(0.1 + 0.8 * i / len(episodes), 0.2 + 0.5 * i / len(episodes), 0.6 - 0.5 * i / len(episodes)))
+
+
+def draw_two(figure, lines):
+    """The first tenth of the episodes against the last: means for every number of entries, and standard deviations."""
+    episodes = episodes_of(lines)
+    tenth = -(-len(episodes) // 10)
+    for ax, key in rl_panels(figure, lines):
+        for part, color, label in ((episodes[:tenth], BLUE, "first tenth"), (episodes[-tenth:], RED, "last tenth")):
+            values = {}
+            for line in (line for episode in part for line in episode):
+                values.setdefault(line["entries"], []).append(line[key])
+            entries = sorted(values)
+            ax.errorbar(entries, [np.mean(values[n]) for n in entries], [np.std(values[n]) for n in entries], color=color, label=label,
+                        marker="o", capsize=2, linewidth=1)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+
+
+def draw_regret(figure, groups):
+    """The regret of the greedy policy, mean over the numbers of entries: mean and standard deviation over the runs of each group.
+
+    groups: {label: [the looks of a run, ...]}."""
+    ax = figure.subplots()
+    for (label, runs), color in zip(groups.items(), (RED, BLUE, "0.4", GREEN, PURPLE), strict=False):
+        steps = sorted(set.intersection(*({line["step"] for line in run} for run in runs)))
+        curves = 100 * np.array([[np.mean({line["step"]: line["regret"] for line in run}[step]) for step in steps] for run in runs])
+        mean, std = curves.mean(0), curves.std(0)
+        ax.plot(steps, mean, color=color, label=f"{label}, {len(runs)} runs" if len(runs) > 1 else label)
+        ax.fill_between(steps, np.maximum(mean - std, 0), mean + std, color=color, alpha=0.15, linewidth=0)
+    ax.axhline(0, color="black", linewidth=0.8, linestyle=":", label="oracle")
+    ax.set(xlabel="evaluations", ylabel="regret, % of the range of the rewards", ylim=(-1, None))
+    ax.legend()
+
+
+def draw_surface(figure, result):
+    """The rewards, heads x layers, for up to 10 numbers of entries; circle: the best, star: what the policy takes."""
+    shown = np.unique(np.linspace(0, len(result["policy"]) - 1, 10).round().astype(int))
+    axes = np.atleast_1d(figure.subplots(-(-len(shown) // 5), min(5, len(shown)), sharex=True, sharey=True)).flat
+    for ax, i in zip(axes, shown, strict=False):
+        row, surface = result["policy"][i], np.array(result["surface"][i], dtype=float).reshape(8, 8) # (heads, layers)
+        low, high = (np.nanpercentile(surface, q) for q in (10, 100)) if np.isfinite(surface).any() else (0, 1)
+        mesh = ax.pcolormesh(np.arange(9) + 0.5, np.arange(9) + 0.5, surface, vmin=low, vmax=high)
+        figure.colorbar(mesh, ax=ax, location="bottom", pad=0.02, aspect=25)
+        if np.isfinite(surface).any():
+            head, layer = np.unravel_index(np.nanargmax(surface), surface.shape)
+            ax.plot(layer + 1, head + 1, "o", markersize=13, mfc="none", mec="white", mew=1.2)
+        ax.plot(row["n_layer"], row["n_head"], markersize=9, **STAR)
+        ax.set(title=f"{row['entries']:,} entries", xlabel="layers", ylabel="heads", xticks=range(1, 9), yticks=range(1, 9), aspect="equal")
+        ax.label_outer()
+
+
+def rl_figures(out_dir):
+    """Draws the figures of a train_rl.py run into out_dir, returns their paths; SystemExit if it has evaluated nothing yet."""
+    lines, looks = rl_log(out_dir)
+    draws = {"aggregate": (2.2, lambda f: draw_aggregate(f, lines)), "frames": (2.2, lambda f: draw_frames(f, lines)),
+             "two": (2.4, lambda f: draw_two(f, lines))}
+    if looks and "regret" in looks[0]:
+        draws["regret"] = (3.2, lambda f: draw_regret(f, {"greedy policy": [looks]}))
+    path = os.path.join(out_dir, "result.json")
+    if os.path.exists(path):
+        result = read_json(path)
+        draws["surface"] = (2.6 * -(-min(10, len(result["policy"])) // 5), lambda f: draw_surface(f, result))
+    return [save_figure(os.path.join(out_dir, f"{name}.png"), height, draw) for name, (height, draw) in draws.items()]
+
+
+def compare_figure(out_dir, patterns):
+    """Draws out_dir/regret.png of groups of runs, "label:out/a_*,label:out/b_*", each of them one curve; returns its path."""
+    groups = {}
+    for pattern in patterns.split(","):
+        label, _, folders = pattern.rpartition(":")
+        found = sorted(glob.glob(folders))
+        groups[label or folders] = [rl_log(folder)[1] for folder in found]
+        if not found or not all("regret" in run[0] for run in groups[label or folders]):
+            raise SystemExit(f"{folders} names no runs that know their regret: give the out_dirs of train_rl.py --evaluator=table.")
+        print(f"{label or folders}: regret after the last evaluation "
+              f"{100 * np.mean([np.mean(run[-1]['regret']) for run in groups[label or folders]]):.2f}%")
+    return save_figure(os.path.join(out_dir, "regret.png"), 3.2, lambda figure: draw_regret(figure, groups))
+
+
 def evaluations(path, key):
     """The lines of a .jsonl file that hold key, at least one; SystemExit if there is none yet."""
     lines = [line for line in read_lines(path) if key in line]
@@ -221,9 +352,16 @@ def table(lines):
     return "\n".join("  ".join(cell.rjust(max(len(key), 7)) for key, cell in zip(rows[0], row, strict=True)) for row in rows)
 
 
-def main(out_dir):
+def main(out_dir, compare=""):
     """Draws the run's figure; prints the table, what the best architecture is and costs, and the figure's path."""
     traj, log = (os.path.join(out_dir, name) for name in ("arch_traj.jsonl", "log.jsonl"))
+    if compare:
+        print(f"figure: {compare_figure(out_dir, compare)}")
+        return
+    if "algo" in read_json(os.path.join(out_dir, "run.json"))["config"]:
+        for path in rl_figures(out_dir):
+            print(f"figure: {path}")
+        return
     if os.path.exists(traj):
         path, lines = search_figure(out_dir), evaluations(traj, "arch_loss")
         found, cost = describe(best_of(lines)["arch"]) + ": ", best_of(lines)["cost"]
@@ -237,4 +375,4 @@ def main(out_dir):
 
 if __name__ == "__main__":
     from configurator import configure
-    main(configure(globals())["out_dir"])
+    main(**configure(globals()))

@@ -6,6 +6,7 @@ Turns text into data/<name>/{train,val}.bin + meta.json, once, and hands out bat
     python prepare.py --dataset=tinystories                 # from Hugging Face
     python prepare.py --dataset=tinystories --path=train.txt.gz --val_path=valid.txt.gz      # the same from local files
     python prepare.py --dataset=text --path=my_folder --tokenizer=sentencepiece --vocab_size=1024
+    python prepare.py --shards=50                           # also 50 parts of different sizes, for train_rl.py
 
 --path is a file or a folder of plain text (.txt, .md, .py, ...), .gz of text, .jsonl or .parquet (column "text"). Files whose
 names start with train and val are the two splits of a folder; otherwise its last val_fraction of characters is the validation
@@ -14,6 +15,9 @@ of them, and after the last row, stands the end-of-text token (gpt2, sentencepie
 
 A .bin is a flat array of token ids, uint16 or uint32 as meta.json says. A run that was killed continues where it was: until
 both splits are whole there is a progress.json in the place of meta.json. One document has to fit into memory, all need not.
+
+A shard is a data set of its own, data/<name>/<shards>/<number>: its train.bin is a part of train.bin that no other shard has, and
+its val.bin, the same for all, the first test_entries of val.bin. Every second one is of mode 1, the others are of mode 2.
 """
 
 import ast
@@ -45,6 +49,10 @@ seed = 1337  # of the split of pydocs and openwebtext
 num_proc = 8  # threads that tokenize (gpt2, sentencepiece)
 data_dir = "data"
 name = ""  # folder in data_dir; '' = the data set's name
+shards = 0  # parts to cut train.bin into
+entries = [20, 2000]  # of the smallest and the largest shard, the others between them in equal ratios
+test_entries = 256  # entries of the test split of all shards
+block_size = 64  # tokens an entry, which is one training sequence
 
 TOKENIZER = {"pydocs": "char", "shakespeare_char": "char", "tinystories": "gpt2", "openwebtext": "gpt2", "text": "char"}
 HUB = {"shakespeare_char": "karpathy/tiny_shakespeare", "tinystories": "roneneldan/TinyStories",
@@ -374,9 +382,11 @@ def check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction)
 
 
 def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
-            seed=seed, num_proc=num_proc, data_dir=data_dir, name=name):
+            seed=seed, num_proc=num_proc, data_dir=data_dir, name=name, shards=shards, entries=entries, test_entries=test_entries,
+            block_size=block_size):
     """
-    Writes data_dir/name/{train.bin, val.bin, meta.json}, and tokenizer.model for sentencepiece. Returns what meta.json says.
+    Writes data_dir/name/{train.bin, val.bin, meta.json}, tokenizer.model for sentencepiece, and the shards if there are to be any.
+    Returns what meta.json says.
 
     Continues what an interrupted run with the same settings began, and does nothing where a finished one stands. SystemExit:
     settings that do not fit the folder or each other, text that is missing, unreadable or too short, no network where needed.
@@ -415,9 +425,47 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
             meta[f"{split}_sha256"] = hash_of(np.memmap(folder / f"{split}.bin", mode="r"))
         write_json(progress, meta)
         os.replace(progress, finished)
+    if shards:
+        cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size)
+    script = f"train_rl.py --shards={shards}" if shards else "train_search.py"
     print(f"{folder}: {tokenizer}, vocab size {meta['vocab_size']:,}, {meta['train_tokens']:,} tokens of train, "
-          f"{meta['val_tokens']:,} of val\nnext: python train_search.py --dataset={name}{data_dir_option(data_dir)}")
+          f"{meta['val_tokens']:,} of val\nnext: python {script} --dataset={name}{data_dir_option(data_dir)}")
     return meta
+
+
+def cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size):
+    """Writes data_dir/name/<shards>/<number>/{train.bin, val.bin, meta.json} and, last, shards.json, which lists them."""
+    folder = Path(data_dir) / name / str(shards)
+    if shards < 2 or not isinstance(entries, list) or len(entries) != 2 or not 0 < entries[0] < entries[1] or block_size < 1:
+        raise SystemExit(f"--shards={shards} --entries={entries} --block_size={block_size}: give two shards or more, and the entries of "
+                         "the smallest and of the largest, such as --shards=50 --entries=[20,2000]")
+    sizes = np.geomspace(*entries, shards).round().astype(int).tolist()
+    settings = {"sizes": sizes, "test_entries": test_entries, "block_size": block_size, "train_sha256": meta["train_sha256"]}
+    if (folder / "shards.json").exists():
+        found = read_json(folder / "shards.json")
+        if any(found[key] != value for key, value in settings.items()):
+            raise SystemExit(f"{folder} holds shards of {found['sizes'][0]} to {found['sizes'][-1]} entries of {found['block_size']} "
+                             f"tokens, with {found['test_entries']} to test, or of other text: ask for these, for another number of "
+                             "shards, or delete the folder")
+        return
+    train, val = load_tokens(data_dir, name, "train"), load_tokens(data_dir, name, "val")
+    stops = np.cumsum([size * block_size + 1 for size in sizes]).tolist()  # the last entry predicts one token more
+    if len(set(sizes)) < shards or stops[-1] > len(train) or not 0 < test_entries * block_size < len(val):
+        raise SystemExit(f"{shards} shards of {sizes[0]} to {sizes[-1]} entries, all different, and {test_entries} to test need "
+                         f"{stops[-1]:,} tokens of train.bin and {test_entries * block_size + 1:,} of val.bin, which have "
+                         f"{len(train):,} and {len(val):,}: choose fewer --shards, other --entries, or fewer --test_entries")
+    listed = []
+    for i, (size, stop) in enumerate(zip(sizes, stops, strict=True)):
+        parts = {"train": train[stop - size * block_size - 1:stop], "val": val[:test_entries * block_size + 1]}
+        shard = {"dataset": f"{name}/{shards}/{i:02d}", "entries": size, "mode": i % 2 + 1}
+        (folder / f"{i:02d}").mkdir(parents=True, exist_ok=True)
+        for split, tokens in parts.items():
+            write(folder / f"{i:02d}" / f"{split}.bin", lambda f, tokens=tokens: f.write(tokens.tobytes()))
+        counts = {f"{split}_tokens": len(tokens) for split, tokens in parts.items()}
+        hashes = {f"{split}_sha256": hash_of(tokens) for split, tokens in parts.items()}
+        write_json(folder / f"{i:02d}" / "meta.json", {**meta, **shard, **counts, **hashes})
+        listed.append(shard)
+    write_json(folder / "shards.json", settings | {"shards": listed})
 
 
 # ---- reading, for the trainers
@@ -446,6 +494,16 @@ def load_meta(data_dir, dataset):
         if found != size:
             raise SystemExit(f"{file} has {found:,} bytes and not the {size:,} of meta.json: delete {folder} and run {command}")
     return meta
+
+
+def load_shards(data_dir, dataset, shards, mode=0):
+    """[{"dataset", "entries", "mode"}] of data_dir/dataset/<shards>, in order of size; mode=0: all. SystemExit if they are not prepared."""
+    file = Path(data_dir) / dataset / str(shards) / "shards.json"
+    if not file.exists():
+        raise SystemExit(f"{file} is missing: run python prepare.py --dataset={dataset} --shards={shards}{data_dir_option(data_dir)}")
+    if mode not in (0, 1, 2):
+        raise SystemExit(f"mode={mode} is not 1 or 2, the two halves of the shards, or 0 for all.")
+    return [shard for shard in read_json(file)["shards"] if mode in (0, shard["mode"])]
 
 
 def hash_of(tokens):

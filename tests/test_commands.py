@@ -18,7 +18,9 @@ import train_search
 from model import build
 from optim_nas import space_size
 
-SCRIPTS = ("train.py", "train_search.py", "train_base.py", "bench.py", "sample.py", "analyze.py", "prepare.py")
+SCRIPTS = ("train.py", "train_search.py", "train_base.py", "bench.py", "sample.py", "analyze.py", "prepare.py", "env.py", "train_rl.py")
+TINY_RL = dict(budget=12, updates=12, eval_interval=4, learning_starts=4, shards=3, entries=[5, 40], test_entries=10, block_size=16,
+               head_size=2, batch_size=2, max_iters=1, supernet_iters=2, seeds=[1])
 OPTIMIZERS = ("darts", "darts2", "drnas", "gdas", "spos")
 
 
@@ -59,9 +61,13 @@ def shrink(command, data_dir, finished, out):
     elif script == "sample.py":
         words = [word for word in words if not word.startswith("--out_dir")]
         extra = [f"--out_dir={finished}/b", "--max_new_tokens=5", "--device=cpu"]
+    elif script == "train_rl.py":
+        words = [word for word in words if not word.startswith("--out_dir")]
+        extra += [*flags(TINY_RL), f"--cache_dir={out}/cache"]
     elif script == "analyze.py":
         extra = []
-        words = [f"--out_dir={finished}/{'b' if 'base' in word else 's'}" if word.startswith("--out_dir") else word for word in words]
+        words = [f"--out_dir={finished}/{'b' if 'base' in word else 'r' if 'rl' in word else 's'}" if word.startswith("--out_dir") else
+                 f"--compare=a:{finished}/r,b:{finished}/r" if word.startswith("--compare") else word for word in words]
     if words[0] == "torchrun":
         nodes = "--nnodes=2" in words
         extra.append("--gradient_accumulation_steps=2")
@@ -72,14 +78,15 @@ def shrink(command, data_dir, finished, out):
 
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
-    """A search and a training from its architecture, which later commands start from."""
+    """A search, a training from its architecture, and a policy, which later commands start from."""
     out = tmp_path_factory.mktemp("finished")
     succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={out}/s", *flags(TINY_SEARCH))
     succeeds("train_base.py", f"--arch={out}/s/arch.json", f"--out_dir={out}/b", *flags(TINY))
+    succeeds("train_rl.py", f"--out_dir={out}/r", *flags(TINY_RL))
     return out
 
 
-LOCAL = [(where, c) for where, c in shown() if "prepare.py" not in c and "--nnodes" not in c]
+LOCAL = [(where, c) for where, c in shown() if not re.search("prepare.py|env.py|--nnodes", c)] # the first two have tests of their own
 TWO_NODES = [(where, c) for where, c in shown() if "--node_rank=0" in c]
 
 
@@ -88,7 +95,7 @@ def distinct_runs(cases):
     roads = {}
     for where, command in cases:
         words = shlex.split(command)
-        options = tuple(sorted(word.split("=")[0] for word in words if word.startswith("--")))
+        options = tuple(sorted(word.split("=")[0] for word in words if word.startswith("--") and not word.startswith("--seed=")))
         optimizer = next((word for word in words if Path(word).stem in OPTIMIZERS), "")
         script = next(word for word in words if word.endswith(".py") and not word.startswith("config"))
         roads.setdefault((script, words[0], options, optimizer if words[0] == "python" else ""), (where, command))

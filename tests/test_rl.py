@@ -1,0 +1,144 @@
+"""Agents that choose heads and layers: they learn, resume exactly, and leave files that hold no pickle."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, succeeds
+
+import configurator
+import env
+import train_rl
+from analyze import main, read_lines
+from prepare import read_json
+from train import load_checkpoint
+from train_rl import learn
+
+TABLE = str(ROOT / "assets/heads_layers.csv")
+SMALL = dict(table=TABLE, budget=40, updates=40, eval_interval=10, learning_starts=8)
+
+
+def settings(out, **changes):
+    return configurator.defaults(vars(train_rl)) | SMALL | dict(out_dir=str(out), overwrite=True) | changes
+
+
+def log_of(out):
+    lines = read_lines(str(Path(out) / "log.jsonl"))
+    return [line for line in lines if "reward" in line], [line for line in lines if "actions" in line]
+
+
+def expected_regret():
+    """Of an architecture drawn at random."""
+    _, rewards = env.reward_table(TABLE, env.balance_reward, settings(""))
+    return np.mean([env.regret(rewards, np.full(len(rewards), a)) for a in range(64)])
+
+
+@pytest.mark.parametrize("changes", [dict(q_network="numbers"), dict(q_network="outputs"), dict(algo="ppo"), dict(algo="a2c")])
+def test_an_agent_learns(changes, tmp_path):
+    """Its regret ends far below that of chance, and it values what it takes above the average."""
+    result = learn(settings(tmp_path, budget=300, updates=1500, eval_interval=50, **changes))
+    assert result["updates"] > 0 and result["regret"] < 0.5 * expected_regret()
+    evaluated, looks = log_of(tmp_path)
+    assert np.mean([line["reward"] for line in evaluated[-100:]]) > np.mean([line["reward"] for line in evaluated[:100]])
+    assert np.mean(looks[-1]["regret"]) == pytest.approx(result["regret"], abs=0.05) or changes.get("algo") # that updates once more
+    for name in ("aggregate", "frames", "two", "regret", "surface"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_a_run_without_an_update_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match="made no update in budget=40"):
+        learn(settings(tmp_path, learning_starts=100))
+
+
+@pytest.mark.parametrize("changes", [dict(q_network="numbers"), dict(algo="ppo")])
+def test_two_iterations_are_one_and_one_more(changes, tmp_path):
+    """Bit for bit: weights, optimizer, normaliser, replay buffer and log. The modes alternate."""
+    learn(settings(tmp_path / "a", n_iterations=2, mode=1, **changes))
+    learn(settings(tmp_path / "b", n_iterations=1, mode=1, **changes))
+    learn(settings(tmp_path / "b", n_iterations=2, mode=1, init_from="resume", **changes))
+    a, b = (load_checkpoint(str(tmp_path / out / "ckpt.pt"), "cpu") for out in "ab") # nothing is unpickled
+    assert flat(a) == flat(b)
+    assert log_of(tmp_path / "a")[0] == log_of(tmp_path / "b")[0]
+    halves = {line["entries"]: line["iteration"] for line in log_of(tmp_path / "a")[0]}
+    assert halves == {shard["entries"]: shard["mode"] for shard in env.shards_of(settings(""))}
+    if "buffer" in a["agent"]:
+        assert len(a["agent"]["buffer"]["rewards"]) == 80
+
+
+def flat(checkpoint):
+    """The numbers of a checkpoint that an exact resume must bring back."""
+    found = []
+    def walk(value):
+        if isinstance(value, dict):
+            for key in value:
+                walk(value[key])
+        elif isinstance(value, list | tuple):
+            for part in value:
+                walk(part)
+        else:
+            found.append(value.tolist() if isinstance(value, torch.Tensor) else value)
+    walk([checkpoint[key] for key in ("model", "optimizer", "agent", "state")])
+    return found
+
+
+def test_random_search_that_has_seen_all_of_one_seed_is_the_oracle(tmp_path):
+    shards = env.shards_of(settings(""))
+    result = learn(settings(tmp_path, algo="random", seeds=[1], budget=64 * len(shards)))
+    assert result["regret"] == 0 and result["updates"] == 0
+    evaluated, _ = log_of(tmp_path)
+    assert len({(line["entries"], line["n_head"], line["n_layer"]) for line in evaluated}) == 64 * len(shards)
+
+
+def test_the_policy_table_says_what_the_environment_says(tmp_path):
+    result = learn(settings(tmp_path, seeds=[2]))
+    rows = {(row["entries"], row["n_head"], row["n_layer"], row["seed"]): row for row in env.read_table(TABLE)}
+    for row in result["policy"]:
+        found = rows[row["entries"], row["n_head"], row["n_layer"], 2]
+        assert (row["loss"], row["time"]) == (found["loss"], found["time"]) and row["reward"] == env.balance_reward(found)
+    assert result == read_json(tmp_path / "result.json")
+
+
+def test_numbers_are_what_the_network_sees():
+    """Before any update the value is a function of heads and layers alone, the same for equal sizes and smooth in them."""
+    torch.manual_seed(0)
+    net = train_rl.NumbersNet(1, [64, 64], torch.nn.ReLU)
+    q = net(torch.tensor([[0.3]])).view(8, 8)
+    assert (q.diff(dim=0).abs().max() < q.std() * 2) and (q.diff(dim=1).abs().max() < q.std() * 2)
+    assert torch.equal(net.rest(torch.rand(5, 1)), torch.zeros(5, 64))
+    assert net.sizes.view(8, 8, 2)[0, 0].tolist() == [-1, -1] and net.sizes.view(8, 8, 2)[7, 7].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(algo="sac"), "algo='sac' is not one of dqn, ppo, a2c, random"), (dict(reward="x"), "reward='x'"), (dict(budget=0), "budget=0"),
+    (dict(seeds=[9]), "lacks a row"), (dict(table="none.csv"), "cannot be read")])
+def test_a_mistake_is_one_sentence(changes, words, tmp_path):
+    with pytest.raises(SystemExit, match=words):
+        learn(settings(tmp_path, **changes))
+
+
+def test_groups_of_runs_are_compared(tmp_path, capsys):
+    for seed in (1, 2):
+        learn(settings(tmp_path / f"r_{seed}", algo="random", seed=seed))
+    main(str(tmp_path), f"draws:{tmp_path}/r_*,the first:{tmp_path}/r_1")
+    assert (tmp_path / "regret.png").stat().st_size > 10_000
+    last = [np.mean(log_of(tmp_path / f"r_{seed}")[1][-1]["regret"]) for seed in (1, 2)]
+    assert f"draws: regret after the last evaluation {100 * np.mean(last):.2f}%" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="names no runs"):
+        main(str(tmp_path), f"x:{tmp_path}/none_*")
+
+
+def test_parallel_environments_train_for_real(data_dir, tmp_path):
+    """Two processes, real training, TensorBoard: from nothing to a policy on shards cut at first use."""
+    options = dict(evaluator="train", data_dir=data_dir, cache_dir=tmp_path / "cache", out_dir=tmp_path / "out", shards=3, entries=[5, 40],
+                   test_entries=10, block_size=16, head_size=2, batch_size=2, max_iters=1, seeds=[1], budget=12, eval_interval=4, n_envs=2,
+                   learning_starts=4, tensorboard=True)
+    out = succeeds("train_rl.py", *(f"--{key}={str(value).replace(' ', '')}" for key, value in options.items()))
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["evaluations"] == 12 and result["updates"] > 0 and "the best seen" in out
+    assert [row["entries"] for row in result["policy"]] == [5, 14, 40]
+    evaluated, _ = log_of(tmp_path / "out")
+    networks = {(line["entries"], line["n_head"], line["n_layer"]) for line in evaluated}
+    networks |= {(row["entries"], row["n_head"], row["n_layer"]) for row in result["policy"]}
+    assert len(list((tmp_path / "cache").iterdir())) == len(networks)
+    assert list((tmp_path / "out").glob("events.out.tfevents*"))
