@@ -246,8 +246,8 @@ class GPT(nn.Module):
                     raise SystemExit(f"n_embd={e} is not divisible by n_head={h}: choose widths and head counts that "
                                      "divide, or heads of a fixed size with head_size.")
                 if config.position == "rope" and (config.head_size or e // h) % 2:
-                    raise SystemExit(f"position='rope' turns pairs of channels: n_embd={e} over n_head={h}, or head_size="
-                                     f"{config.head_size} where it is not 0, must be even.")
+                    raise SystemExit(f"position='rope' turns pairs of channels: a head's, {config.head_size or e // h} of n_embd={e} with "
+                                     f"n_head={h} and head_size={config.head_size}, must be an even number.")
         E = self.n_embd[-1]
         self.transformer = nn.ModuleDict(dict(
             wte=Embedding(config.vocab_size, E),
