@@ -148,6 +148,12 @@ def test_linear_sizes_chosen_together(bias):
     pairs = [(pi * qj, k, int(m * k)) for pi, k in zip(e.p, EMBD, strict=True) for qj, m in zip(q, ratios, strict=True)]
     padded = sum(w * pad(F.linear(x[..., :k], linear.weight[:o, :k], linear.bias[:o] if bias else None), 20) for w, k, o in pairs)
     same_with_gradients(linear(x, e, hidden), padded, [x, e.p, alpha, *linear.parameters()])
+    both = Linear(8, 40, bias) # a gated MLP's: the same rows of two parts
+    halves = [Linear(8, 20, bias) for _ in range(2)]
+    for i, half in enumerate(halves):
+        half.weight, half.bias = (p if p is None else torch.nn.Parameter(p[20 * i:20 * i + 20].detach()) for p in (both.weight, both.bias))
+    apart = torch.cat([half(x, e, hidden) for half in halves], -1)
+    same_with_gradients(both(x, e, hidden.twice), apart, [x, e.p, alpha])
     back, h = Linear(20, 8, bias), torch.randn(2, 4, 20, requires_grad=True)
     padded = sum(w * pad(F.linear(h[..., :o], back.weight[:k, :o], back.bias[:k] if bias else None), 8) for w, k, o in pairs)
     same_with_gradients(back(h, hidden, e), padded, [h, e.p, alpha, *back.parameters()])
