@@ -1,7 +1,7 @@
 // The mixing kernels of a weight-entangled supernet on a CPU, forward and backward: LayerNorm, Linear and attention.
 //
 // supernet.py compiles this file at first use, registers shapes and autograd, and has each kernel's reference in PyTorch, which
-// says what is computed. Activations are float, double or bfloat16; sums and all small vectors are float (double for double).
+// says what is computed. Activations are float, double, bfloat16 or float16; sums and all small vectors are float (double for double).
 // Strides are free but for the last dimension, which is made contiguous.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -69,7 +69,7 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias, 
   Tensor x2 = rows_of(x), y = at::empty(x2.sizes(), x.options());
   const int64_t rows = x2.size(0), stride = x2.stride(0);
   Tensor w = small(weight, x), b = bias ? small(*bias, x) : Tensor(), ps = small(p, x);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "nas::layer_norm", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::layer_norm", [&] {
     using T = acc<scalar_t>;
     const scalar_t* px = x2.const_data_ptr<scalar_t>();
     scalar_t* py = y.data_ptr<scalar_t>();
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& g, 
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), rows / grain(8 * N)));
   Tensor sums = at::zeros({parts, 2 * N + K}, acc_options(x)); // of dweight, dbias, dp
   Tensor w = small(weight, x), ps = small(p, x);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "nas::layer_norm_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::layer_norm_backward", [&] {
     using T = acc<scalar_t>;
     const scalar_t *px = x2.const_data_ptr<scalar_t>(), *pg = g2.const_data_ptr<scalar_t>();
     scalar_t* pdx = dx.data_ptr<scalar_t>();
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& g, 
 Tensor block_scale(const Tensor& W, const Tensor& M, Sizes o, Sizes i) {
   Tensor out = at::empty(W.sizes(), W.options()), Wc = rows_of(W), Ms = small(M, W);
   const int64_t stride = Wc.stride(0), columns = W.size(1), C = i.size();
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, W.scalar_type(), "nas::block_scale", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, W.scalar_type(), "nas::block_scale", [&] {
     using T = acc<scalar_t>;
     const scalar_t* pw = Wc.const_data_ptr<scalar_t>();
     const T* pm = Ms.const_data_ptr<T>();
@@ -185,7 +185,7 @@ Tensor block_dot(const Tensor& a, const Tensor& b, Sizes o, Sizes i) {
   Tensor ac = rows_of(a), bc = rows_of(b);
   const int64_t C = i.size(), rows = a.size(0), sa = ac.stride(0), sb = bc.stride(0);
   Tensor per_row = at::empty({rows, C}, acc_options(a)), out = at::empty({static_cast<int64_t>(o.size()), C}, acc_options(a));
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, a.scalar_type(), "nas::block_dot", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, a.scalar_type(), "nas::block_dot", [&] {
     using T = acc<scalar_t>;
     const scalar_t *pa = ac.const_data_ptr<scalar_t>(), *pb = bc.const_data_ptr<scalar_t>();
     T* pr = per_row.data_ptr<T>();
@@ -221,7 +221,7 @@ void frozen_backward(const Tensor& g, const Tensor& x, const Tensor& W, const Te
       Tensor out = h.select(0, r).narrow(0, 0, size);
       at::mm_out(out, g.narrow(0, t0, size).narrow(1, from, o[r] - from), W.narrow(0, from, o[r] - from));
     }
-    AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "nas::block_linear_backward", [&] {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::block_linear_backward", [&] {
       using T = acc<scalar_t>;
       const scalar_t *ph = h.const_data_ptr<scalar_t>(), *px = x.const_data_ptr<scalar_t>() + t0 * x.stride(0);
       const int64_t hs = h.stride(0), xs = x.stride(0);
@@ -390,7 +390,7 @@ Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale
   Tensor x = qkv.stride(2) == 1 ? qkv : qkv.contiguous();
   const int64_t B = x.size(0), L = x.size(1), E = x.size(2) / 3, sb = x.stride(0), st = x.stride(1);
   Tensor y = at::empty({B, L, E}, acc_options(x)), qs = small(q_scale, x), ys = small(y_scale, x);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "nas::attention", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::attention", [&] {
     using T = acc<scalar_t>;
     const scalar_t* px = x.const_data_ptr<scalar_t>();
     T* py = y.data_ptr<T>();
@@ -429,7 +429,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& g, const Ten
   const int64_t B = x.size(0), L = x.size(1), E = x.size(2) / 3, sb = x.stride(0), st = x.stride(1), J = n_head.size();
   Tensor dx = at::empty({B, L, 3 * E}, acc_options(x)), dq_scale = at::empty({B, J, E}, acc_options(x));
   Tensor dy_scale = at::empty({B, J, E}, acc_options(x)), qs = small(q_scale, x), ys = small(y_scale, x);
-  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, x.scalar_type(), "nas::attention_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::attention_backward", [&] {
     using T = acc<scalar_t>;
     const scalar_t *px = x.const_data_ptr<scalar_t>(), *pg = gc.const_data_ptr<scalar_t>();
     T *pdx = dx.data_ptr<T>(), *pdq = dq_scale.data_ptr<T>(), *pdy = dy_scale.data_ptr<T>();

@@ -15,13 +15,15 @@ Attention heads follow one of two conventions:
 """
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from supernet import Choice, Embedding, LayerNorm, Linear, Size, causal_attention, check_arch, extract, mixed_attention, one_hot, options_of
-from supernet import prefixes, straight
+from supernet import Choice, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, causal_attention, check_arch, extract, mixed_attention
+from supernet import mixed_rotary_attention, one_hot, options_of, prefixes, rotary, straight
 
 
 @dataclass
@@ -35,6 +37,31 @@ class GPTConfig:
     head_size: int = 0 # 0: n_embd / n_head
     dropout: float = 0.0
     bias: bool = True # in Linears and LayerNorms, as in GPT-2; False is a bit better and faster
+    norm: str = "layernorm" # a key of NORMS
+    prmsnorm_pct: float = 0.0625 # of partial_rmsnorm: the share of the channels, the first ones, that its RMS is estimated from
+    position: str = "learned" # a key of POSITIONS
+    activation: str = "gelu" # a key of ACTIVATIONS
+    residual: str = "pre" # a key of RESIDUALS
+    n_expert: int = 0 # MLPs a layer; each token goes through top_k of them (noisy top-k gating, Shazeer et al. 2017)
+    top_k: int = 2
+    router_aux_loss_coef: float = 0.1 # what the uneven use of the experts adds to the training loss
+    loss_chunk: int = 0 # tokens whose logits the loss holds at a time, and computes again in its backward pass; 0: all
+
+
+NORMS = {"layernorm": lambda n, config: LayerNorm(n, bias=config.bias), # Ba et al. 2016
+         "rmsnorm": lambda n, config: RMSNorm(n), # neither mean nor bias (Zhang & Sennrich 2019)
+         "partial_rmsnorm": lambda n, config: RMSNorm(n, config.prmsnorm_pct)} # the same paper's pRMSNorm
+POSITIONS = {"learned": Embedding, # GPT-2
+             "sinusoidal": lambda block_size, n: Sinusoidal(n), # Vaswani et al. 2017
+             "rope": lambda block_size, n: None} # queries and keys turn with their positions (Su et al. 2021)
+GELU = partial(F.gelu, approximate="tanh") # Hendrycks & Gimpel 2016, as in GPT-2; silu: Elfwing et al. 2017, mish: Misra 2019
+GATED = {"geglu": GELU, "swiglu": F.silu, "reglu": F.relu} # act(W x) * (V x), each of mlp_ratio * n_embd channels (Shazeer 2020)
+ACTIVATIONS = {"gelu": GELU, "relu": F.relu, "silu": F.silu, "mish": F.mish, **GATED}
+RESIDUALS = {"pre": lambda x, norm, branch: x + branch(norm(x)), # GPT-2
+             "post": lambda x, norm, branch: norm(x + branch(x)), # Vaswani et al. 2017
+             "branch": lambda x, norm, branch: x + norm(branch(x)), # Swin V2 (Liu et al. 2022)
+             "parallel": None} # attention and MLP side by side behind one norm, see Block (GPT-J, Wang & Komatsuzaki 2021)
+OPTIONS = {"norm": NORMS, "prmsnorm_pct": (), "position": POSITIONS, "activation": ACTIVATIONS, "residual": RESIDUALS} # of a network
 
 
 class CausalSelfAttention(nn.Module):
@@ -42,6 +69,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, n_embd, n_head):
         super().__init__()
         self.n_embd, self.n_head, self.head_size, self.dropout = n_embd, n_head, config.head_size, config.dropout
+        self.rope = config.position == "rope"
         inner = n_head[-1] * config.head_size or n_embd[-1]
         self.c_attn = Linear(n_embd[-1], 3 * inner, bias=config.bias) # query, key, value
         self.c_proj = Linear(inner, n_embd[-1], bias=config.bias)
@@ -63,12 +91,15 @@ class CausalSelfAttention(nn.Module):
         n = h * self.head_size or (self.n_embd[-1] if e is None else e.n)
         groups = 1 if self.head_size else h
         plain = e is None and n_head is None
-        q, k, v = self.c_attn(x, e, None if plain else Size(3 * n, 3 * groups)).chunk(3, dim=2) # (B, T, n)
+        qkv = self.c_attn(x, e, None if plain else Size(3 * n, 3 * groups))
+        if self.rope:
+            qkv = rotary(qkv, h, past=cache["k"].size(1) if cache else 0)
+        q, k, v = qkv.chunk(3, dim=2) # (B, T, n)
         if cache is not None: # of generate(): the keys and values of all tokens before these
             k, v = (torch.cat((cache[name], new), 1) if cache else new for name, new in (("k", k), ("v", v)))
             cache.update(k=k, v=v)
         if a is not None and not self.head_size: # the weights as in the mixture below
-            q, a = straight(q, e.p * e.p), a * e.p * e.p
+            q, a = straight(q, e.p if self.rope else e.p * e.p), a * e.p * e.p
         is_causal = cache is None or q.size(1) == k.size(1) # one new token sees the whole cache
         y = straight(causal_attention(q, k, v, h, self.dropout if self.training else 0.0, is_causal=is_causal), a)
         return self.resid_dropout(self.c_proj(y, None if plain else Size(n, groups), e))
@@ -82,10 +113,13 @@ class CausalSelfAttention(nn.Module):
         """
         qkv, dropout = self.c_attn(x, e), self.dropout if self.training else 0.0 # (B, T, 3 inner)
         if self.head_size:
+            qkv = rotary(qkv, self.n_head[-1]) if self.rope else qkv
             y = mixed_attention(qkv, self.scale, (a @ self.share).unsqueeze(0), self.n_head[-1:], dropout)
         else:
             S, scale = e.p @ self.share, e.p @ self.scale # (n_head, inner)
-            y = mixed_attention(qkv, S * scale, a.unsqueeze(-1) * S * S, self.n_head, dropout)
+            y_scale = a.unsqueeze(-1) * S * S
+            y = mixed_rotary_attention(qkv, self.n_embd, e.p, y_scale, self.n_head, dropout) if self.rope else \
+                mixed_attention(qkv, S * scale, y_scale, self.n_head, dropout)
         return self.resid_dropout(self.c_proj(y, None, e))
 
 
@@ -95,7 +129,8 @@ class MLP(nn.Module):
         super().__init__()
         self.n_embd, self.mlp_ratio = n_embd, mlp_ratio
         n_hidden = [[int(m * e) for m in mlp_ratio] for e in n_embd] # (n_embd, mlp_ratio)
-        self.c_fc = Linear(n_embd[-1], n_hidden[-1][-1], bias=config.bias)
+        self.act, self.gated = ACTIVATIONS[config.activation], config.activation in GATED
+        self.c_fc = Linear(n_embd[-1], (1 + self.gated) * n_hidden[-1][-1], bias=config.bias)
         self.c_proj = Linear(n_hidden[-1][-1], n_embd[-1], bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("share", prefixes(n_hidden, n_hidden[-1][-1]), persistent=False) # (n_embd, mlp_ratio, hidden)
@@ -113,23 +148,75 @@ class MLP(nn.Module):
 
     def forward(self, x, e=None, mlp_ratio=None):
         hidden = self.hidden(e, mlp_ratio)
-        x = F.gelu(self.c_fc(x, e, hidden), approximate="tanh")
+        if self.gated:
+            gate, x = self.c_fc(x, e, hidden and hidden.twice).chunk(2, dim=-1)
+            x = self.act(gate) * x
+        else:
+            x = self.act(self.c_fc(x, e, hidden))
         return self.dropout(self.c_proj(x, hidden, e))
+
+
+class MoE(nn.Module):
+    """Every token through top_k of n_expert MLPs, their outputs weighted by the softmax of their logits (Shazeer et al. 2017).
+
+    In training the logits are noisy and aux_loss is CV(importance)^2 + CV(load)^2, with CV the standard deviation over the mean of the
+    experts' summed weights, and of their expected numbers of tokens if the noise were drawn anew: P = Phi((clean - threshold) / scale).
+    """
+    def __init__(self, config, n_embd, mlp_ratio):
+        super().__init__()
+        self.top_k = config.top_k
+        self.experts = nn.ModuleList([MLP(config, n_embd, mlp_ratio) for _ in range(config.n_expert)])
+        self.router = Linear(n_embd[-1], 2 * config.n_expert, bias=False) # clean logits, and the scale of their noise
+
+    def forward(self, x, e=None, mlp_ratio=None):
+        tokens = x.flatten(0, 1) # (B * T, n_embd)
+        clean, scale = self.router(tokens, e).float().chunk(2, dim=-1) # (B * T, n_expert)
+        scale = F.softplus(scale)
+        logits = clean + torch.randn_like(clean) * scale if self.training else clean
+        top, chosen = logits.topk(self.top_k + 1)
+        gates = torch.zeros_like(logits).scatter(1, chosen[:, :-1], top[:, :-1].softmax(-1))
+        if self.training:
+            threshold = torch.where(logits > top[:, [-1]], top[:, [-1]], top[:, [-2]]) # the k-th largest of the others
+            load = torch.special.ndtr((clean - threshold) / scale)
+            self.aux_loss = sum(t.var(correction=0) / t.mean().square() for t in (gates.sum(0), load.sum(0)))
+        y = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            rows = (chosen[:, :-1] == i).any(1).nonzero().squeeze(1)
+            y = y.index_add(0, rows, (expert(tokens[rows], e, mlp_ratio) * gates[rows, i, None]).to(y.dtype))
+        return y.view_as(x)
 
 
 class Block(nn.Module):
 
     def __init__(self, config, n_embd, n_head, mlp_ratio):
         super().__init__()
-        self.ln_1 = LayerNorm(n_embd[-1], bias=config.bias)
+        self.residual = config.residual
+        self.ln_1 = NORMS[config.norm](n_embd[-1], config)
         self.attn = CausalSelfAttention(config, n_embd, n_head)
-        self.ln_2 = LayerNorm(n_embd[-1], bias=config.bias)
-        self.mlp = MLP(config, n_embd, mlp_ratio)
+        if config.residual != "parallel":
+            self.ln_2 = NORMS[config.norm](n_embd[-1], config)
+        self.mlp = (MoE if config.n_expert else MLP)(config, n_embd, mlp_ratio)
 
     def forward(self, x, e=None, n_head=None, mlp_ratio=None, cache=None):
-        x = x + self.attn(self.ln_1(x, e), e, n_head, cache)
-        x = x + self.mlp(self.ln_2(x, e), e, mlp_ratio)
-        return x
+        if self.residual == "parallel":
+            y = self.ln_1(x, e)
+            return x + self.attn(y, e, n_head, cache) + self.mlp(y, e, mlp_ratio)
+        add = RESIDUALS[self.residual]
+        x = add(x, lambda x: self.ln_1(x, e), lambda x: self.attn(x, e, n_head, cache))
+        return add(x, lambda x: self.ln_2(x, e), lambda x: self.mlp(x, e, mlp_ratio))
+
+
+def check_options(config):
+    """SystemExit if an option of the blocks is none of those there are."""
+    for name, allowed in OPTIONS.items():
+        if allowed and getattr(config, name) not in list(allowed):
+            raise SystemExit(f"{name}={getattr(config, name)!r} is not one of {', '.join(allowed)}.")
+    if config.n_expert < 0 or (config.n_expert and not 0 < config.top_k < config.n_expert):
+        raise SystemExit(f"n_expert={config.n_expert} must be 0, or above top_k={config.top_k}, which must be at least 1.")
+    if not 0 < config.prmsnorm_pct <= 1:
+        raise SystemExit(f"prmsnorm_pct={config.prmsnorm_pct} must be above 0 and at most 1: the share of the channels, such as 0.0625.")
+    if config.loss_chunk < 0:
+        raise SystemExit(f"loss_chunk={config.loss_chunk} must be a number of tokens, or 0 for all of them at once.")
 
 
 class GPT(nn.Module):
@@ -138,6 +225,7 @@ class GPT(nn.Module):
         """config: GPTConfig. arch: the sizes of a stand-alone network, where config has lists."""
         super().__init__()
         self.config = config
+        check_options(config)
         names = ("n_layer", "n_embd", "n_head", "mlp_ratio")
         options = {name: options_of(getattr(config, name), name, whole=name != "mlp_ratio") for name in names}
         L = options["n_layer"][-1]
@@ -149,19 +237,24 @@ class GPT(nn.Module):
             options = {"n_layer": (L,), "n_embd": (arch["n_embd"],)}
         self.n_layer, self.n_embd = options["n_layer"], options["n_embd"]
         layers = [[(arch[name][i],) for name in names[2:]] if arch else [options[name] for name in names[2:]] for i in range(L)]
-        if not config.head_size:
-            for e in self.n_embd:
-                for h in sorted({h for n_head, _ in layers for h in n_head}):
-                    if e % h:
-                        raise SystemExit(f"n_embd={e} is not divisible by n_head={h}: choose widths and head counts that "
-                                         "divide, or heads of a fixed size with head_size.")
+        if config.n_expert and any(len(c.options) > 1 for c in self.choices.values()):
+            raise SystemExit(f"n_expert={config.n_expert} is for fixed sizes, without lists: a mixture of networks would route its tokens "
+                             "as none of them does.")
+        for e in self.n_embd:
+            for h in sorted({h for n_head, _ in layers for h in n_head}):
+                if not config.head_size and e % h:
+                    raise SystemExit(f"n_embd={e} is not divisible by n_head={h}: choose widths and head counts that "
+                                     "divide, or heads of a fixed size with head_size.")
+                if config.position == "rope" and (config.head_size or e // h) % 2:
+                    raise SystemExit(f"position='rope' turns pairs of channels: a head's, {config.head_size or e // h} of n_embd={e} with "
+                                     f"n_head={h} and head_size={config.head_size}, must be an even number.")
         E = self.n_embd[-1]
         self.transformer = nn.ModuleDict(dict(
             wte=Embedding(config.vocab_size, E),
-            wpe=Embedding(config.block_size, E),
+            wpe=POSITIONS[config.position](config.block_size, E),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList([Block(config, self.n_embd, *layer) for layer in layers]),
-            ln_f=LayerNorm(E, bias=config.bias),
+            ln_f=NORMS[config.norm](E, config),
         ))
         self.lm_head = Linear(E, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight # weight tying
@@ -180,14 +273,17 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, arch=None, cache=None):
-        """idx, targets: (B, T) token ids -> logits (B, T, vocab_size), loss. Without targets: logits (B, 1, vocab_size) of the
-        last position, None. arch: None for a network without choices, else an architecture, or weights for a mixture.
-        targets of -1 are ignored."""
+        """idx, targets: (B, T) token ids -> logits (B, T, vocab_size), or None with loss_chunk, loss. Without targets: logits
+        (B, 1, vocab_size) of the last position, None. arch: None for a network without choices, else an architecture, or weights
+        for a mixture. targets of -1 are ignored."""
         T, past = idx.size(1), cache[0]["k"].size(1) if cache and cache[0] else 0
         assert past + T <= self.config.block_size, f"{past + T} tokens, but block_size is {self.config.block_size}"
         e, n_layer, layers = self.sizes(arch)
         pos = torch.arange(past, past + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx, e) + self.transformer.wpe(pos, e)) # (B, T, n_embd)
+        x = self.transformer.wte(idx, e) # (B, T, n_embd)
+        if self.config.position != "rope":
+            x = x + self.transformer.wpe(pos, e)
+        x = self.transformer.drop(x)
         if isinstance(n_layer, torch.Tensor):
             x = self.mixed_depth(x, e, n_layer, layers)
         elif isinstance(n_layer, tuple):
@@ -195,14 +291,27 @@ class GPT(nn.Module):
         else:
             for i in range(n_layer):
                 x = self.transformer.h[i](x, e, *layers[i], cache[i] if cache else None)
-        return self.head(x, e, targets)
+        logits, loss = self.head(x, e, targets)
+        if loss is not None and self.config.n_expert and self.training:
+            loss = loss + self.config.router_aux_loss_coef * sum(block.mlp.aux_loss for block in self.transformer.h)
+        return logits, loss
 
     def head(self, x, e, targets):
         x = self.transformer.ln_f(x, e)
         if targets is None:
             return self.lm_head(x[:, [-1], :], e), None
+        if self.config.loss_chunk:
+            return None, self.chunked_loss(x, e, targets)
         logits = self.lm_head(x, e)
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+    def chunked_loss(self, x, e, targets):
+        """The cross-entropy of head(), from the logits of loss_chunk tokens at a time."""
+        def loss(x, y):
+            return F.cross_entropy(self.lm_head(x, e), y, ignore_index=-1, reduction="sum")
+        chunks = zip(x.flatten(0, 1).split(self.config.loss_chunk), targets.flatten().split(self.config.loss_chunk), strict=True)
+        total = sum(checkpoint(loss, x, y, use_reentrant=False, preserve_rng_state=False) for x, y in chunks)
+        return total / (targets != -1).sum()
 
     def compile_parts(self):
         """Compiles what all layers and all architectures share: one block, with sizes that are symbols, and the head. Any number
@@ -261,20 +370,24 @@ class GPT(nn.Module):
     def cost(self, arch=None):
         """{"params", "flops"} of an architecture: whole numbers; of weights: the differentiable expectations, float64.
 
-        flops: of one forward pass over one sequence of block_size tokens, 2 a multiply-add, attention counted in full.
+        flops: of one forward pass over one sequence of block_size tokens, 2 a multiply-add in a matrix product, attention counted in
+        full; of n_expert MLPs the params of all and the flops of top_k.
         """
         c, T = self.config, self.config.block_size
         e = torch.tensor(self.n_embd, dtype=torch.float64) # (n_embd,)
-        bias, norm = int(c.bias), (1 + c.bias) * e
-        params, flops = c.vocab_size * e + T * e + norm, 2 * T * c.vocab_size * e # wte, wpe, ln_f
+        bias, norm, norms = int(c.bias), (1 + (c.bias and c.norm == "layernorm")) * e, 1 if c.residual == "parallel" else 2
+        parts, n_expert, top_k = 2 if c.activation in GATED else 1, c.n_expert or 1, c.top_k if c.n_expert else 1
+        params, flops = c.vocab_size * e + (c.position == "learned") * T * e + norm, 2 * T * c.vocab_size * e # wte, wpe, ln_f
         p, depth, layers = self.expectation(arch)
         for i, (block, (a, m)) in enumerate(zip(self.transformer.h, layers, strict=True)):
             used = sum(depth[k] for k, n in enumerate(self.n_layer) if n > i) # the chance that this layer runs
-            hidden = torch.tensor([[int(r * n) for r in block.mlp.mlp_ratio] for n in self.n_embd]).double() @ m # (n_embd,)
+            ratios = (block.mlp.experts[0] if c.n_expert else block.mlp).mlp_ratio
+            hidden = torch.tensor([[int(r * n) for r in ratios] for n in self.n_embd]).double() @ m # (n_embd,)
             inner = c.head_size * (torch.tensor(block.attn.n_head).double() @ a) if c.head_size else e
-            matmuls = 4 * inner * e + 2 * hidden * e
-            params = params + used * (2 * norm + matmuls + bias * (3 * inner + e + hidden + e))
-            flops = flops + used * (2 * T * matmuls + 4 * T * T * inner)
+            attention, mlp, router = 4 * inner * e, (parts + 1) * hidden * e, 2 * c.n_expert * e # matrices
+            params = params + used * (norms * norm + attention + bias * (3 * inner + e) + router)
+            params = params + used * n_expert * (mlp + bias * (parts * hidden + e))
+            flops = flops + used * (2 * T * (attention + top_k * mlp + router) + 4 * T * T * inner)
         cost = {"params": p @ params, "flops": p @ flops}
         exact = not arch or not isinstance(arch["n_layer"], torch.Tensor)
         return {name: round(value.item()) for name, value in cost.items()} if exact else cost

@@ -118,6 +118,14 @@ class Size(NamedTuple):
         """(N,): the total weight of the options that use each channel; of a hard size: its weight."""
         return self.p @ self.share if self.mixed else self.p if self.share is None else self.p * self.share
 
+    @property
+    def twice(self):
+        """The Size of two such dimensions side by side."""
+        if not self.mixed:
+            return self._replace(n=2 * self.n, groups=2)
+        both, N = (*self.n, *(self.n[-1] + n for n in self.n)), self.n[-1]
+        return self._replace(n=both, share=self.share.repeat(1, 2), last=torch.cat((self.last, N + self.last)))
+
 
 def prefixes(n, N, groups=1):
     """(K, N) of 0 and 1: the channels that each option of n: (K,) uses, the first n/groups of each of `groups` equal parts."""
@@ -285,6 +293,29 @@ def mixed_attention(qkv, q_scale, y_scale, n_head, dropout=0.0):
     return sum(causal_attention(q * q_scale[j], k, v, h, dropout, scale=1.0) * y_scale[j] for j, h in enumerate(n_head))
 
 
+def rotary(qkv, n_head, past=0):
+    """RoPE (Su et al. 2021): channels 2i and 2i + 1 of every head of q and k turn by position * 10000^(-2i/d). qkv: (B, T, 3n)."""
+    T, n = qkv.shape[1], qkv.shape[2] // 3
+    a, b = qkv[..., :2 * n].unflatten(2, (2 * n_head, -1, 2)).unbind(-1) # (B, T, 2 n_head, d / 2)
+    i = torch.arange(a.shape[3], device=qkv.device)
+    angle = torch.outer(torch.arange(past, past + T, device=qkv.device), 10000 ** (-i / a.shape[3])).unsqueeze(1) # (T, 1, d / 2)
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(2)
+    return torch.cat((turned.to(qkv.dtype), qkv[..., 2 * n:]), 2)
+
+
+def mixed_rotary_attention(qkv, n, p, y_scale, n_head, dropout=0.0):
+    """mixed_attention() with RoPE in heads of n_k / n_head[j] channels: the scores are sum_k p_k scores_k. Each width turns by
+    frequencies of its own, so the queries and keys of all widths stand side by side."""
+    y, v = 0.0, qkv.chunk(3, dim=2)[2]
+    for j, h in enumerate(n_head):
+        parts = [rotary(take(qkv, 2, Size(3 * e, 3 * h)), h).unflatten(2, (3, h, -1)).unbind(2) for e in n] # (B, T, h, e / h)
+        q = torch.cat([part[0] * (w * (e / h) ** -0.5) for part, e, w in zip(parts, n, p, strict=True)], -1).flatten(2)
+        k = torch.cat([part[1] for part in parts], -1).flatten(2)
+        y = y + causal_attention(q, k, v, h, dropout, scale=1.0) * y_scale[j].to(v.dtype)
+    return y
+
+
 class Straight(torch.autograd.Function):
     """x * w for a scalar w that is 1: x itself, though not its gradient."""
     @staticmethod
@@ -343,6 +374,25 @@ class Embedding(nn.Embedding):
         return straight(y, e.S) if e is not None and e.weighted else y
 
 
+class Sinusoidal(nn.Module):
+    """pos: (T,) -> (T, dim): sin and cos of pos * 10000^(-2i/dim) in channels 2i and 2i + 1 (Vaswani et al. 2017).
+
+    Mixture: sum_k p_k pad(table of width e_k), whose frequencies are those of that width.
+    """
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, pos, e=None):
+        if e is not None and e.mixed:
+            return sum(p * F.pad(self(pos, Size(n)), (0, self.dim - n)) for p, n in zip(e.p, e.n, strict=True))
+        n = self.dim if e is None else e.n
+        i = torch.arange(n, device=pos.device)
+        angle = pos.unsqueeze(1) * 10000 ** (-(i - i % 2) / n)
+        y = torch.where(i % 2 == 0, angle.sin(), angle.cos())
+        return straight(y, e.S) if e is not None and e.weighted else y
+
+
 class LayerNorm(nn.Module):
     """x: (..., N) -> (..., N); bias is optional (PyTorch's has no such switch before 2.1).
 
@@ -362,6 +412,32 @@ class LayerNorm(nn.Module):
             return mixed_norm(x, self.weight, self.bias if self.bias is None else self.bias * e.S, e.p, e.n, self.eps)
         slices = self.take(e)
         y = F.layer_norm(x, slices["weight"].shape, **slices, eps=self.eps)
+        return straight(y, e.S) if e is not None and e.weighted else y
+
+
+class RMSNorm(nn.Module):
+    """x: (..., N) -> (..., N): x / RMS(x) * weight (Zhang & Sennrich 2019); pRMSNorm with portion < 1: RMS of the first channels.
+
+    Mixture: sum_k p_k pad(norm(x[:e_k]) * weight[:e_k]), with the first portion of each e_k.
+    """
+    def __init__(self, ndim, portion=1.0, eps=1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.portion, self.eps = portion, eps
+
+    def take(self, e=None):
+        return {"weight": take(self.weight, 0, e)}
+
+    def scale(self, x, n):
+        """(..., 1): 1 / RMS of a width of n channels."""
+        return torch.rsqrt(x[..., :max(1, int(self.portion * n))].square().mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x, e=None):
+        if e is not None and e.mixed:
+            scales = [p * self.scale(x, n) for p, n in zip(e.p, e.n, strict=True)]
+            blocks = x.split([b - a for a, b in zip((0, *e.n[:-1]), e.n, strict=True)], dim=-1) # block k is in every option from k on
+            return self.weight * torch.cat([block * sum(scales[k:]) for k, block in enumerate(blocks)], dim=-1)
+        y = x * self.scale(x, x.shape[-1]) * self.take(e)["weight"]
         return straight(y, e.S) if e is not None and e.weighted else y
 
 # -----------------------------------------------------------------------------

@@ -60,6 +60,15 @@ mlp_ratio = 4.0
 head_size = 0 # channels a head; 0: n_embd / n_head
 dropout = 0.0
 bias = False
+norm = 'layernorm' # 'rmsnorm', 'partial_rmsnorm'
+prmsnorm_pct = 0.0625 # of partial_rmsnorm: the share of the channels that its RMS is estimated from
+position = 'learned' # 'sinusoidal', 'rope'
+activation = 'gelu' # 'relu', 'silu', 'mish', or gated: 'geglu', 'swiglu', 'reglu', with twice the channels in c_fc
+residual = 'pre' # 'post', 'branch', 'parallel'
+n_expert = 0 # MLPs a layer, of which each token takes top_k (mixture of experts); 0: one MLP
+top_k = 2
+router_aux_loss_coef = 0.1 # what the uneven use of the experts adds to the training loss
+loss_chunk = 0 # tokens whose logits the loss holds at a time, to save memory; 0: all
 # optimizer
 learning_rate = 1e-3
 max_iters = 2000

@@ -11,6 +11,7 @@ Trains an architecture that a search found, from scratch, and measures its test 
 The last val_portion of train.bin validates; val.bin is read once, at the end. Writes what train.py writes.
 """
 from analyze import read_lines
+from model import OPTIONS, GPTConfig
 from prepare import read_json, unseal
 from train import * # noqa: F403 (every key of train.py)
 from train import main, train
@@ -31,6 +32,7 @@ min_lr = 2e-4
 # -----------------------------------------------------------------------------
 
 LISTS, NUMBERS = ("n_head", "mlp_ratio"), ("n_layer", "n_embd")
+OPTIONAL = {name: type(getattr(GPTConfig, name)) for name in OPTIONS} # which older searches did not have
 
 
 def read_arch(arch, arch_traj):
@@ -45,10 +47,11 @@ def read_arch(arch, arch_traj):
         raise SystemExit(f"The trajectory {path} is empty: its search has not evaluated an architecture yet.")
     found = unseal(lines[-1], path)
     parts = {"arch": (dict, {**dict.fromkeys(NUMBERS, int), **dict.fromkeys(LISTS, list)}),
-             "model": (dict, {"head_size": int, "bias": bool, "block_size": int}), "dataset": (str, {}), "data_dir": (str, {})}
+             "model": (dict, {"head_size": int, "bias": bool, "block_size": int, **OPTIONAL}), "dataset": (str, {}), "data_dir": (str, {})}
     for name, (kind, fields) in parts.items():
         inside = found.get(name)
-        wrong = [key for key, of in fields.items() if type(inside.get(key)) is not of] if type(inside) is kind else [name]
+        wrong = [name] if type(inside) is not kind else [
+            key for key, of in fields.items() if type(inside.get(key)) is not of and (key in inside or key not in OPTIONAL)]
         if wrong:
             raise SystemExit(f"The architecture {path} is damaged: {wrong[0]} is missing or of the wrong type.")
     return found

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from analyze import describe, read_lines, search_figure
-from model import build
+from model import OPTIONS, build
 from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, key_of, likeliest, picked, random_search
 from optim_nas import unrolled_gradient
 from prepare import check_length, seal, unseal, write, write_json
@@ -155,7 +155,7 @@ def record(net, arch, loss, config, run, state, log, mixture_loss, val_arch_loss
     """One line of the trajectory and of the log, and arch.json if this architecture's loss is the lowest so far."""
     cost, gap = net.cost(arch), loss - mixture_loss
     losses = {"arch_loss": loss, "mixture_loss": mixture_loss, "gap": gap, "val_arch_loss": val_arch_loss}
-    model = {name: getattr(config, name) for name in (*net.choices, "head_size", "bias", "block_size")}
+    model = {name: getattr(config, name) for name in (*net.choices, "head_size", "bias", "block_size", *OPTIONS)}
     line = {"space": "gpt", "step": state.step, "arch": arch, "cost": cost, **losses, **rest, "optimizer": config.optimizer,
             "seed": config.seed, "model": model, "dataset": config.dataset, "data_dir": config.data_dir}
     if run.master:

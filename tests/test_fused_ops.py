@@ -1,11 +1,7 @@
 """The kernels of fused_ops.cpp are what their PyTorch references compute: values and gradients, all types, strides and shapes."""
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, TINY_SEARCH, flags, succeeds
+from conftest import TINY_SEARCH, flags, succeeds
 
 import supernet
 from model import build
@@ -64,7 +60,7 @@ def run(function, inputs, fused):
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float16, 2e-3)])
 def test_kernels_are_their_references(seed, dtype, tolerance):
     """As near to the truth, PyTorch's result in float64, as PyTorch's in the same type is."""
     for reference, _, inputs in cases(seed, dtype):
@@ -191,23 +187,3 @@ def test_compiled_parts_do_not_recompile():
             expected = eager(x, x, third)[0]
             assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == graphs, dict(counters["stats"])
-
-
-def test_a_second_process_may_use_the_caches_of_the_first(tmp_path):
-    """PyTorch keeps graphs on disk, and the keys of one of its caches do not tell for which sizes a graph is right."""
-    code = """if True:
-        import torch
-        from model import build
-        net = build(dict(block_size=16, vocab_size=29, n_layer=1, n_embd=[24, 48, 96], n_head=[2, 4, 6], mlp_ratio=[2, 4], bias=False))
-        eager, x = build(vars(net.config)), torch.randint(29, (3, 16))
-        eager.load_state_dict(net.state_dict())
-        net.compile_parts()
-        for n_embd, n_head in ((24, 2), (48, 4), (96, 2), (96, 6), (24, 4)):
-            arch = {"n_layer": 1, "n_embd": n_embd, "n_head": [n_head], "mlp_ratio": [2]}
-            expected = eager(x, x, arch)[0]
-            worst = (net(x, x, arch)[0] - expected).abs().max() / expected.abs().max()
-            assert worst <= 1e-5, (arch, worst)"""
-    for process in ("first", "second"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
-        assert done.returncode == 0, f"{process}: {done.stderr[-2000:]}"

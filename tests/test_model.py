@@ -1,11 +1,15 @@
 """The law of exactness for GPT: one-hot supernet == hard supernet == extracted network, in logits, loss and gradients."""
 import itertools
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY, TINY_SEARCH, fails, flags, succeeds
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import peak
 from model import build
 from optim_nas import picked, uniform
 from supernet import Size, extremes, one_hot
@@ -16,11 +20,21 @@ SPACES = { # lists of lengths 1 to 4 that differ between choices, and sizes of n
     "single": dict(n_layer=[2], n_embd=[40], n_head=[5], mlp_ratio=[3]),
     "numbers": dict(n_layer=2, n_embd=[20, 60], n_head=4, mlp_ratio=[1, 2, 3, 4]),
 }
+EVEN = dict(n_layer=[1, 2], n_embd=[12, 24, 36], n_head=[1, 3], mlp_ratio=[1, 2.5]) # every head has an even size, as rope asks
+BLOCKS = { # every block option that may live in a supernet, a few at a time
+    "llama": dict(norm="rmsnorm", position="rope", activation="swiglu", bias=False),
+    "gpt-j": dict(position="rope", activation="silu", residual="parallel"),
+    "original": dict(position="sinusoidal", activation="relu", residual="post"),
+    "branch": dict(activation="geglu", residual="branch", loss_chunk=7),
+    "partial": dict(norm="partial_rmsnorm", prmsnorm_pct=0.3, activation="mish"),
+    "post": dict(norm="partial_rmsnorm", prmsnorm_pct=0.5, position="rope", activation="reglu", residual="post"),
+}
+MOE = dict(n_expert=4, top_k=2, activation="swiglu")
 
 
 def supernet(space, **rest):
     torch.manual_seed(1)
-    net = build(dict(block_size=12, vocab_size=29) | SPACES[space] | rest)
+    net = build(dict(block_size=12, vocab_size=29) | (EVEN if space == "even" else SPACES[space]) | rest)
     with torch.no_grad():
         for p in net.parameters():
             p.normal_(0, 0.3) # the initial ones and zeros would hide a wrong slice
@@ -33,6 +47,8 @@ def tokens(seed=0, B=2, T=9):
 
 
 def agree(a, b, what):
+    if a is None and b is None: # logits with loss_chunk
+        return
     scale = b.abs().max().clamp_min(1e-12).item()
     worst = (a - b).abs().max().item()
     assert worst <= 1e-5 * scale, f"{what}: differ by {worst:.2e}, largest {scale:.2e}"
@@ -52,7 +68,18 @@ def some_archs(net):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.usefixtures("implementation")
 def test_law_of_exactness(space, head_size, bias):
-    net, (x, y) = supernet(space, head_size=head_size, bias=bias), tokens()
+    check_law_of_exactness(supernet(space, head_size=head_size, bias=bias))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("head_size", [0, 4])
+@pytest.mark.usefixtures("implementation")
+def test_law_of_exactness_of_every_block_option(block, head_size):
+    check_law_of_exactness(supernet("even", head_size=head_size, **BLOCKS[block]))
+
+
+def check_law_of_exactness(net):
+    x, y = tokens()
     for arch in some_archs(net):
         small = net.extract(arch)
         alone, alone_loss = small(x, y)
@@ -183,12 +210,40 @@ def test_expected_cost_is_the_mean_over_architectures(head_size):
         assert torch.autograd.gradcheck(lambda *w, key=key: net.cost(dict(zip(leaf, w, strict=True)))[key] / 1e3, tuple(leaf.values()))
 
 
+@pytest.mark.parametrize("block", [*BLOCKS, "moe"])
+def test_cost_of_every_block_option(block):
+    """Parameters and matrix products as they are; the expectation over two equal choices is the mean."""
+    options = MOE if block == "moe" else BLOCKS[block]
+    net, (x, y) = supernet("single", head_size=8, mlp_ratio=2.5, block_size=16, **options), tokens(B=1, T=16)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        net(x, y)
+    assert net.cost() == {"params": sum(p.numel() for p in net.parameters()), "flops": counter.get_total_flops()}
+    if block != "moe":
+        net = supernet("even", n_layer=1, n_head=1, mlp_ratio=2.5, **options)
+        half = {name: torch.full(c.shape, 1 / len(c.options)) for name, c in net.choices.items()}
+        costs = [net.cost({"n_layer": 1, "n_embd": e, "n_head": [1], "mlp_ratio": [2.5]}) for e in (12, 24, 36)]
+        for key, value in net.cost(half).items():
+            assert value.item() == pytest.approx(sum(cost[key] for cost in costs) / 3)
+
+
 def test_state_dict_has_the_names_of_nanogpt():
     names = set(build(dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=4)).state_dict())
     layers = {"ln_1": "wb", "attn.c_attn": "wb", "attn.c_proj": "wb", "ln_2": "wb", "mlp.c_fc": "wb", "mlp.c_proj": "wb"}
     expected = {f"transformer.h.0.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     assert names == expected | {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias",
                                 "lm_head.weight"}
+
+
+@pytest.mark.parametrize("block", [*BLOCKS, "moe"])
+def test_every_block_option_is_causal(block):
+    """A later token changes no earlier logits, and an earlier one changes all later ones: nothing is seen too soon or hidden."""
+    net, (x, _) = supernet("single", **(MOE if block == "moe" else BLOCKS[block]) | {"loss_chunk": 0}).eval(), tokens()
+    logits, _ = net(x, x)
+    for t in range(9):
+        x2 = x.clone()
+        x2[:, t] = (x2[:, t] + 1) % 29
+        same = (net(x2, x)[0] - logits).abs().amax((0, 2)) <= 1e-5 * logits.abs().max()
+        assert same.tolist() == [True] * t + [False] * (9 - t)
 
 
 def test_plain_network_is_causal_and_ignores_minus_one():
@@ -202,9 +257,11 @@ def test_plain_network_is_causal_and_ignores_minus_one():
     agree(net(x, y2)[1], F.cross_entropy(logits[:, :4].flatten(0, 1), y[:, :4].flatten()), "masked loss")
 
 
+@pytest.mark.parametrize("options", [{}, BLOCKS["llama"], BLOCKS["original"], dict(position="rope"), MOE])
 @pytest.mark.parametrize("head_size", [0, 4])
-def test_cached_generation_equals_recomputing(head_size):
-    net, (x, _) = supernet("ragged", head_size=head_size), tokens(T=3)
+def test_cached_generation_equals_recomputing(head_size, options):
+    space = "single" if "n_expert" in options else "even" if options else "ragged"
+    net, (x, _) = supernet(space, head_size=head_size, **options), tokens(T=3)
     net.eval()
     for arch in extremes(net.choices):
         new = net.generate(x, 40, temperature=1.5, arch=arch, generator=torch.Generator().manual_seed(3)) # runs past block_size=12
@@ -242,14 +299,192 @@ def test_plain_network_is_gpt2_written_out():
     agree(net(x)[0], logits[:, [-1]], "logits of the last position")
 
 
+ACTIVATIONS = {"gelu": torch.nn.GELU("tanh"), "relu": torch.nn.ReLU(), "silu": torch.nn.SiLU(), "mish": torch.nn.Mish(),
+               "geglu": torch.nn.GELU("tanh"), "swiglu": torch.nn.SiLU(), "reglu": torch.nn.ReLU()}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation):
+    """Against torch's modules; the gated ones are act(W x) * (V x), W the first half of the rows of c_fc and V the second."""
+    mlp, x, act = supernet("single", activation=activation).transformer.h[0].mlp, torch.randn(3, 5, 40), ACTIVATIONS[activation]
+    w, b = mlp.c_fc.weight, mlp.c_fc.bias
+    hidden = act(x @ w[:120].T + b[:120])
+    if activation.endswith("glu"):
+        hidden = hidden * (x @ w[120:].T + b[120:])
+    assert len(w) == (240 if activation.endswith("glu") else 120) # mlp_ratio=3 times 40, for each part
+    agree(mlp(x), hidden @ mlp.c_proj.weight.T + mlp.c_proj.bias, "output")
+
+
+@pytest.mark.parametrize("residual", ["pre", "post", "parallel", "branch"])
+def test_residuals(residual):
+    """With the places of the norms written out, around torch's own attention."""
+    net, x = supernet("single", residual=residual), torch.randn(2, 9, 40)
+    block = net.transformer.h[0]
+    norm_1, norm_2 = (lambda x, m=m: m and F.layer_norm(x, (40,), m.weight, m.bias) for m in (block.ln_1, getattr(block, "ln_2", None)))
+
+    def attention(x):
+        torch_attention = torch.nn.MultiheadAttention(40, 5, batch_first=True)
+        torch_attention.in_proj_weight, torch_attention.in_proj_bias = block.attn.c_attn.weight, block.attn.c_attn.bias
+        torch_attention.out_proj = block.attn.c_proj
+        return torch_attention(x, x, x, attn_mask=torch.ones(9, 9).triu(1).bool(), need_weights=False)[0]
+    if residual == "pre":
+        y = x + attention(norm_1(x))
+        y = y + block.mlp(norm_2(y))
+    elif residual == "post":
+        y = norm_1(x + attention(x))
+        y = norm_2(y + block.mlp(y))
+    elif residual == "branch":
+        y = x + norm_1(attention(x))
+        y = y + norm_2(block.mlp(y))
+    else:
+        y = x + attention(norm_1(x)) + block.mlp(norm_1(x))
+    agree(block(x), y, "output")
+
+
+def test_rope_attention_sees_distances_alone():
+    """The scores of a whole attention, against scaled_dot_product_attention of tokens turned as complex numbers, at any offset."""
+    attn, x = supernet("single", position="rope").transformer.h[0].attn, torch.randn(2, 9, 40)
+    q, k, v = (t.unflatten(2, (5, 8)).transpose(1, 2) for t in attn.c_attn(x).chunk(3, 2))
+    for offset in (0, 100):
+        turn = torch.exp(1j * torch.outer(torch.arange(9.0) + offset, 10000 ** (-torch.arange(0, 8, 2) / 8)))
+        q_k = [torch.view_as_real(torch.view_as_complex(t.unflatten(3, (4, 2)).contiguous()) * turn).flatten(3) for t in (q, k)]
+        y = F.scaled_dot_product_attention(*q_k, v, is_causal=True).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(attn(x), attn.c_proj(y), rtol=1e-4, atol=1e-4)
+
+
+def moe(**options):
+    torch.manual_seed(2)
+    layer = supernet("single", **MOE | options).transformer.h[0].mlp
+    return layer, torch.randn(2, 50, 40)
+
+
+def test_top_1_of_the_mixture_of_experts_is_the_chosen_expert():
+    layer, x = moe(top_k=1)
+    layer.eval()
+    chosen = (x @ layer.router.weight[:4].T).argmax(-1)
+    assert len(chosen.unique()) > 1
+    y = torch.stack([layer.experts[int(i)](token) for i, token in zip(chosen.flatten(), x.flatten(0, 1), strict=True)])
+    agree(layer(x), y.view_as(x), "output")
+
+
+def test_mixture_of_experts_is_the_weighted_sum_of_the_top_k():
+    layer, x = moe()
+    layer.eval()
+    logits = x @ layer.router.weight[:4].T
+    hidden = logits < logits.sort(descending=True).values[..., [1]]
+    gates = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+    agree(layer(x), sum(gates[..., [i]] * expert(x) for i, expert in enumerate(layer.experts)), "output")
+
+
+def test_load_of_an_expert_is_how_often_it_would_be_chosen():
+    """P(x, i) in the loss, against drawing the noise of expert i anew 4,000 times while that of the others stays (Shazeer et al. 2017,
+    appendix A); and the whole loss from it."""
+    layer, x = moe()
+    clean, scale = (x.flatten(0, 1) @ layer.router.weight.T).chunk(2, -1)
+    torch.manual_seed(5)
+    layer(x)
+    torch.manual_seed(5)
+    logits = clean + torch.randn(100, 4) * F.softplus(scale)
+    load = torch.zeros(4)
+    for i in range(4):
+        redrawn = logits.repeat(4000, 1, 1)
+        redrawn[..., i] = clean[:, i] + torch.randn(4000, 100) * F.softplus(scale)[:, i]
+        load[i] = (redrawn.topk(2).indices == i).any(-1).float().mean(0).sum()
+    gates = torch.zeros(100, 4).scatter(1, logits.topk(2).indices, logits.topk(2).values.softmax(-1)).sum(0)
+    loss = sum((t.std(correction=0) / t.mean()) ** 2 for t in (gates, load))
+    assert layer.aux_loss.item() == pytest.approx(loss.item(), rel=0.03)
+
+
+def test_training_loss_has_the_experts_imbalance_and_evaluation_has_not():
+    net, (x, y) = supernet("single", **MOE, router_aux_loss_coef=0.25), tokens()
+    logits, loss = net(x, y)
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    agree(loss, cross_entropy + 0.25 * sum(block.mlp.aux_loss for block in net.transformer.h), "training loss")
+    net.eval()
+    logits, loss = net(x, y)
+    agree(loss, F.cross_entropy(logits.flatten(0, 1), y.flatten()), "loss")
+
+
+def test_load_balancing_loss_balances():
+    """Experts of which one takes nearly all: a few steps on the loss alone spread the tokens."""
+    layer, x = moe(top_k=1)
+    x = x.abs()
+    with torch.no_grad():
+        layer.router.weight[0] += 0.1
+
+    def largest_share():
+        return (x @ layer.router.weight[:4].T).argmax(-1).flatten().bincount(minlength=4).max().item() / 100
+    before, optimizer = largest_share(), torch.optim.Adam([layer.router.weight], lr=0.01)
+    for _ in range(100):
+        layer(x)
+        optimizer.zero_grad()
+        layer.aux_loss.backward()
+        optimizer.step()
+    assert before > 0.9 and largest_share() < 0.5
+
+
+@pytest.mark.parametrize("loss_chunk", [1, 7, 18, 100])
+def test_chunked_loss_is_the_whole_loss(loss_chunk):
+    """In value and gradient, also where the chunks do not divide the tokens and where targets are ignored."""
+    nets, (x, y) = [supernet("single", loss_chunk=n) for n in (0, loss_chunk)], tokens()
+    y[0, 3:6] = -1
+    for net in nets:
+        logits, loss = net(x, y)
+        loss.backward()
+        assert (logits is None) == bool(net.config.loss_chunk)
+    agree(loss, nets[0](x, y)[1], "loss")
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        agree(p.grad, q.grad, "gradient")
+
+
+def test_chunked_loss_never_holds_all_logits():
+    """The logits of 1,024 tokens are 33 MB, and their gradient as much: a step stays below even one of them."""
+    def step(loss_chunk):
+        net = build(dict(block_size=256, vocab_size=8192, n_layer=1, n_head=1, n_embd=8, loss_chunk=loss_chunk))
+        x = torch.randint(8192, (4, 256))
+        return peak(lambda: net(x, x)[1].backward(), SimpleNamespace(device_type="cpu"))
+    whole, chunked = step(0), step(64)
+    assert whole > 2 * 33e6 and chunked < 0.5 * 33e6, (whole, chunked)
+
+
+def test_options_go_from_search_to_training(data_dir, tmp_path):
+    """A search with the options of a block hands them on; the network that is trained is the one that was found."""
+    options = dict(norm="rmsnorm", position="rope", activation="swiglu", residual="parallel")
+    succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s", *flags(TINY_SEARCH | options))
+    succeeds("train_base.py", f"--arch={tmp_path}/s/arch.json", f"--out_dir={tmp_path}/b", *flags(TINY), "--loss_chunk=10")
+    found, trained = (json.loads((tmp_path / out / "result.json").read_text()) for out in "sb")
+    checkpoint = torch.load(tmp_path / "b/best.pt", weights_only=True)
+    net = build(checkpoint["config"], found["arch"])
+    net.load_state_dict(checkpoint["model"])
+    assert "wpe" not in dict(net.transformer.named_children()) and not hasattr(net.transformer.h[0], "ln_2")
+    assert found["params"] == trained["params"] == sum(p.numel() for p in net.parameters())
+
+
+def test_a_mixture_of_experts_trains(data_dir, tmp_path):
+    options = TINY | dict(n_layer=2, n_head=2, n_embd=16, n_expert=3, norm="partial_rmsnorm", position="sinusoidal", residual="post")
+    succeeds("train.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o", *flags(options | dict(loss_chunk=10)))
+    search = flags(TINY_SEARCH | dict(n_expert=3))
+    assert "n_expert=3" in fails("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s", *search)
+
+
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("head_size", [0, 4])
 @pytest.mark.parametrize("bias", [True, False])
 def test_picked_options_have_the_gradients_of_the_mixture(space, head_size, bias):
+    check_picked_options(supernet(space, head_size=head_size, bias=bias))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("head_size", [0, 4])
+def test_picked_options_of_every_block_option(block, head_size):
+    check_picked_options(supernet("even", head_size=head_size, **BLOCKS[block]))
+
+
+def check_picked_options(net):
     """gdas slices: its loss is the mixture's, so are the gradients of the shared weights and those to the weights of what was
     picked; of all depths, whose own weight the final norm hides. (In float64, but for buffers rounded to
     float32: the norms all but cancel some of them.)"""
-    net, (x, y) = supernet(space, head_size=head_size, bias=bias).double(), tokens()
+    net, (x, y) = net.double(), tokens()
     params = list(net.parameters())
     for arch in some_archs(net):
         leaves = {name: w.double().requires_grad_() for name, w in one_hot(net.choices, arch).items()}
@@ -336,6 +571,14 @@ def test_residual_projections_start_smaller():
     (dict(n_embd=[0, 24]), ["n_embd=[0, 24]"]),
     (dict(n_embd=[24.5]), ["n_embd=[24.5]", "whole"]),
     (dict(mlp_ratio=[]), ["mlp_ratio=[]"]),
+    (dict(norm="batchnorm"), ["norm='batchnorm'", "rmsnorm"]),
+    (dict(residual=["pre"]), ["residual=['pre']", "parallel"]),
+    (dict(position="rope", n_head=[4]), ["rope", "n_head=4", "even"]),
+    (dict(position="rope", head_size=3), ["rope", "head_size=3"]),
+    (dict(norm="partial_rmsnorm", prmsnorm_pct=6.25), ["prmsnorm_pct=6.25", "0.0625"]),
+    (dict(n_expert=4), ["n_expert=4", "lists"]),
+    (dict(n_expert=2, top_k=2), ["n_expert=2", "top_k=2"]),
+    (dict(loss_chunk=-1), ["loss_chunk=-1"]),
 ])
 def test_bad_sizes_are_one_sentence(change, words):
     with pytest.raises(SystemExit) as e:

@@ -1,9 +1,11 @@
 """Each layer's cheap form equals the padded sum that it stands for, forward and backward; with one-hot weights it is the slice."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from supernet import Embedding, LayerNorm, Linear, Size, mixed_norm, prefixes, take
+from supernet import Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, mixed_norm, mixed_rotary_attention, prefixes, rotary, take
 
 pytestmark = pytest.mark.usefixtures("implementation")
 EMBD = (3, 5, 8)
@@ -53,6 +55,79 @@ def test_layer_norm(n, bias):
     same_with_gradients(norm(x, e), padded, [x, e.p, *params])
 
 
+@pytest.mark.parametrize("n", [(8,), EMBD, (1, 3, 4, 6, 8)])
+@pytest.mark.parametrize("portion", [1.0, 0.5, 0.01])
+def test_rms_norm(n, portion):
+    """Against torch.nn.RMSNorm; with a portion, the RMS is that of the first channels of each width, at least one."""
+    norm, x, e = RMSNorm(8, portion), (torch.randn(2, 4, 8) + 3).requires_grad_(), mixture(n, 8)
+    torch.nn.init.normal_(norm.weight)
+    whole = torch.nn.RMSNorm(8, eps=norm.eps)
+    whole.weight = norm.weight
+    if portion == 1:
+        same_with_gradients(norm(x), whole(x), [x, norm.weight])
+    padded = 0
+    for p, k in zip(e.p, n, strict=True):
+        first = max(1, int(portion * k))
+        ratio = F.rms_norm(x[..., :first], (first,), eps=norm.eps)[..., :1] / x[..., :1] # 1 / RMS
+        padded = padded + p * pad(x[..., :k] * ratio * norm.weight[:k], 8)
+    same_with_gradients(norm(x, e), padded, [x, e.p, norm.weight])
+
+
+def test_sinusoidal():
+    """Written out entry by entry; of a mixture: the padded sum of the tables."""
+    def table(n):
+        wave = (math.sin, math.cos)
+        return torch.tensor([[wave[i % 2](t / 10000 ** ((i - i % 2) / n)) for i in range(n)] for t in range(6)])
+    layer, e, pos = Sinusoidal(8), mixture(EMBD, 8), torch.arange(6)
+    assert (layer(pos) - table(8)).abs().max() < 1e-5 and (layer(pos[2:], Size(5)) - table(5)[2:]).abs().max() < 1e-5
+    padded = sum(p * pad(table(k), 8) for p, k in zip(e.p, EMBD, strict=True))
+    assert (layer(pos, e) - padded).abs().max() < 1e-5
+
+
+def turned(x, n_head, past=0):
+    """RoPE by complex numbers: channels 2i and 2i + 1 are a number that e^(i t theta) turns. x: (B, T, n) -> (B, n_head, T, d)."""
+    z = torch.view_as_complex(x.unflatten(2, (n_head, -1, 2)).transpose(1, 2).contiguous()) # (B, n_head, T, d / 2)
+    d = 2 * z.shape[3]
+    theta = torch.tensor([10000 ** (-2 * i / d) for i in range(d // 2)])
+    angle = torch.arange(past, past + z.shape[2]).unsqueeze(1) * theta
+    return torch.view_as_real(z * torch.polar(torch.ones_like(angle), angle)).flatten(3)
+
+
+@pytest.mark.parametrize("n_head", [1, 3])
+def test_rotary(n_head):
+    """Against complex numbers; and a score depends on the content and on the distance alone."""
+    qkv = torch.randn(2, 7, 72)
+    q, k, v = rotary(qkv, n_head, past=5).chunk(3, dim=2)
+    for x, x0 in ((q, qkv[..., :24]), (k, qkv[..., 24:48])):
+        assert (x.unflatten(2, (n_head, -1)).transpose(1, 2) - turned(x0, n_head, 5)).abs().max() < 1e-5 # angles are float32
+    assert torch.equal(v, qkv[..., 48:])
+    q, k, _ = (t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in rotary(qkv[:, :1].expand(2, 7, 72), n_head).chunk(3, dim=2))
+    scores = q @ k.transpose(-1, -2) # of the same query and key everywhere
+    for distance in range(-6, 7):
+        on = scores.diagonal(distance, 2, 3)
+        assert (on - on[..., :1]).abs().max() < 1e-5
+    assert (scores[..., 0, 1:] - scores[..., 0, :1]).abs().max() > 0.1
+
+
+def test_mixed_rotary_attention():
+    """Scores sum_k p_k scores_k of widths that turn at frequencies of their own, for each head count."""
+    E, widths, heads = 24, (12, 24), (1, 3)
+    qkv, p = torch.randn(2, 5, 3 * E, requires_grad=True), torch.rand(2).softmax(-1).requires_grad_()
+    y_scale = torch.rand(2, E, requires_grad=True)
+    q, k, v = qkv.chunk(3, dim=2)
+    y = 0
+    for j, h in enumerate(heads):
+        slots = [t.unflatten(2, (h, -1)) for t in (q, k)] # a width's part of a head is the beginning of its slot
+        scores = sum(pk * turned(slots[0][..., :e // h].flatten(2), h) @ turned(slots[1][..., :e // h].flatten(2), h).transpose(-1, -2)
+                     * (e / h) ** -0.5 for pk, e in zip(p, widths, strict=True))
+        attention = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf).softmax(-1)
+        y = y + y_scale[j] * (attention @ v.unflatten(2, (h, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    out, inputs, direction = mixed_rotary_attention(qkv, widths, p, y_scale, heads), [qkv, p, y_scale], torch.randn_like(y)
+    assert (out - y).abs().max() < 1e-5 * y.abs().max() # angles are float32
+    for a, b in zip(*(torch.autograd.grad((t * direction).sum(), inputs) for t in (out, y)), strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
 def test_layer_norm_far_from_zero():
     """Block statistics must not cancel: channels around 1000 with a deviation of 1, in float32."""
     x, n, p = (torch.randn(4, 64) + 1000).float(), (16, 48, 64), torch.tensor([0.2, 0.3, 0.5])
@@ -73,6 +148,12 @@ def test_linear_sizes_chosen_together(bias):
     pairs = [(pi * qj, k, int(m * k)) for pi, k in zip(e.p, EMBD, strict=True) for qj, m in zip(q, ratios, strict=True)]
     padded = sum(w * pad(F.linear(x[..., :k], linear.weight[:o, :k], linear.bias[:o] if bias else None), 20) for w, k, o in pairs)
     same_with_gradients(linear(x, e, hidden), padded, [x, e.p, alpha, *linear.parameters()])
+    both = Linear(8, 40, bias) # a gated MLP's: the same rows of two parts
+    halves = [Linear(8, 20, bias) for _ in range(2)]
+    for i, half in enumerate(halves):
+        half.weight, half.bias = (p if p is None else torch.nn.Parameter(p[20 * i:20 * i + 20].detach()) for p in (both.weight, both.bias))
+    apart = torch.cat([half(x, e, hidden) for half in halves], -1)
+    same_with_gradients(both(x, e, hidden.twice), apart, [x, e.p, alpha])
     back, h = Linear(20, 8, bias), torch.randn(2, 4, 20, requires_grad=True)
     padded = sum(w * pad(F.linear(h[..., :o], back.weight[:k, :o], back.bias[:k] if bias else None), 8) for w, k, o in pairs)
     same_with_gradients(back(h, hidden, e), padded, [h, e.p, alpha, *back.parameters()])
@@ -104,6 +185,8 @@ def test_one_hot_is_the_slice(k):
     idx = torch.randint(11, (4,))
     for layer, mixed, hard in (
             (LayerNorm(8, True), lambda f: f(x, e), lambda f: f(x[:, :n.n], n)),
+            (RMSNorm(8, 0.5), lambda f: f(x, e), lambda f: f(x[:, :n.n], n)),
+            (Sinusoidal(8), lambda f: f(torch.arange(4), e), lambda f: f(torch.arange(4), n)),
             (Linear(8, 8), lambda f: f(x, e, e), lambda f: f(x[:, :n.n], n, n)),
             (Embedding(11, 8), lambda f: f(idx, e), lambda f: f(idx, n))):
         for p in layer.parameters():

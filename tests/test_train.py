@@ -181,8 +181,8 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     length = len(load_tokens(data_dir, "pydocs", "train"))
     split_of = {int(0.8 * length): "train", length - int(0.8 * length): "search", len(load_tokens(data_dir, "pydocs", "val")): "val"}
     batches, evaluated, draws, frozen, rates, choosers = [], [], [], [], [], []
-    real_batches, real_estimate, real_backward = train_search.micro_batches, train_search.estimate_loss, train_search.backward
-    real_sample, real_update, real_init = ArchOptimizer.sample, train_search.update, ArchOptimizer.__init__
+    real_batches, real_estimate, real_backward = train.micro_batches, train_search.estimate_loss, train.backward
+    real_sample, real_update, real_init = ArchOptimizer.sample, train.update, ArchOptimizer.__init__
 
     def spy_batches(tokens, *args):
         batches.append(split_of[len(tokens)])
@@ -207,8 +207,9 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     def spy_init(self, *args, **kwargs):
         real_init(self, *args, **kwargs)
         choosers.append((self, {k: a.detach().clone() for k, a in self.alphas.items()}))
-    for module, attribute, spy in ((train_search, "micro_batches", spy_batches), (train_search, "estimate_loss", spy_estimate),
-                                   (train_search, "backward", spy_backward), (train_search, "update", spy_update),
+    for module, attribute, spy in ((train_search, "micro_batches", spy_batches), (train, "micro_batches", spy_batches),
+                                   (train_search, "backward", spy_backward), (train, "backward", spy_backward),
+                                   (train_search, "estimate_loss", spy_estimate), (train, "update", spy_update),
                                    (ArchOptimizer, "sample", spy_sample), (ArchOptimizer, "__init__", spy_init)):
         monkeypatch.setattr(module, attribute, spy)
     settings = dict(train_portion=0.8, arch_learning_rate=0.007, arch_weight_decay=0.002)
