@@ -135,7 +135,7 @@ def prefixes(n, N, groups=1):
 
 def take(w, dim, size):
     """The slice of w along dim that a hard size uses; a view wherever one part is asked for."""
-    if size is None:
+    if size is None or (size.n == w.shape[dim] and not torch.compiler.is_compiling()): # a compiler would make this two graphs
         return w
     if size.groups == 1:
         return w.narrow(dim, 0, size.n)
@@ -331,7 +331,9 @@ class Straight(torch.autograd.Function):
 
 def straight(x, w):
     """x * w, where w is the weight 1 of a chosen option, or None."""
-    return x if w is None or not w.requires_grad else Straight.apply(x, w)
+    if w is None or not w.requires_grad:
+        return x
+    return x * w.to(x.dtype) if torch.compiler.is_compiling() else Straight.apply(x, w) # a compiler makes as little of the product
 
 # -----------------------------------------------------------------------------
 # layers: the plain torch layers, whose sizes may be chosen or mixed
