@@ -244,6 +244,7 @@ def mixed_norm(x, weight, bias, p, n, eps):
     """
     if fused and x.is_cpu:
         return torch.ops.nas.layer_norm(x, weight, bias, p, n, eps)
+    x, dtype = x.to(p.dtype), x.dtype # float32, as PyTorch's autocast does its norms
     sizes = [b - a for a, b in zip((0, *n[:-1]), n, strict=True)]
     blocks = x.split(sizes, dim=-1)
     mean, m2, scales, shifts = 0.0, 0.0, [], []
@@ -256,7 +257,7 @@ def mixed_norm(x, weight, bias, p, n, eps):
         shifts.append(scales[-1] * mean)
     # block k is in every option from k on
     y = weight * torch.cat([block * sum(scales[k:]) - sum(shifts[k:]) for k, block in enumerate(blocks)], dim=-1)
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (y if bias is None else y + bias).to(dtype)
 
 
 def mixed_linear(x, W, bias, M, o, i):
