@@ -29,7 +29,7 @@ from model import build
 from optim_nas import ArchOptimizer
 from prepare import get_batch, write_json
 from supernet import extremes, use_fused_ops
-from train import configure_optimizer, peak_flops, rng, setup, train_step, update
+from train import configure_optimizer, peak_flops, pick_device, rng, setup, train_step, update
 from train_search import * # noqa: F403 (every key of a search)
 from train_search import arch_step, bilevel_step, weight_arch
 
@@ -253,7 +253,8 @@ def growth_figure(results, out_dir):
 def main(config):
     os.makedirs(config["out_dir"], exist_ok=True)
     results = measure_growth(config) if config["growth"] else measure(config)
-    where = torch.cuda.get_device_name() if config["device"].startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    on_cuda = pick_device(config["device"]).startswith("cuda")
+    where = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     if not config["growth"]:
         print(f"{config['batch_size']} x {config['block_size']} tokens on {where}; ratio: an iteration over two plain steps of the largest "
               "network, median and quartiles")

@@ -57,10 +57,7 @@ POSITIONS = {"learned": Embedding, # GPT-2
 GELU = partial(F.gelu, approximate="tanh") # Hendrycks & Gimpel 2016, as in GPT-2; silu: Elfwing et al. 2017, mish: Misra 2019
 GATED = {"geglu": GELU, "swiglu": F.silu, "reglu": F.relu} # act(W x) * (V x), each of mlp_ratio * n_embd channels (Shazeer 2020)
 ACTIVATIONS = {"gelu": GELU, "relu": F.relu, "silu": F.silu, "mish": F.mish, **GATED}
-RESIDUALS = {"pre": lambda x, norm, branch: x + branch(norm(x)), # GPT-2
-             "post": lambda x, norm, branch: norm(x + branch(x)), # Vaswani et al. 2017
-             "branch": lambda x, norm, branch: x + norm(branch(x)), # Swin V2 (Liu et al. 2022)
-             "parallel": None} # attention and MLP side by side behind one norm, see Block (GPT-J, Wang & Komatsuzaki 2021)
+RESIDUALS = ("pre", "post", "branch", "parallel") # where the norms stand, see Block
 OPTIONS = {"norm": NORMS, "prmsnorm_pct": (), "position": POSITIONS, "activation": ACTIVATIONS, "residual": RESIDUALS} # of a network
 
 
@@ -198,12 +195,17 @@ class Block(nn.Module):
         self.mlp = (MoE if config.n_expert else MLP)(config, n_embd, mlp_ratio)
 
     def forward(self, x, e=None, n_head=None, mlp_ratio=None, cache=None):
-        if self.residual == "parallel":
-            y = self.ln_1(x, e)
-            return x + self.attn(y, e, n_head, cache) + self.mlp(y, e, mlp_ratio)
-        add = RESIDUALS[self.residual]
-        x = add(x, lambda x: self.ln_1(x, e), lambda x: self.attn(x, e, n_head, cache))
-        return add(x, lambda x: self.ln_2(x, e), lambda x: self.mlp(x, e, mlp_ratio))
+        if self.residual == "pre": # GPT-2
+            x = x + self.attn(self.ln_1(x, e), e, n_head, cache)
+            return x + self.mlp(self.ln_2(x, e), e, mlp_ratio)
+        if self.residual == "post": # Vaswani et al. 2017
+            x = self.ln_1(x + self.attn(x, e, n_head, cache), e)
+            return self.ln_2(x + self.mlp(x, e, mlp_ratio), e)
+        if self.residual == "branch": # Swin V2 (Liu et al. 2022)
+            x = x + self.ln_1(self.attn(x, e, n_head, cache), e)
+            return x + self.ln_2(self.mlp(x, e, mlp_ratio), e)
+        y = self.ln_1(x, e) # parallel: GPT-J (Wang & Komatsuzaki 2021)
+        return x + self.attn(y, e, n_head, cache) + self.mlp(y, e, mlp_ratio)
 
 
 def check_options(config):

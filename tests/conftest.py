@@ -1,6 +1,7 @@
 import argparse
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,10 +50,19 @@ def data_dir(tmp_path_factory):
     return str(folder)
 
 
+def turn_kernels_on():
+    """fused_ops.cpp in use from here on; the test is skipped where there is no compiler, and fails where it does not compile."""
+    supernet.use_fused_ops()
+    compiler = os.environ.get("CXX", "c++")
+    if not supernet.fused and shutil.which(compiler) is None:
+        pytest.skip(f"there is no compiler {compiler} for fused_ops.cpp")
+    assert supernet.fused, "fused_ops.cpp does not compile here"
+
+
 @pytest.fixture(params=[False, True], ids=["pytorch", "kernels"])
 def implementation(request):
     """Mixtures by PyTorch, then by fused_ops.cpp."""
-    supernet.use_fused_ops(request.param)
-    assert supernet.fused == request.param, "fused_ops.cpp does not compile here"
+    if request.param:
+        turn_kernels_on()
     yield
     supernet.use_fused_ops(False)

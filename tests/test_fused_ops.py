@@ -1,11 +1,11 @@
 """The kernels of fused_ops.cpp are what their PyTorch references compute: values and gradients, all types, strides and shapes."""
 import pytest
 import torch
-from conftest import TINY_SEARCH, flags, succeeds
+from conftest import TINY_SEARCH, flags, succeeds, turn_kernels_on
 
 import supernet
 from model import build
-from optim_nas import ArchOptimizer, likeliest, uniform
+from optim_nas import ArchOptimizer, likeliest, picked, uniform
 from supernet import mixed_attention, mixed_linear, mixed_norm
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -13,8 +13,7 @@ TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_a
 
 @pytest.fixture(autouse=True)
 def kernels():
-    supernet.use_fused_ops()
-    assert supernet.fused, "fused_ops.cpp does not compile here"
+    turn_kernels_on()
     yield
     supernet.use_fused_ops(False)
 
@@ -162,7 +161,7 @@ def test_without_a_compiler_the_search_says_so_and_runs(data_dir, tmp_path):
 
 
 def test_compiled_parts_do_not_recompile():
-    """After a few architectures, 50 more, hard and mixed, use the graphs that there are, and are right; no graph has a break."""
+    """After a few architectures, 50 more, hard, mixed and picked, use the graphs that there are, and are right; no graph has a break."""
     from torch._dynamo.utils import counters
     torch._dynamo.reset()
     counters.clear()
@@ -177,6 +176,7 @@ def test_compiled_parts_do_not_recompile():
         yield uniform(net.choices, generator)
         yield {name: w.detach() for name, w in drnas.sample(0.0, generator).items()}
         yield likeliest(net.choices, gdas.sample(0.0, generator))
+        yield picked(net.choices, {name: w.detach().requires_grad_() for name, w in gdas.sample(0.0, generator).items()})
 
     for i in range(58):
         if i == 8: # the widest and the narrowest have come by
