@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 # -----------------------------------------------------------------------------
 # choices and architectures
@@ -52,6 +53,13 @@ def options_of(value, name, whole=True):
         kind = "whole numbers" if whole else "numbers"
         raise SystemExit(f"{name}={value} must be one or more different positive {kind} in increasing order, such as {name}=[2, 4].")
     return options
+
+
+def check_names(key, values, allowed):
+    """SystemExit unless the values of a key are different ones of those allowed."""
+    for value in values:
+        if value not in allowed or len(set(values)) < len(values):
+            raise SystemExit(f"{key}={list(values)} must be one or more different ones of {', '.join(allowed)}.")
 
 
 def check_arch(choices, arch):
@@ -444,22 +452,235 @@ class RMSNorm(nn.Module):
         return straight(y, e.S) if e is not None and e.weighted else y
 
 # -----------------------------------------------------------------------------
+# convolutions, x: (B, C, H, W): channels are prefixes, a kernel is the centred window of the largest
 
-def extract(net, small, run):
-    """Copy into `small` the slices of `net` that its hard forward `run()` reads, so that the two cannot disagree.
+ENTANGLEMENTS = ("weights", "outputs", "none")
 
-    small: a stand-alone network whose modules have the names of those in `net`. Returns small.
+
+class Conv2d(nn.Conv2d):
+    """x: (B, in, H, W) -> (B, out, H', W'). kernels: one size or more, all odd or all even. padding: of the largest kernel; None: the
+    half of it, so that stride 1 keeps H and W. Depthwise, with groups = in = out: `o` is the size of both.
+
+    k says which kernel: None for the largest, a size, a size and its weight, or the weights of all, (K,).
+    Mixture, sizes and kernel chosen independently: sum_ijt a_i b_j c_t pad(W[:o_j, :c_i, window_t]) = W * m_out * m_in * m_kernel,
+    and where no kernel is mixed S_out * (W @ (S_in * x)), which needs no gradient to W.
     """
-    theirs, filled = dict(small.named_modules()), set()
+    def __init__(self, i, o, kernels, stride=1, dilation=1, groups=1, bias=False, padding=None):
+        self.kernels = (kernels,) if isinstance(kernels, int) else tuple(kernels)
+        K = self.kernels[-1]
+        assert all(k % 2 == K % 2 for k in self.kernels), f"kernels {self.kernels} have no common centre"
+        super().__init__(i, o, K, stride, dilation * (K // 2) if padding is None else padding, dilation, groups, bias)
+        ring = (torch.arange(K) - K // 2).abs()
+        ring = torch.maximum(ring[:, None], ring) # (K, K): how far a tap is from the centre
+        window = torch.stack([ring <= k // 2 for k in self.kernels]).float()
+        self.register_buffer("window", window, persistent=False) # (kernels, K, K)
 
-    @torch.no_grad()
-    def copy(name, module, args):
+    def take(self, i=None, o=None, k=None):
+        k = self.kernels[-1] if k is None else k[0] if isinstance(k, tuple) else k
+        cut = (self.kernels[-1] - k) // 2
+        w = take(self.weight if self.groups > 1 else take(self.weight, 1, i), 0, o)
+        return {"weight": w[..., cut:cut + k, cut:cut + k] if cut else w, "bias": self.bias if self.bias is None else take(self.bias, 0, o)}
+
+    def conv(self, x, weight, bias=None):
+        padding = self.padding[0] - self.dilation[0] * ((self.kernels[-1] - weight.shape[-1]) // 2)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, weight.shape[0] if self.groups > 1 else 1)
+
+    def forward(self, x, i=None, o=None, k=None):
+        S_i, S_o = (s.S[:, None, None] if s is not None and s.mixed else None for s in (i, o))
+        if isinstance(k, torch.Tensor) and k.dim():
+            weight = self.weight * (k @ self.window.flatten(1)).view(self.window.shape[1:])
+            weight = weight if S_i is None else weight * S_i
+            weight = weight if S_o is None else weight * S_o.unsqueeze(-1)
+            return self.conv(x, weight, self.bias if self.bias is None or S_o is None else self.bias * o.S)
+        if S_i is not None or S_o is not None:
+            y = self.conv(x if S_i is None else x * S_i.to(x.dtype), **self.take(k=k))
+            return y if S_o is None else y * S_o.to(y.dtype)
+        if i is not None and i.weighted:
+            x = straight(x, i.S)
+        slices = self.take(i, o, k)
+        if isinstance(k, tuple): # the bias belongs to no kernel
+            y = straight(self.conv(x, slices["weight"]), k[1])
+            y = y if slices["bias"] is None else y + slices["bias"][:, None, None]
+        else:
+            y = self.conv(x, **slices)
+        return straight(y, o.S) if o is not None and o.weighted else y
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """x: (B, C, H, W) -> the same (Ioffe & Szegedy 2015). Every channel has its own statistics, so a mixture over widths is S * norm(x).
+
+    It also removes the scale of what comes in, and with it that of an entangled group of operations: `scale`, the group's total
+    weight, is multiplied behind it, at no cost, as a part of its weight and bias.
+    """
+    def take(self, c=None, scale=None):
+        return {name: None if t is None else take(t, 0, c) for name, t in (("weight", self.weight), ("bias", self.bias),
+                ("running_mean", self.running_mean), ("running_var", self.running_var))}
+
+    def forward(self, x, c=None, scale=None):
+        mixed = c is not None and c.mixed
+        slices = self.take(None if mixed else c)
+        if mixed:
+            scale = c.S if scale is None else c.S * scale
+        if scale is not None:
+            scale = scale.to(slices["running_mean"].dtype).expand_as(slices["running_mean"])
+            slices["weight"] = scale if self.weight is None else slices["weight"] * scale
+            slices["bias"] = self.bias if self.bias is None else slices["bias"] * scale
+        y = F.batch_norm(x, training=self.training, momentum=self.momentum, eps=self.eps, **slices)
+        return straight(y, c.S) if c is not None and c.weighted else y
+
+
+@torch.no_grad()
+def measure_norms(net, forward, n):
+    """Sets the statistics of every BatchNorm to the mean over n batches; forward(i) runs the network on the i-th, without dropout."""
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    training = net.training
+    net.eval()
+    for i in range(n if norms else 0):
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1 / (i + 1)
+        forward(i)
+    for norm in norms:
+        norm.momentum = 0.1
+    net.train(training)
+
+
+# -----------------------------------------------------------------------------
+# operations of a cell: x, its ReLU, k as in Conv2d, and a scale that the output is multiplied with or None
+
+def scaled(x, scale):
+    return x if scale is None else x * scale.to(x.dtype)
+
+
+class ReLUConvBN(nn.Module):
+    def __init__(self, i, o, kernels, stride=1, affine=True):
+        super().__init__()
+        self.conv, self.norm = Conv2d(i, o, kernels, stride), BatchNorm2d(o, affine=affine)
+
+    def forward(self, x, r, k=None, scale=None):
+        return self.norm(self.conv(r, None, None, k), None, scale)
+
+
+class DilConv(nn.Module):
+    """ReLU, depthwise with dilation 2, pointwise, norm."""
+    def __init__(self, i, o, kernels, stride=1, affine=True):
+        super().__init__()
+        self.depthwise, self.pointwise = Conv2d(i, i, kernels, stride, dilation=2, groups=i), Conv2d(i, o, 1)
+        self.norm = BatchNorm2d(o, affine=affine)
+
+    def forward(self, x, r, k=None, scale=None):
+        return self.norm(self.pointwise(self.depthwise(r, None, None, k)), None, scale)
+
+
+class SepConv(nn.Module):
+    """ReLU, depthwise, pointwise, norm, twice; the stride is in the first."""
+    def __init__(self, i, o, kernels, stride=1, affine=True):
+        super().__init__()
+        self.depthwise_1, self.pointwise_1 = Conv2d(i, i, kernels, stride, groups=i), Conv2d(i, i, 1)
+        self.norm_1 = BatchNorm2d(i, affine=affine)
+        self.depthwise_2, self.pointwise_2 = Conv2d(i, i, kernels, groups=i), Conv2d(i, o, 1)
+        self.norm_2 = BatchNorm2d(o, affine=affine)
+
+    def forward(self, x, r, k=None, scale=None):
+        x = F.relu(self.norm_1(self.pointwise_1(self.depthwise_1(r, None, None, k))))
+        return self.norm_2(self.pointwise_2(self.depthwise_2(x, None, None, k)), None, scale)
+
+
+class Pool(nn.Module):
+    """Over 3 x 3; an average leaves out the padding. norm: a BatchNorm behind it."""
+    def __init__(self, pool, C, stride=1, norm=False):
+        super().__init__()
+        self.pool, self.stride = pool, stride
+        self.norm = BatchNorm2d(C, affine=False) if norm else None
+
+    def forward(self, x, r, k=None, scale=None):
+        if self.pool == "avg":
+            x = F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False)
+        else:
+            x = F.max_pool2d(x, 3, self.stride, 1)
+        return scaled(x, scale) if self.norm is None else self.norm(x, None, scale)
+
+
+class Skip(nn.Module):
+    def forward(self, x, r, k=None, scale=None):
+        return scaled(x, scale)
+
+
+class FactorizedReduce(nn.Module):
+    """ReLU, half of the channels from the even and half from the odd rows and columns by 1 x 1 convolutions of stride 2, norm."""
+    def __init__(self, i, o, affine=True):
+        super().__init__()
+        if o % 2:
+            raise SystemExit(f"A skip of stride 2 makes its {o} channels in two halves: choose an even number, by init_channels or "
+                             "partial_channels.")
+        self.conv_1, self.conv_2 = Conv2d(i, o // 2, 1, 2), Conv2d(i, o // 2, 1, 2)
+        self.norm = BatchNorm2d(o, affine=affine)
+
+    def forward(self, x, r, k=None, scale=None):
+        odd = F.pad(r, (0, 1, 0, 1))[:, :, 1:, 1:]
+        return self.norm(torch.cat((self.conv_1(r), self.conv_2(odd)), 1), None, scale)
+
+
+def kernel_of(primitive):
+    """("sep_conv", 5) of sep_conv_5x5, ("skip_connect", None) of skip_connect."""
+    name, _, size = primitive.rpartition("_")
+    return (name, int(size.split("x")[0])) if size[:1].isdigit() else (primitive, None)
+
+
+class Edge(nn.Module):
+    """One operation between two nodes of a cell, or a choice of some.
+
+    ops: name -> a function of (kernels, stride) that makes the module of an operation, such as "sep_conv". entanglement: "weights", operations that
+    differ in their kernel alone share weights, and their mixture is one operation on mixed weights (weight superposition); "outputs",
+    they share weights, and each runs (weight entanglement); "none", each has its own weights, and runs (weight sharing). group_weight:
+    mixed weights are followed by their total weight, which a BatchNorm has removed; without it, as in the literature, the group as a
+    whole gets no gradient.
+    """
+    def __init__(self, primitives, ops, stride=1, entanglement="weights", group_weight=True):
+        super().__init__()
+        self.primitives, self.stride, self.entanglement, self.group_weight = tuple(primitives), stride, entanglement, group_weight
+        self.groups = {} # name -> (its places in primitives, its kernels)
+        for place, primitive in sorted(enumerate(primitives), key=lambda item: kernel_of(item[1])[1] or 0):
+            name, kernel = kernel_of(primitive)
+            places, kernels = self.groups.setdefault(primitive if entanglement == "none" else name, ([], []))
+            places.append(place)
+            kernels.append(kernel)
+        self.ops = nn.ModuleDict({name: ops[kernel_of(primitives[places[0]])[0]](tuple(kernels), stride)
+                                  for name, (places, kernels) in self.groups.items() if name != "none"})
+
+    def forward(self, x, r, w=None):
+        """x: (B, C, H, W), r: its ReLU. w: None where there is one operation, an operation, one and its weight, or weights (K,)."""
+        if isinstance(w, torch.Tensor):
+            return self.mixture(x, r, w)
+        primitive, p = w if isinstance(w, tuple) else (w or self.primitives[0], None)
+        if primitive == "none":
+            return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
+        name, kernel = (primitive, None) if primitive in self.ops else kernel_of(primitive)
+        if self.groups[name][1] == [kernel]:
+            kernel = None # there is no other
+        mixing = kernel and p is not None and self.entanglement == "weights"
+        return straight(self.ops[name](x, r, (kernel, p) if mixing else kernel), p)
+
+    def mixture(self, x, r, w):
+        y = 0
+        for name, (places, kernels) in self.groups.items():
+            op, p = self.ops[name] if name != "none" else None, w[places]
+            if op and self.entanglement == "weights" and len(kernels) > 1:
+                y = y + op(x, r, p, p.sum() if self.group_weight else None)
+            elif op:
+                for place, kernel in zip(places, kernels, strict=True):
+                    y = y + op(x, r, kernel if len(kernels) > 1 else None, w[place])
+        return y
+
+
+def each_read(net, run, visit):
+    """visit(name, module, key, slice) of everything that the layers read in the hard forward run()."""
+    def read(name, module, args):
         for key, value in module.take(*args[1:]).items():
             if value is not None:
-                getattr(theirs[name], key).copy_(value)
-                filled.add(getattr(theirs[name], key))
+                visit(name, module, key, value)
 
-    hooks = [module.register_forward_pre_hook(lambda module, args, name=name: copy(name, module, args))
+    hooks = [module.register_forward_pre_hook(lambda module, args, name=name: read(name, module, args))
              for name, module in net.named_modules() if hasattr(module, "take")]
     training = net.training
     net.eval()
@@ -468,6 +689,64 @@ def extract(net, small, run):
     net.train(training)
     for hook in hooks:
         hook.remove()
+
+
+def extract(net, small, run):
+    """Copy into `small` the slices of `net` that its hard forward `run()` reads, so that the two cannot disagree.
+
+    small: a stand-alone network whose modules have the names of those in `net`. Returns small.
+    """
+    theirs, filled = dict(small.named_modules()), set()
+
+    def copy(name, module, key, value):
+        getattr(theirs[name], key).copy_(value)
+        filled.add(getattr(theirs[name], key))
+
+    each_read(net, run, copy)
     missed = [name for name, p in small.named_parameters() if p not in filled]
     assert not missed, f"the hard forward read nothing for {missed}"
     return small
+
+
+def measure_cost(net, run):
+    """{"params", "flops"} of the hard forward run(): the weights that it reads, and 2 FLOPs a multiply-add in products and convolutions."""
+    read = {}
+
+    def count(name, module, key, value):
+        if isinstance(getattr(module, key), nn.Parameter):
+            read[name, key] = value.numel()
+
+    with FlopCounterMode(display=False) as counter:
+        each_read(net, run, count)
+    return {"params": sum(read.values()), "flops": counter.get_total_flops()}
+
+
+class EdgeCosts:
+    """The cost of a network whose edges choose their operations: the sum over its edges, and a constant.
+
+    edges: [(Edge, the name of its choice, row)]; run(arch): the network's hard forward of one image.
+    """
+    def __init__(self, net, edges, run, arch):
+        shapes, known = {}, {}
+        hooks = [edge.register_forward_pre_hook(lambda edge, args: shapes.update({edge: args[0].shape})) for edge, *_ in edges]
+        base = measure_cost(net, lambda: run(arch))
+        for hook in hooks:
+            hook.remove()
+
+        def cost_of(edge, primitive):
+            key = (shapes[edge], edge.stride, primitive)
+            if key not in known:
+                x = next(net.parameters()).new_zeros(shapes[edge])
+                known[key] = list(measure_cost(edge, lambda: edge(x, x, primitive)).values())
+            return known[key]
+
+        self.rows = {} # (choice, row) -> (K, 2), summed over the cells that share it
+        for edge, choice, row in edges:
+            table = torch.tensor([cost_of(edge, primitive) for primitive in edge.primitives]).double()
+            self.rows[choice, row] = self.rows.get((choice, row), 0) + table
+        self.base = torch.tensor(list(base.values())).double() - self(one_hot(net.choices, arch), 0)
+
+    def __call__(self, weights, base=None):
+        """(2,): params and flops, of weights their expectations."""
+        return sum(weights[choice][row].double().cpu() @ table for (choice, row), table in self.rows.items()) + (
+            self.base if base is None else base)

@@ -1,0 +1,126 @@
+"""
+NAS-Bench-201 (Dong & Yang 2020): one cell of 4 nodes and 6 edges with 5 operations each, 15,625 architectures.
+
+The cell is used 3 * n_cell times, with a residual block of stride 2 after each third but the last. The rows of an architecture's
+`cell` are the edges 1<-0, 2<-0, 2<-1, 3<-0, 3<-1, 3<-2, as in its genotype |op~0|+|op~0|op~1|+|op~0|op~1|op~2|.
+"""
+import re
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from configurator import defaults
+from supernet import BatchNorm2d, Choice, Conv2d, Edge, EdgeCosts, Linear, Pool, ReLUConvBN, Skip, check_arch, check_names, extract, measure_cost
+
+# -----------------------------------------------------------------------------
+init_channels = 16 # of the first third of the cells; doubled twice
+n_cell = 5 # cells a third
+primitives = ['none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3'] # the operations to choose from
+entanglement = 'weights' # of the 1 x 1 and the 3 x 3 convolution, as they are mixed; 'outputs': each runs; 'none': each has its own weights
+group_weight = True # mixed weights count with their total, behind their BatchNorm; False: as in the literature
+affine = True # weight and bias in the BatchNorms of cells; searches do without
+# -----------------------------------------------------------------------------
+
+PRIMITIVES = tuple(primitives)
+
+
+class Cell(nn.Module):
+
+    def __init__(self, C, rows, c):
+        """rows: the operations to choose from, of each of the 6 edges."""
+        super().__init__()
+        ops = {"skip_connect": lambda kernels, stride: Skip(), "avg_pool": lambda kernels, stride: Pool("avg", C, stride),
+               "nor_conv": lambda kernels, stride: ReLUConvBN(C, C, kernels, stride, c.affine)}
+        self.edges = nn.ModuleList([Edge(row, ops, 1, c.entanglement, c.group_weight) for row in rows])
+
+    def forward(self, x, w):
+        states, i = [(x, F.relu(x))], 0
+        for n in (1, 2, 3):
+            x = sum(self.edges[i + j](*states[j], w[i + j]) for j in range(n))
+            states.append((x, F.relu(x)))
+            i += n
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """Two ReLU-convolution-norms, the first of stride 2, beside a pooled 1 x 1 convolution."""
+    def __init__(self, i, o):
+        super().__init__()
+        self.conv_1, self.conv_2, self.shortcut = ReLUConvBN(i, o, 3, 2), ReLUConvBN(o, o, 3), Conv2d(i, o, 1)
+
+    def forward(self, x, w=None):
+        y = self.conv_1(x, F.relu(x))
+        return self.shortcut(F.avg_pool2d(x, 2, ceil_mode=True)) + self.conv_2(y, F.relu(y))
+
+
+class NB201(nn.Module):
+
+    def __init__(self, c, arch=None):
+        super().__init__()
+        self.config = c
+        check_names("primitives", c.primitives, PRIMITIVES)
+        self.choices = {"cell": Choice(tuple(c.primitives), repeat=6)}
+        rows = [c.primitives] * 6
+        if arch is not None: # nothing is left to choose
+            rows, self.choices = [[op] for op in check_arch(self.choices, arch)["cell"]], {}
+        C = c.init_channels
+        self.stem = nn.Sequential(Conv2d(c.in_channels, C, 3), BatchNorm2d(C))
+        cells = []
+        for third in range(3):
+            cells += [Cell(C << third, rows, c) for _ in range(c.n_cell)]
+            cells += [ResidualBlock(C << third, 2 * C << third)] if third < 2 else []
+        self.cells = nn.ModuleList(cells)
+        self.norm, self.classifier = BatchNorm2d(4 * C), Linear(4 * C, c.num_classes)
+
+    def forward(self, x, targets=None, arch=None):
+        """x: (B, in_channels, H, W), targets: (B,) classes or None -> logits (B, num_classes), loss or None. arch: None for a
+        stand-alone network, else an architecture, or weights for a mixture."""
+        assert arch is not None or not self.choices, "a supernet needs weights or an architecture as its third argument"
+        w = [None] * 6 if arch is None else arch["cell"]
+        x = self.stem(x)
+        for cell in self.cells:
+            x = cell(x, w)
+        x = F.relu(self.norm(x)).mean((2, 3)) # (B, 4C)
+        logits = self.classifier(x)
+        return logits, None if targets is None else F.cross_entropy(logits, targets)
+
+    def run(self, arch=None):
+        """One image through it, of whatever content."""
+        c = self.config
+        return self(self.classifier.weight.new_zeros(1, c.in_channels, c.img_size, c.img_size), None, arch)
+
+    def extract(self, arch):
+        """The stand-alone network of an architecture, with the weights it has here."""
+        arch = check_arch(self.choices, arch)
+        return extract(self, NB201(self.config, arch).to(self.classifier.weight), lambda: self.run(arch))
+
+    def cost(self, arch=None):
+        """{"params", "flops"} of an architecture: whole numbers, flops of one image; of weights: the differentiable expectations."""
+        if arch is None or not isinstance(arch["cell"], torch.Tensor):
+            return measure_cost(self, lambda: self.run(arch))
+        if not hasattr(self, "costs"):
+            edges = [(edge, "cell", i) for cell in self.cells if isinstance(cell, Cell) for i, edge in enumerate(cell.edges)]
+            self.costs = EdgeCosts(self, edges, self.run, {"cell": [self.choices["cell"].options[0]] * 6})
+        return dict(zip(("params", "flops"), self.costs(arch), strict=True))
+
+
+def genotype(arch):
+    """The published text of an architecture."""
+    ops = iter(arch["cell"])
+    return "+".join("|" + "".join(f"{next(ops)}~{j}|" for j in range(n)) for n in (1, 2, 3))
+
+
+def arch_of(text):
+    """The architecture of a genotype; SystemExit if it is none."""
+    if not re.fullmatch(r"\|\w+~0\|\+\|\w+~0\|\w+~1\|\+\|\w+~0\|\w+~1\|\w+~2\|", text):
+        raise SystemExit(f"'{text}' is no genotype of nb201: write |op~0|+|op~0|op~1|+|op~0|op~1|op~2| with operations of "
+                         f"{', '.join(PRIMITIVES)}.")
+    return check_arch({"cell": Choice(PRIMITIVES, repeat=6)}, {"cell": re.findall(r"\|(\w+)~", text)})
+
+
+def build(config, arch=None):
+    """A network from a dict of the keys above, with img_size, in_channels and num_classes; other keys are left alone."""
+    known = defaults(globals()) | {"img_size": 32, "in_channels": 3, "num_classes": 10}
+    return NB201(SimpleNamespace(**known | {name: value for name, value in config.items() if name in known}), arch)
