@@ -19,6 +19,7 @@ import ast
 import copy
 import difflib
 import os
+import re
 import sys
 import tokenize
 import traceback
@@ -89,6 +90,19 @@ def check(value, default):
     return type(value) is type(default), "True or False" if type(default) is bool else "a quoted string"
 
 
+def given(key, argv=None):
+    """The string that argv (default: the command line) gives to a key, by --key=value or by a plain assignment in a config file; else
+    None. Runs nothing."""
+    found = None
+    for arg in sys.argv[1:] if argv is None else argv:
+        if arg.startswith(f"--{key}="):
+            found = arg.partition("=")[2]
+        elif arg.endswith(".py") and Path(arg).is_file():
+            lines = re.findall(rf"^{key}\s*=\s*(['\"])(.*?)\1", Path(arg).read_text(errors="replace"), re.M)
+            found = lines[-1][1] if lines else found
+    return found
+
+
 def is_number(value):
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # no bool; nan and infinity fail the comparison
 
@@ -148,7 +162,7 @@ def stop(message):
 
 
 def usage(namespace):
-    comment = comments(namespace)
+    comment = comments(namespace) | comments(vars(namespace["__space__"]) if "__space__" in namespace else {})
     lines = [(namespace.get("__doc__") or "").strip(), "", "keys, set by --key=value or as here in a config/name.py:"]
     for key, value in keys_of(namespace).items():
         lines.append(f"{f'{key} = {value!r}':<40}  {comment.get(key, '')}".rstrip())

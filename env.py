@@ -33,7 +33,7 @@ from configurator import defaults
 from model import build
 from prepare import cut_shards, load_meta, load_shards, read_json, write, write_json
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, backward, begin, configure_optimizer, full_loss, load_checkpoint, load_data, load_model, loop, main, micro_batches
+from train import Log, backward, begin, configure_optimizer, estimate_all, load_checkpoint, load_data, load_model, loop, main, micro_batches
 from train import rng, save, setup, train, train_step, update
 
 TRAIN_KEYS = tuple(defaults(globals()))
@@ -104,7 +104,8 @@ def measure_times(archs, config, rounds=20):
     """The seconds a sample of a training step of each arch: the median of interleaved rounds, after one that does not count."""
     config = SimpleNamespace(**config | {"overwrite": True, "init_from": "scratch"})
     run = setup(config)
-    tokens, _, config.vocab_size = load_data(config, run)
+    tokens, _, facts = load_data(config, run)
+    vars(config).update(facts)
     nets = [build(vars(config) | sizes_of(arch, vars(config))).to(run.device) for arch in archs]
     optimizers = [configure_optimizer(net, config, run) for net in nets]
     seconds = [[] for _ in archs]
@@ -174,7 +175,7 @@ def supernet_evaluator(config):
         if config["time_from"] == "measured" and str(arch) not in seconds:
             with aside():
                 seconds[str(arch)] = measure_times([arch], {**config, "dataset": shard["dataset"]})[0]
-        return with_time({"loss": full_loss(small, tokens, config_, run), "seconds": seconds.get(str(arch)), **small.cost()}, config)
+        return with_time({"loss": estimate_all(small, tokens, config_, run)["loss"], "seconds": seconds.get(str(arch)), **small.cost()}, config)
     return evaluate
 
 
@@ -192,7 +193,8 @@ def load_supernet(config, shard):
     job, name = SimpleNamespace(**job), f"{path}.pt"
     with aside():
         run = setup(job)
-        tokens, test, job.vocab_size = load_data(job, run)
+        tokens, test, facts = load_data(job, run)
+        vars(job).update(facts)
         net = build(vars(job)).to(run.device)
         if not os.path.exists(name):
             train_supernet(net, tokens, job, run)

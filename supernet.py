@@ -11,6 +11,7 @@ option does not use is exactly zero, and never enters a norm, a softmax or a sca
 Weight superposition: TangleNAS (Sukthanker et al. 2023), `sum_k p_k pad(W[:o_k, :i_k])`. For option sizes s_k,
 S(i) = sum of p_k with s_k > i is the share of the options that use channel i: most sums collapse to a product with S.
 """
+import contextlib
 import hashlib
 import os
 import platform
@@ -529,20 +530,28 @@ class BatchNorm2d(nn.BatchNorm2d):
         return straight(y, c.S) if c is not None and c.weighted else y
 
 
-@torch.no_grad()
-def measure_norms(net, forward, n):
-    """Sets the statistics of every BatchNorm to the mean over n batches; forward(i) runs the network on the i-th, without dropout."""
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-    training = net.training
+@contextlib.contextmanager
+def batch_norms(net):
+    """Evaluation, but for the BatchNorms, which take the statistics of the batch and keep none; gives them as a list."""
+    norms, training = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)], net.training
     net.eval()
-    for i in range(n if norms else 0):
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1 / (i + 1)
-        forward(i)
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.train()
+    yield norms
     for norm in norms:
         norm.momentum = 0.1
     net.train(training)
+
+
+@torch.no_grad()
+def measure_norms(net, forward, n):
+    """Sets the statistics of every BatchNorm to the mean over n batches; forward(i) runs the network on the i-th, without dropout."""
+    with batch_norms(net) as norms:
+        for i in range(n if norms else 0):
+            for norm in norms:
+                norm.momentum = 1 / (i + 1)
+            forward(i)
 
 
 # -----------------------------------------------------------------------------
@@ -630,11 +639,11 @@ def kernel_of(primitive):
 class Edge(nn.Module):
     """One operation between two nodes of a cell, or a choice of some.
 
-    ops: name -> a function of (kernels, stride) that makes the module of an operation, such as "sep_conv". entanglement: "weights", operations that
-    differ in their kernel alone share weights, and their mixture is one operation on mixed weights (weight superposition); "outputs",
-    they share weights, and each runs (weight entanglement); "none", each has its own weights, and runs (weight sharing). group_weight:
-    mixed weights are followed by their total weight, which a BatchNorm has removed; without it, as in the literature, the group as a
-    whole gets no gradient.
+    ops: name -> a function of (kernels, stride) that makes the module of an operation, such as "sep_conv". entanglement: "weights",
+    operations that differ in their kernel alone share weights, and their mixture is one operation on mixed weights (weight
+    superposition); "outputs", they share weights, and each runs (weight entanglement); "none", each has its own weights, and runs
+    (weight sharing). group_weight: mixed weights are followed by their total weight, which a BatchNorm has removed; without it, as
+    in the literature, the group as a whole gets no gradient.
     """
     def __init__(self, primitives, ops, stride=1, entanglement="weights", group_weight=True):
         super().__init__()

@@ -14,6 +14,7 @@ with a checkpoint; with --init_from=resume it goes on as if nothing had happened
 """
 import contextlib
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -21,7 +22,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,8 +32,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import build
-from prepare import blocks, check_length, get_batch, load_meta, load_tokens, prepare, write, write_json
+import model
+from configurator import defaults, given
+from prepare import Images, blocks, check_length, draw_index, get_batch, get_images, image_batches, load_images, load_meta, load_tokens
+from prepare import prepare, rng, write, write_json
+from supernet import batch_norms, measure_norms
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -52,7 +58,12 @@ val_portion = 0.0 # the share of train.bin, at its end, that validates; 0: val.b
 gradient_accumulation_steps = 1 # micro-batches a step, over all processes
 batch_size = 16 # sequences a micro-batch
 block_size = 128
+crop = 0 # images: a random crop after padding with so many pixels of zeros
+flip = False # images: left and right at random
+cutout = 0 # images: the side of a square of zeros at a random place (DeVries & Taylor 2017)
+bn_batches = 20 # training batches that the statistics of BatchNorms are measured on, before every evaluation
 # model
+space = 'gpt' # or a file of search_spaces/, whose keys then take the place of the GPT's: --space=nb201 --help
 n_layer = 4
 n_head = 4
 n_embd = 128
@@ -70,6 +81,9 @@ top_k = 2
 router_aux_loss_coef = 0.1 # what the uneven use of the experts adds to the training loss
 loss_chunk = 0 # tokens whose logits the loss holds at a time, to save memory; 0: all
 # optimizer
+weight_optimizer = 'adamw' # 'adam', 'sgd'
+momentum = 0.9 # of sgd
+nesterov = False # of sgd
 learning_rate = 1e-3
 max_iters = 2000
 weight_decay = 0.1
@@ -95,6 +109,32 @@ compile = False # torch.compile: a minute or two at the start, faster from then 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGS = ("log.jsonl", "arch_traj.jsonl")
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12, "V100": 112e12} # dense 16 bit
+
+
+def space_module(space):
+    """The file of a search space, with its build(); of the GPT model.py. SystemExit if there is none of that name."""
+    there = sorted(path.stem for path in Path(__file__).parent.glob("search_spaces/*.py"))
+    if space != "gpt" and space not in there:
+        raise SystemExit(f"space='{space}' is not gpt or a file of search_spaces/: {', '.join(there)}.")
+    return model if space == "gpt" else importlib.import_module(f"search_spaces.{space}")
+
+
+def with_space(namespace, space=None, found=None):
+    """A script's globals(), where the keys of another space than the GPT stand in the place of the GPT's, and found in that of defaults.
+    space: None for the one that the command line names."""
+    space = space or given("space") or namespace["space"]
+    if space == "gpt":
+        return namespace
+    module, gpt = space_module(space), {field.name for field in fields(model.GPTConfig)}
+    keys = {name: value for name, value in namespace.items() if name not in gpt} | {"space": space, "__space__": module}
+    if keys["dataset"] == "pydocs":
+        keys["dataset"] = "digits"
+    return keys | defaults(vars(module)) | (found or {})
+
+
+def build(config, arch=None):
+    """The network of a config (a dict) in its space, or of one of the space's architectures."""
+    return space_module(config["space"]).build(config, arch)
 
 
 def setup(config):
@@ -240,12 +280,6 @@ def load_model(net, checkpoint, path):
     return net
 
 
-def rng(*keys):
-    """A generator that the keys alone decide, such as rng(seed, "train", step): nothing needs saving for an exact resume."""
-    digest = hashlib.sha256(repr(keys).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 class Log:
     """Lines to the terminal below a progress bar, the same as objects to log.jsonl, and to wandb and TensorBoard if asked for."""
     def __init__(self, config, run, start=0):
@@ -277,17 +311,17 @@ class Log:
 
     def step(self, step, loss, lr, clock, steps, flops, **extra):
         """The line of a training step. loss: this process's, a tensor; clock: when the last `steps` steps began; flops: forward,
-        of one sequence. extra: more values of the line."""
+        of one sample. extra: more values of the line."""
         loss = loss.detach().clone().reshape(1)
         average([loss], self.run)
         loss = finite(loss.item(), "the training loss")
         ms = (time.perf_counter() - clock) / steps * 1000
-        sequences = self.config.batch_size * self.config.gradient_accumulation_steps
-        speed = sequences * self.config.block_size / ms * 1000
-        values = {"step": step, "loss": loss, "lr": lr, "ms": ms, "tokens_per_s": speed}
-        line = f"step {step}/{self.config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {ms:.1f} ms | {speed:,.0f} tok/s"
+        samples, text = self.config.batch_size * self.config.gradient_accumulation_steps, self.config.space == "gpt"
+        speed = samples * (self.config.block_size if text else 1) / ms * 1000
+        values = {"step": step, "loss": loss, "lr": lr, "ms": ms, "tokens_per_s" if text else "images_per_s": speed}
+        line = f"step {step}/{self.config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {ms:.1f} ms | {speed:,.0f} {'tok' if text else 'img'}/s"
         if peak := peak_flops(self.run):
-            values["mfu"] = 3 * flops * sequences / ms * 1000 / peak / self.run.world # backward costs two forwards
+            values["mfu"] = 3 * flops * samples / ms * 1000 / peak / self.run.world # backward costs two forwards
             line += f" | mfu {100 * values['mfu']:.1f}%"
         self(line + "".join(f" | {key} {value}" for key, value in extra.items()), **values)
 
@@ -310,33 +344,65 @@ def get_lr(step, config):
 
 
 def configure_optimizer(net, config, run):
-    """AdamW over the network's parameters; those of two or more dimensions decay, biases and norms do not."""
-    params = list(net.parameters())
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
-    options = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=run.device_type == "cuda")
+    """AdamW, under which biases and norms, of one dimension, do not decay; or Adam or SGD, under which everything does."""
+    params, sgd = list(net.parameters()), config.weight_optimizer == "sgd"
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    if config.weight_optimizer not in kinds:
+        raise SystemExit(f"weight_optimizer='{config.weight_optimizer}' is not one of {', '.join(kinds)}.")
+    groups = [{"params": params, "weight_decay": config.weight_decay}]
+    if config.weight_optimizer == "adamw":
+        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+                  {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    options = dict(momentum=config.momentum, nesterov=config.nesterov) if sgd else dict(betas=(config.beta1, config.beta2))
+    options |= dict(lr=config.learning_rate, fused=run.device_type == "cuda")
     if config.zero_stage:
         from torch.distributed.optim import ZeroRedundancyOptimizer
-        return ZeroRedundancyOptimizer([g for g in groups if g["params"]], torch.optim.AdamW, **options)
-    return torch.optim.AdamW(groups, **options)
+        return ZeroRedundancyOptimizer([g for g in groups if g["params"]], kinds[config.weight_optimizer], **options)
+    return kinds[config.weight_optimizer](groups, **options)
 
 
 def load_data(config, run):
-    """The tokens of train.bin and of val.bin, and the vocabulary's size for the network."""
-    meta = os.path.join(config.data_dir, config.dataset, "meta.json")
-    if config.dataset == "pydocs" and run.master and not os.path.exists(meta): # needs no network: made at first use
-        prepare(dataset="pydocs", data_dir=config.data_dir)
+    """The data of train and of val, and what the network must know of it: {"vocab_size"} of tokens, or of images {"img_size",
+    "in_channels", "num_classes"}."""
+    own = {"pydocs", "digits"} & {config.dataset} # they need no network: made at first use
+    if own and run.master and not os.path.exists(os.path.join(config.data_dir, config.dataset, "meta.json")):
+        prepare(dataset=config.dataset, data_dir=config.data_dir)
     if run.world > 1:
         dist.barrier()
-    size = load_meta(config.data_dir, config.dataset)["vocab_size"]
+    if config.space != "gpt":
+        train, val = (load_images(config.data_dir, config.dataset, split) for split in ("train", "val"))
+        return train, val, {"img_size": train.pixels.shape[1], "in_channels": train.pixels.shape[3], "num_classes": train.num_classes}
     train, val = (load_tokens(config.data_dir, config.dataset, split) for split in ("train", "val"))
-    return train, val, size if size < 1000 else -(-size // 64) * 64 # large ones in multiples of 64, for speed
+    size = load_meta(config.data_dir, config.dataset)["vocab_size"]
+    return train, val, {"vocab_size": size if size < 1000 else -(-size // 64) * 64} # large ones in multiples of 64, for speed
 
 
-def micro_batches(tokens, config, run, *keys):
-    """This process's (x, y) of the gradient_accumulation_steps micro-batches that the keys name; the same data for any world."""
+def cut(data, start, stop):
+    """A part of the tokens or of the images of a split."""
+    return data.part(start, stop) if isinstance(data, Images) else data[start:stop]
+
+
+def check_split(data, config, name):
+    """SystemExit unless the data holds a batch."""
+    if isinstance(data, Images):
+        draw_index(len(data), config.batch_size, 0)
+    else:
+        check_length(data, config.block_size, f"the {name} split of {config.dataset}")
+
+
+def draw(data, config, run, name, step, micro=0):
+    """x, y of a micro-batch: random windows of tokens; images in random order, those of the train split augmented."""
+    if not isinstance(data, Images):
+        return get_batch(data, config.batch_size, config.block_size, rng(config.seed, name, step, micro), run.device)
+    index = draw_index(len(data), config.batch_size, step * config.gradient_accumulation_steps + micro, config.seed, name)
+    change = dict(generator=rng(config.seed, "augment", step, micro), crop=config.crop, flip=config.flip, cutout=config.cutout)
+    return get_images(data, index, run.device, **change if name == "train" else {})
+
+
+def micro_batches(data, config, run, name, step):
+    """This process's (x, y) of the step's gradient_accumulation_steps micro-batches; the same data for any world."""
     for micro in range(run.rank, config.gradient_accumulation_steps, run.world):
-        yield get_batch(tokens, config.batch_size, config.block_size, rng(config.seed, *keys, micro), run.device)
+        yield draw(data, config, run, name, step, micro)
 
 
 def average(tensors, run):
@@ -411,32 +477,56 @@ def share(number, run):
     return numbers.tolist()
 
 
-@torch.no_grad()
-def estimate_loss(net, tokens, config, run, name, arch_of=None):
-    """The mean loss over eval_iters batches of tokens, always the same ones, shared between the processes. A float;
-    FloatingPointError if it is not finite. arch_of(i): a supernet's third argument for batch i."""
-    training = net.training
-    net.eval()
-    total = 0.0
-    for i in range(run.rank, config.eval_iters, run.world):
-        x, y = get_batch(tokens, config.batch_size, config.block_size, rng(config.seed, "eval", name, i), run.device)
+def calibrate(net, forward, data, config, run, arch=()):
+    """Measures the statistics of net's BatchNorms, as this architecture, on bn_batches batches of the train split, the same ones on
+    every process: they depend neither on what ran before nor on the number of processes."""
+    def run_batch(i):
         with run.amp:
-            total += net(x, y, *([arch_of(i)] if arch_of else []))[1].item()
+            forward(draw(data, config, run, "train", i)[0], None, *arch)
+    measure_norms(net, run_batch, config.bn_batches)
+
+
+def tally(net, batches, run):
+    """(summed loss, right answers, answers) over batches of (x, y, *the rest of net's arguments), in evaluation. Unpredicted tokens,
+    y < 0, do not count."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for x, y, *rest in batches:
+        with run.amp:
+            logits, loss = net(x, y, *rest)
+        n, right = (y >= 0).sum(), 0 if logits is None or y.dim() > 1 else (logits.argmax(-1) == y).sum()
+        total += torch.tensor([loss.item() * n, right, n])
+    return total
+
+
+@torch.no_grad()
+def estimate(net, data, config, run, name, arch_of=None):
+    """{"loss"} over eval_iters batches of data, always the same ones, shared between the processes; of images also {"acc"}, in %.
+    FloatingPointError if the loss is not finite. arch_of(i): a supernet's third argument for batch i."""
+    def batches():
+        for i in range(run.rank, count, run.world):
+            if images:
+                index = torch.arange(i * config.batch_size, min((i + 1) * config.batch_size, len(data)))
+            x, y = get_images(data, index, run.device) if images else draw(data, config, run, "eval", name, i)
+            yield x, y, *([arch_of(i)] if arch_of else [])
+
+    training, images = net.training, isinstance(data, Images)
+    count = min(config.eval_iters, -(-len(data) // config.batch_size)) if images else config.eval_iters
+    net.eval()
+    total, right, n = (sum(share(t, run)) for t in tally(net, batches(), run))
     net.train(training)
-    return finite(sum(share(total, run)) / config.eval_iters, f"the {name} loss")
+    return {"loss": finite(total / n, f"the {name} loss"), **({"acc": 100 * right / n} if images else {})}
 
 
 @torch.no_grad()
-def full_loss(net, tokens, config, run):
-    """The mean loss over every token of a split, each predicted once, in blocks without overlap. A float."""
+def estimate_all(net, data, config, run):
+    """estimate() of a whole split: every token predicted once, in blocks without overlap, or every image."""
     net.eval()
-    total, count = 0.0, 0
-    for x, y in tqdm(blocks(tokens, config.batch_size, config.block_size, run.device), desc="test", unit="batch", leave=False,
-                     total=-(-(len(tokens) - 1) // (config.batch_size * config.block_size)), disable=not sys.stderr.isatty()):
-        n = (y >= 0).sum().item()
-        with run.amp:
-            total, count = total + net(x, y)[1].item() * n, count + n
-    return finite(total / count, "the test loss")
+    images = isinstance(data, Images)
+    batches = image_batches(data, config.batch_size, run.device) if images else blocks(data, config.batch_size, config.block_size, run.device)
+    size = config.batch_size * (1 if images else config.block_size)
+    total, right, n = tally(net, tqdm(batches, desc="test", unit="batch", leave=False, total=-(-len(data) // size),
+                                      disable=not sys.stderr.isatty()), run).tolist()
+    return {"loss": finite(total / n, "the test loss"), **({"acc": 100 * right / n} if images else {})}
 
 
 def finite(value, what):
@@ -446,23 +536,24 @@ def finite(value, what):
 
 
 def split_data(config, run, test):
-    """{"train", "val", "test"}: the tokens of each split that this run has, and the network's vocabulary size."""
+    """{"train", "val", "test"}: the data of each split that this run has; config gets what the network must know of it."""
     if not 0 <= config.val_portion < 1:
         raise SystemExit(f"val_portion={config.val_portion} must be at least 0 and below 1.")
     if config.early_stopping and test and not config.val_portion:
         raise SystemExit("early_stopping needs a validation loss: set val_portion, such as --val_portion=0.1.")
-    train, val, vocab_size = load_data(config, run)
-    cut = len(train) - int(config.val_portion * len(train))
-    splits = {"train": train[:cut]}
+    train, val, facts = load_data(config, run)
+    vars(config).update(facts)
+    middle = len(train) - int(config.val_portion * len(train))
+    splits = {"train": cut(train, 0, middle)}
     if config.val_portion:
-        splits["val"] = train[cut:]
+        splits["val"] = cut(train, middle, len(train))
     elif not test:
         splits["val"] = val
     if test:
         splits["test"] = val
-    for name, tokens in splits.items():
-        check_length(tokens, config.block_size, f"the {name} split of {config.dataset}")
-    return splits, vocab_size
+    for name, data in splits.items():
+        check_split(data, config, name)
+    return splits
 
 
 def save(config, run, name, net, optimizer=None, **rest):
@@ -573,22 +664,26 @@ def train(config, arch=None, test=False):
     """
     config = SimpleNamespace(**config)
     run = setup(config)
-    splits, config.vocab_size = split_data(config, run, test)
+    splits = split_data(config, run, test)
     net = build(vars(config), arch).to(run.device)
+    if arch is None and config.space != "gpt" and any(len(c.options) > 1 for c in net.choices.values()):
+        raise SystemExit(f"space={config.space} leaves {', '.join(net.choices)} open: train one of its architectures by train_base.py.")
     cost, optimizer = net.cost(), configure_optimizer(net, config, run)
-    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best_loss=math.inf, strikes=0)
+    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best=math.inf, strikes=0)
     if config.init_from != "scratch":
         resume(config, run, net, optimizer, state)
     begin(config, run)
     forward = torch.compile(net) if config.compile else net
     log = Log(config, run, state.step)
-    log(f"{cost['params']:,} parameters, {cost['flops'] / 1e9:.2f} GFLOPs a sequence, on {run.device} in {run.dtype}", **cost)
+    sample = "a sequence" if config.space == "gpt" else "an image"
+    log(f"{cost['params']:,} parameters, {cost['flops'] / 1e9:.3g} GFLOPs {sample}, on {run.device} in {run.dtype}", **cost)
 
     def step(lr):
+        net.progress = state.step / config.max_iters # some regularisation grows with it
         return train_step(net, forward, optimizer, splits["train"], config, run, state, lr)
 
     def evaluation():
-        evaluate(forward, splits, config, run, state, log)
+        evaluate(net, forward, splits, config, run, state, log)
         if state.best_step == state.step:
             save(config, run, "best.pt", net, arch=arch, step=state.step, losses=state.losses)
         return config.early_stopping and state.strikes >= config.early_stopping
@@ -601,14 +696,16 @@ def train(config, arch=None, test=False):
     return finish(net, splits, config, run, state, cost, arch, log)
 
 
-def evaluate(net, splits, config, run, state, log):
-    """Logs the loss of train and val, and counts in state how long the best has stood. Without validation data the newest
-    weights are the best that can be told."""
-    losses = {f"{name}_loss": estimate_loss(net, tokens, config, run, name) for name, tokens in splits.items() if name != "test"}
-    loss = losses.get("val_loss", -state.step)
-    state.losses, state.strikes = losses, 0 if loss < state.best_loss else state.strikes + 1
-    if loss < state.best_loss:
-        state.best_loss, state.best_step = loss, state.step
+def evaluate(net, forward, splits, config, run, state, log):
+    """Logs the loss, and of images the accuracy, of train and val, and counts in state how long the best of val has stood. Without
+    validation data the newest weights are the best that can be told."""
+    calibrate(net, forward, splits["train"], config, run)
+    losses = {f"{name}_{key}": value for name, data in splits.items() if name != "test"
+              for key, value in estimate(forward, data, config, run, name).items()}
+    score = -losses["val_acc"] if "val_acc" in losses else losses.get("val_loss", -state.step)
+    state.losses, state.strikes = losses, 0 if score < state.best else state.strikes + 1
+    if score < state.best:
+        state.best, state.best_step = score, state.step
     log(" | ".join([f"step {state.step}/{config.max_iters}", *(f"{key} {value:.4f}" for key, value in losses.items())]),
         step=state.step, **losses)
 
@@ -618,18 +715,21 @@ def finish(net, splits, config, run, state, cost, arch, log):
     result = {"out_dir": config.out_dir, "arch": arch, **cost, "steps": state.step, "seconds": state.seconds,
               "best_step": state.best_step, **state.losses}
     if "val_loss" in state.losses:
-        result["best_val_loss"] = state.best_loss
+        result |= {"best_val_acc": -state.best} if "val_acc" in state.losses else {"best_val_loss": state.best}
     if run.world > 1:
         dist.barrier() # best.pt is written
     if "test" in splits:
         path = os.path.join(config.out_dir, "best.pt")
         load_model(net, load_checkpoint(path, run.device), path)
-        result["test_loss"] = full_loss(net, splits["test"], config, run)
-        log(f"test loss {result['test_loss']:.4f} on all {len(splits['test']):,} tokens of val.bin, weights of step {state.best_step}",
-            step=state.step, test_loss=result["test_loss"])
+        tests = {f"test_{key}": value for key, value in estimate_all(net, splits["test"], config, run).items()}
+        unit = "tokens of val.bin" if config.space == "gpt" else "images of val.npy"
+        log(", ".join(f"test {key[5:]} {value:.4f}" for key, value in tests.items()) +
+            f" on all {len(splits['test']):,} {unit}, weights of step {state.best_step}", step=state.step, **tests)
+        result |= tests
     if run.master:
         write_json(os.path.join(config.out_dir, "result.json"), result)
-        print(f"next: python sample.py --out_dir={config.out_dir}")
+        if config.space == "gpt":
+            print(f"next: python sample.py --out_dir={config.out_dir}")
     return result
 
 
@@ -646,4 +746,4 @@ def main(function, config):
 
 if __name__ == "__main__":
     from configurator import configure
-    main(train, configure(globals(), list_hint="train.py trains one network, train_search.py searches over a list of sizes"))
+    main(train, configure(with_space(globals()), list_hint="train.py trains one network, train_search.py searches over a list of sizes"))

@@ -12,7 +12,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import defaults
-from supernet import BatchNorm2d, Choice, Conv2d, Edge, EdgeCosts, Linear, Pool, ReLUConvBN, Skip, check_arch, check_names, extract, measure_cost
+from supernet import BatchNorm2d, Choice, Conv2d, Edge, EdgeCosts, Linear, Pool, ReLUConvBN, Skip, check_arch, check_names, extract
+from supernet import measure_cost
 
 # -----------------------------------------------------------------------------
 init_channels = 16 # of the first third of the cells; doubled twice
