@@ -1,5 +1,5 @@
 """
-Turns text into data/<name>/{train,val}.bin + meta.json, once, and hands out batches of it to the trainers.
+Turns text or images into data/<name>/{train,val}.bin or .npy + meta.json, once, and hands out batches of it to the trainers.
 
     python prepare.py                                       # pydocs: this Python's own documentation, no network
     python prepare.py --dataset=shakespeare_char
@@ -8,7 +8,12 @@ Turns text into data/<name>/{train,val}.bin + meta.json, once, and hands out bat
     python prepare.py --dataset=text --path=my_folder --tokenizer=sentencepiece --vocab_size=1024
     python prepare.py --shards=50                           # also 50 parts of different sizes, for train_rl.py
 
---path is a file or a folder of plain text (.txt, .md, .py, ...), .gz of text, .jsonl or .parquet (column "text"). Files whose
+    python prepare.py --dataset=digits                      # 1,797 images of 8x8 that scikit-learn brings, no network
+    python prepare.py --dataset=cifar10                     # from Hugging Face, as fashion_mnist, cifar100 and imagenet are
+    python prepare.py --dataset=fashion_mnist --path=FOLDER                                  # the same from local files
+    python prepare.py --dataset=images --path=FILE_OR_FOLDER --img_size=64 --name=flowers    # your own
+
+Text: --path is a file or a folder of plain text (.txt, .md, .py, ...), .gz of text, .jsonl or .parquet (column "text"). Files whose
 names start with train and val are the two splits of a folder; otherwise its last val_fraction of characters is the validation
 split. Documents end at the line <|endoftext|> of a text file, at the end of a row, and where the next file begins; between two
 of them, and after the last row, stands the end-of-text token (gpt2, sentencepiece) or a blank line (char).
@@ -16,7 +21,17 @@ of them, and after the last row, stands the end-of-text token (gpt2, sentencepie
 A .bin is a flat array of token ids, uint16 or uint32 as meta.json says. A run that was killed continues where it was: until
 both splits are whole there is a progress.json in the place of meta.json. One document has to fit into memory, all need not.
 
-A shard is a data set of its own, data/<name>/<shards>/<number>: its train.bin is a part of train.bin that no other shard has, and
+Images: --path is one of
+    a folder of IDX files           train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte, or .gz
+    an .npz of pixels               x_train, x_test: uint8 (N, H, W) or (N, H, W, 1 or 3); y_train, y_test: integers (N,)
+    an .npz of encoded images       train_jpeg, test_jpeg: uint8, their bytes end to end; train_offsets, test_offsets: (N + 1,), where
+                                    each begins, and the end of the last; y_train, y_test. Both may name the classes: strings (classes,)
+    a folder of image files         train/<class>/*.png and val/<class>/* or test/<class>/*; or <class>/*, cut by val_fraction
+train.npy and val.npy are uint8 (N, img_size, img_size, in_channels), {train,val}_labels.npy int64 (N,). An official test set is the
+validation split. The images of train are stored in an order that the seed shuffled, so that every part start:stop is a random one.
+A killed run begins anew. Not all images have to fit into memory.
+
+A shard is a data set of text of its own, data/<name>/<shards>/<number>: its train.bin is a part of train.bin that no other shard has, and
 its val.bin, the same for all, the first test_entries of val.bin. Every second one is of mode 1, the others are of mode 2.
 """
 
@@ -30,24 +45,29 @@ import platform
 import random
 import re
 import sysconfig
+import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-dataset = "pydocs"  # pydocs, shakespeare_char, tinystories, openwebtext, text
-path = ""  # a local file or folder in the place of the download; dataset=text needs it
-val_path = ""  # the same for the validation split
+dataset = "pydocs"  # pydocs, shakespeare_char, tinystories, openwebtext, text; of images: see IMAGE_SETS
+path = ""  # a local file or folder in the place of the download; dataset=text, images and imagenet16_120 need it
+val_path = ""  # the same for the validation split of text
+img_size = 0  # pixels a side: images are cut to a square and resized; 0 = as they are
 tokenizer = ""  # char, gpt2, sentencepiece; '' = the data set's usual one
 vocab_size = 0  # of sentencepiece; 0 = 4096
-val_fraction = 0.0  # share of the validation split; 0 = 0.1, and 0.0005 for openwebtext
-seed = 1337  # of the split of pydocs and openwebtext
-num_proc = 8  # threads that tokenize (gpt2, sentencepiece)
+val_fraction = 0.0  # share of the validation split; 0 = 0.1, 0.2 for digits, and 0.0005 for openwebtext
+seed = 1337  # of the split of pydocs and openwebtext, and of the order of images
+num_proc = 8  # threads that tokenize (gpt2, sentencepiece) or decode images
 data_dir = "data"
 name = ""  # folder in data_dir; '' = the data set's name
 shards = 0  # parts to cut train.bin into
@@ -57,7 +77,13 @@ block_size = 64  # tokens an entry, which is one training sequence
 
 TOKENIZER = {"pydocs": "char", "shakespeare_char": "char", "tinystories": "gpt2", "openwebtext": "gpt2", "text": "char"}
 HUB = {"shakespeare_char": "karpathy/tiny_shakespeare", "tinystories": "roneneldan/TinyStories",
-       "openwebtext": "Skylion007/openwebtext"}
+       "openwebtext": "Skylion007/openwebtext", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10",
+       "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
+IMAGE_SETS = {"digits": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet16_120": 120, "imagenet": 1000,
+              "images": 0}  # number of classes; 0 = as many as there are
+COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label")}  # of the others: image, label
+VAL_FRACTION = {"digits": 0.2, "openwebtext": 0.0005}  # of the others: 0.1
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 END = "<|endoftext|>"
 SHORT = 60  # characters: pydocs drops shorter documents, and longer paragraphs that it has already
 
@@ -91,8 +117,12 @@ def python_docs():
     return kept
 
 
+def open_any(file, mode, encoding=None):
+    return (gzip.open if file.suffix == ".gz" else open)(file, mode, encoding=encoding)
+
+
 def open_text(file):
-    return (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig")
+    return open_any(file, "rt", "utf-8-sig")
 
 
 def read_text(file):
@@ -142,7 +172,7 @@ def list_files(path):
         return [path]
     files = sorted(f for f in path.rglob("*") if f.is_file() and not any(p[0] == "." for p in f.relative_to(path).parts))
     if not files:
-        raise SystemExit(f"{path} is no file and no folder with files in it: give one that holds text")
+        raise SystemExit(f"{path} is no file and no folder with files in it: give one that holds the data")
     return files
 
 
@@ -215,6 +245,225 @@ def read_splits(dataset, path, val_path, val_fraction, seed):
     return [(lambda docs=docs: chain(filter(None, docs), [""]), len(docs) + 1) for docs in (train, val)]
 
 
+# ---- images: a split is (labels, open, name): open(i) gives image i to Pillow, name(i) says in an error which one that is
+
+def split_of_arrays(images, labels, where):
+    """A split of pixels, uint8 (N, H, W) or (N, H, W, 1 or 3)."""
+    from PIL import Image
+    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
+        raise SystemExit(f"the images of {where} are {images.dtype} {images.shape}: store them as uint8 of 0 to 255, shaped (N, H, W), "
+                         "(N, H, W, 1) or (N, H, W, 3)")
+    images = images.squeeze(3) if images.shape[3:] == (1,) else images
+    return check_labels(labels, len(images), where), lambda i: Image.fromarray(images[i]), lambda i: f"image {i} of {where}"
+
+
+def split_of_bytes(data, offsets, labels, where):
+    """A split of encoded images that lie end to end in data, uint8 (bytes,)."""
+    from PIL import Image
+    if data.dtype != np.uint8 or data.ndim != 1 or offsets.ndim != 1 or not len(offsets) or offsets[-1] != len(data):
+        raise SystemExit(f"the offsets of {where} do not end at its {data.size:,} bytes: give N + 1 numbers, the start of each image and "
+                         "the end of the last")
+    labels = check_labels(labels, len(offsets) - 1, where)
+    return labels, lambda i: Image.open(io.BytesIO(data[offsets[i]:offsets[i + 1]])), lambda i: f"image {i} of {where}"
+
+
+def check_labels(labels, n, where):
+    if not np.issubdtype(labels.dtype, np.integer) or labels.size != len(labels) or len(labels) != n:
+        raise SystemExit(f"{where} has {n:,} images and labels of {labels.dtype} {labels.shape}: give one integer for each image")
+    return labels.reshape(-1).astype(np.int64)
+
+
+def read_idx(folder, pattern, ndim):
+    """The bytes of an IDX file as an array: after the magic number (0, 0, 8 for bytes, ndim) come its sizes, all big-endian."""
+    file = next((f for f in sorted(folder.glob(pattern + "*")) if f.suffix in ("", ".gz") or f.suffix == f".idx{ndim}-ubyte"), None)
+    if file is None:
+        raise SystemExit(f"{folder} lacks the file {pattern.replace('?', '-')}: a folder of IDX files holds the images and the labels "
+                         "of train and of t10k")
+    try:
+        with open_any(file, "rb") as f:
+            data = f.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise SystemExit(f"{file} is damaged ({error}): take an undamaged copy") from None
+    magic, sizes = data[:4], np.frombuffer(data[4:4 + 4 * ndim], ">u4") if len(data) >= 4 + 4 * ndim else [0]
+    if magic != bytes([0, 0, 8, ndim]):
+        raise SystemExit(f"{file} begins with {magic.hex()} and not {bytes([0, 0, 8, ndim]).hex()}, so it is no IDX file of "
+                         f"bytes in {ndim} dimensions: take the right one")
+    wanted = 4 + 4 * ndim + int(np.prod(sizes, dtype=np.int64))
+    if len(data) != wanted or len(sizes) != ndim:
+        raise SystemExit(f"{file} has {len(data):,} bytes and not the {wanted:,} that its head says: it is cut off or damaged, "
+                         "take an undamaged copy")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(sizes)
+
+
+def read_npz(path):
+    """-> {"train": split, "val": split}, names of the classes or None"""
+    try:
+        with np.load(path, allow_pickle=False) as file:  # an array of objects would run the code that it holds
+            data = {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise SystemExit(f"{path} cannot be read as an .npz without pickles ({error}): save it with np.savez from plain arrays") from None
+    splits = {}
+    for split, key in {"train": "train", "val": "test"}.items():
+        names = [f"x_{key}", f"y_{key}"] if f"x_{key}" in data else [f"{key}_jpeg", f"{key}_offsets", f"y_{key}"]
+        missing = [name for name in names if name not in data]
+        if missing:
+            raise SystemExit(f"{path} lacks {', '.join(missing)}: give x_train, y_train, x_test, y_test, or train_jpeg, train_offsets, "
+                             "y_train, test_jpeg, test_offsets, y_test")
+        splits[split] = (split_of_arrays if len(names) == 2 else split_of_bytes)(*(data[name] for name in names), f"{key} in {path}")
+    return splits, data["classes"].tolist() if "classes" in data else None
+
+
+def read_folder(path):
+    """-> {"train": split, "val": split}, or {"all": split} of a folder without these two; names of the classes"""
+    from PIL import Image
+    val = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    folders = {"train": path / "train", "val": val} if val and (path / "train").is_dir() else {"all": path}
+    classes = sorted(f.name for f in next(iter(folders.values())).iterdir() if f.is_dir() and f.name[0] != ".")
+    splits = {}
+    for split, folder in folders.items():
+        listed = [(f, f.relative_to(folder).parts) for f in list_files(folder) if f.suffix.lower() in IMAGE_FILES]
+        files = [f for f, parts in listed if len(parts) > 1]
+        unknown = {parts[0] for _, parts in listed if len(parts) > 1} - set(classes)
+        if unknown or not files:
+            what = f"the classes {', '.join(sorted(unknown))}, which train lacks" if unknown else "no image in a folder of its class"
+            raise SystemExit(f"{folder} has {what}: put the images into train/<class> and val/<class>, or into <class>")
+        labels = np.array([classes.index(f.relative_to(folder).parts[0]) for f in files])
+        splits[split] = labels, lambda i, files=files: Image.open(files[i]), lambda i, files=files: str(files[i])
+    return splits, classes
+
+
+def download_images(dataset):
+    from datasets import Image as Encoded
+    from PIL import Image
+    splits, (image, label) = {}, COLUMNS.get(dataset, ("image", "label"))
+    for split, official in {"train": "train", "val": "validation" if dataset == "imagenet" else "test"}.items():
+        data = download(dataset, official)
+        rows = data.select_columns([image]).cast_column(image, Encoded(decode=False))
+        splits[split] = (np.array(data[label][:]), lambda i, rows=rows: Image.open(io.BytesIO(rows[i][image]["bytes"])),
+                         lambda i, split=official: f"image {i} of {split} of {HUB[dataset]}")
+    return splits, data.features[label].names
+
+
+def read_image_splits(dataset, path):
+    """-> {"train": split, "val": split} or {"all": split}, names of the classes or None"""
+    if not path and dataset == "digits":
+        from sklearn.datasets import load_digits
+        digits = load_digits()
+        images = (digits.images * 255 / 16).round().astype(np.uint8)  # they count 0 to 16
+        return {"all": split_of_arrays(images, digits.target, "digits")}, [str(name) for name in digits.target_names]
+    if not path:
+        return download_images(dataset)
+    path = Path(path)
+    files = list_files(path)
+    for file in files[:1] + [f for f in files if f.suffix in (".pkl", ".pickle")]:
+        with open(file, "rb") as f:
+            if f.read(1) == b"\x80":  # how pickles begin
+                raise SystemExit(f"{file} is a pickle, and reading a pickle runs the code in it: convert it, where you trust it, to an "
+                                 ".npz of x_train, y_train, x_test, y_test and give that as --path")
+    if path.is_file():
+        return read_npz(path)
+    if any("idx3-ubyte" in f.name for f in files):
+        arrays = [[read_idx(path, f"{split}-{what}?idx{ndim}-ubyte", ndim) for what, ndim in (("images", 3), ("labels", 1))]
+                  for split in ("train", "t10k")]
+        return {"train": split_of_arrays(*arrays[0], f"train in {path}"), "val": split_of_arrays(*arrays[1], f"t10k in {path}")}, None
+    return read_folder(path)
+
+
+def with_image(split, i, do):
+    """do(image) with image i of the split open. SystemExit names it if Pillow cannot read it."""
+    _, open_image, name = split
+    try:
+        with open_image(i) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its pixels are {image.mode}, not bytes")
+            return do(image)
+    except Exception as error:  # Pillow's decoders raise what they like
+        raise SystemExit(f"{name(i)} is damaged or no image of 8 bits a channel ({error}): replace it or leave it out") from None
+
+
+def survey(splits, img_size):
+    """Reads the head of every image: -> pixels a side, number of channels (1 if all are grey, else 3)."""
+    sizes, modes = {}, set()
+    for split in splits.values():
+        for i in tqdm(range(len(split[0])), desc="sizes", unit=" images"):
+            size, mode = with_image(split, i, lambda image: (image.size, image.mode))
+            modes.add(mode)
+            sizes.setdefault(size, split[2](i))
+            if not img_size and (len(sizes) > 1 or size[0] != size[1]):
+                found = " and ".join(f"{w}x{h} ({name})" for (w, h), name in sizes.items())
+                raise SystemExit(f"the images have to be squares of one size, and there are {found}: give --img_size=N to resize them all")
+    return img_size or size[0], 1 if modes <= {"1", "L", "LA"} else 3
+
+
+def pixels_of(image, side, channels):
+    from PIL import ImageOps
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (side, side))  # the largest square in the centre
+    return np.asarray(image).reshape(side, side, channels)
+
+
+def write_images(file, split, order, side, channels, num_proc):
+    """Writes the images of a split in this order, decoded by num_proc threads; returns how often each channel has each value."""
+    counts = np.zeros((channels, 256), np.int64)
+    head = {"descr": "|u1", "fortran_order": False, "shape": (len(order), side, side, channels)}
+
+    def decode(i):
+        return with_image(split, i, lambda image: pixels_of(image, side, channels))
+
+    def save(f):
+        np.lib.format.write_array_header_1_0(f, head)
+        with ThreadPoolExecutor(num_proc) as pool, tqdm(desc=file.stem, total=len(order), unit=" images") as bar:
+            for i in range(0, len(order), 256):
+                block = np.stack(list(pool.map(decode, order[i:i + 256])))
+                f.write(block.tobytes())
+                counts[:] += [np.bincount(block[..., c].ravel(), minlength=256) for c in range(channels)]
+                bar.update(len(block))
+
+    write(file, save)
+    return counts
+
+
+def prepare_images(folder, settings, path, num_proc):
+    """Writes all but meta.json, whose content it returns; progress.json marks the folder as ours until then."""
+    splits, classes = read_image_splits(settings["dataset"], path)
+    if "all" in splits:
+        order = torch.randperm(len(splits["all"][0]), generator=rng(settings["seed"], "split")).tolist()
+        n = round(settings["val_fraction"] * len(order))
+        orders = {"train": order[n:], "val": order[:n]}
+    else:
+        orders = {split: list(range(len(labels))) for split, (labels, *_) in splits.items()}
+        orders["train"] = torch.randperm(len(orders["train"]), generator=rng(settings["seed"], "train")).tolist()
+    if not all(orders.values()):
+        raise SystemExit(f"{settings['source']} gives {len(orders['train']):,} images of train and {len(orders['val']):,} of val, and both "
+                         "need some: give more images, or another --val_fraction")
+    source = {split: splits.get(split) or splits["all"] for split in orders}
+    labels = {split: source[split][0][orders[split]] for split in orders}
+    num_classes = IMAGE_SETS[settings["dataset"]] or (len(classes) if classes else int(labels["train"].max()) + 1)
+    if classes and len(classes) != num_classes:
+        raise SystemExit(f"{settings['source']} has {len(classes)} classes and {settings['dataset']} {num_classes}: "
+                         "choose --dataset=images for it")
+    for split, found in labels.items():
+        wrong = found[(found < 0) | (found >= num_classes)]
+        if len(wrong):
+            raise SystemExit(f"{settings['source']} has the label {wrong[0]} in {split}, and its {num_classes} classes are 0 to "
+                             f"{num_classes - 1}: correct the labels")
+    side, channels = survey(splits, settings["resize"])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "progress.json", settings)
+    meta = {**settings, "img_size": side, "in_channels": channels, "num_classes": num_classes, "classes": classes}
+    for split, order in orders.items():
+        counts = write_images(folder / f"{split}.npy", source[split], order, side, channels, num_proc)
+        write(folder / f"{split}_labels.npy", lambda f, split=split: np.save(f, labels[split]))
+        if split == "train":
+            share = counts / counts.sum(1, keepdims=True)  # (C, 256)
+            mean = share @ np.arange(256)
+            std = ((share * (np.arange(256) - mean[:, None])**2).sum(1))**0.5
+            meta |= {"mean": mean.tolist(), "std": std.tolist()}
+        meta[f"{split}_images"] = len(order)
+        for part in (split, f"{split}_labels"):
+            meta[f"{part}_sha256"] = hash_of(np.memmap(folder / f"{part}.npy", mode="r"))
+    return meta
+
+
 # ---- tokenizers
 
 def codec(tokenizer, chars, model, num_proc=1):
@@ -275,9 +524,11 @@ def write(path, save):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except BaseException as error:
         with suppress(OSError):
             os.remove(tmp)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save turns a full disk into a RuntimeError
+            raise
         raise SystemExit(f"{path} cannot be written ({getattr(error, 'strerror', None) or 'the disk is full?'}): "
                          "make room or choose another folder; what was there before is whole") from None
 
@@ -370,36 +621,50 @@ def start(folder, settings, splits):
     return meta
 
 
-def check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction):
-    if dataset not in TOKENIZER:
-        raise SystemExit(f"--dataset={dataset} is unknown: choose one of {', '.join(TOKENIZER)}")
+def check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction, img_size, num_proc, shards):
+    if dataset not in TOKENIZER | IMAGE_SETS:
+        raise SystemExit(f"--dataset={dataset} is unknown: choose one of {', '.join(TOKENIZER | IMAGE_SETS)}")
+    if not 0 < val_fraction < 1:
+        raise SystemExit(f"--val_fraction={val_fraction} is no share of the data: choose one between 0 and 1")
+    if not path and dataset in ("images", "imagenet16_120"):
+        raise SystemExit(f"--dataset={dataset} lacks the images: give an .npz or a folder as --path")
+    if dataset in IMAGE_SETS and (val_path or tokenizer or vocab_size or shards):
+        raise SystemExit(f"--dataset={dataset} is of images, and --val_path, --tokenizer, --vocab_size and --shards are for text: leave "
+                         "them out")
+    if img_size < 0 or (img_size and dataset not in IMAGE_SETS) or num_proc < 1:
+        raise SystemExit(f"--img_size={img_size} --num_proc={num_proc} does not fit --dataset={dataset}: img_size is for images, and 0 "
+                         "where they stay as they are, num_proc is 1 or more")
+    if dataset in IMAGE_SETS:
+        return
     if tokenizer not in ("char", "gpt2", "sentencepiece"):
         raise SystemExit(f"--tokenizer={tokenizer} is unknown: choose one of char, gpt2, sentencepiece")
     if vocab_size < 0 or (vocab_size and tokenizer != "sentencepiece"):
         raise SystemExit(f"--vocab_size={vocab_size} is for --tokenizer=sentencepiece and positive: {tokenizer} has its own")
-    if not 0 < val_fraction < 1:
-        raise SystemExit(f"--val_fraction={val_fraction} is no share of the text: choose one between 0 and 1")
     if not path and (dataset == "text" or val_path):
         raise SystemExit(f"--dataset={dataset} --val_path={val_path} lacks the training text: give a file or folder as --path")
 
 
 def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
             seed=seed, num_proc=num_proc, data_dir=data_dir, name=name, shards=shards, entries=entries, test_entries=test_entries,
-            block_size=block_size):
+            block_size=block_size, img_size=img_size):
     """
-    Writes data_dir/name/{train.bin, val.bin, meta.json}, tokenizer.model for sentencepiece, and the shards if there are to be any.
-    Returns what meta.json says.
+    Writes data_dir/name/{train.bin, val.bin, meta.json}, tokenizer.model for sentencepiece, and the shards if there are to be any;
+    of images {train.npy, train_labels.npy, val.npy, val_labels.npy, meta.json}. Returns what meta.json says.
 
-    Continues what an interrupted run with the same settings began, and does nothing where a finished one stands. SystemExit:
-    settings that do not fit the folder or each other, text that is missing, unreadable or too short, no network where needed.
+    Continues what an interrupted run with the same settings began (of images it begins anew), and does nothing where a finished one
+    stands. SystemExit: settings that do not fit the folder or each other, text or images that are missing, unreadable or too few,
+    labels that do not fit the images or the classes, no network where needed.
     """
-    tokenizer = tokenizer or TOKENIZER.get(dataset, "char")
-    val_fraction = val_fraction or (0.0005 if dataset == "openwebtext" else 0.1)
-    check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction)
+    tokenizer = tokenizer or TOKENIZER.get(dataset, "")
+    val_fraction = val_fraction or VAL_FRACTION.get(dataset, 0.1)
+    check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction, img_size, num_proc, shards)
     # with the size of the files: a rerun must not take other text for the same
     source = ", ".join(f"{p} ({sum(f.stat().st_size for f in list_files(p)):,} bytes)" for p in (path, val_path) if p)
-    source = source or HUB.get(dataset) or f"documentation of Python {platform.python_version()}"
+    source = source or HUB.get(dataset) or (
+        "scikit-learn's digits" if dataset == "digits" else f"documentation of Python {platform.python_version()}")
     settings = {"dataset": dataset, "source": source, "tokenizer": tokenizer, "val_fraction": val_fraction, "seed": seed}
+    if dataset in IMAGE_SETS:
+        settings = {"kind": "images", "dataset": dataset, "source": source, "resize": img_size, "val_fraction": val_fraction, "seed": seed}
     if tokenizer == "sentencepiece":
         settings["vocab_size"] = vocab_size or 4096
 
@@ -407,14 +672,16 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
     folder = Path(data_dir) / name
     finished, progress = folder / "meta.json", folder / "progress.json"
     meta = load_meta(data_dir, name) if finished.exists() else read_json(progress) if progress.exists() else {}
-    if not meta and any(folder.glob("*.bin")):
-        raise SystemExit(f"{folder} has .bin files without a meta.json, so they may be another program's: choose another --name")
+    if not meta and any(file for form in ("*.bin", "*.npy") for file in folder.glob(form)):
+        raise SystemExit(f"{folder} has .bin or .npy files without a meta.json, so they may be another program's: choose another --name")
     changed = [f"{key}={meta.get(key)!r} and not {value!r}" for key, value in settings.items() if meta and meta.get(key) != value]
     if changed:
         raise SystemExit(f"{folder} was prepared with {', '.join(changed)}: choose another --name, or delete the folder")
 
     if finished.exists():
         print(f"{folder} is prepared with these settings already, nothing to do")
+    elif dataset in IMAGE_SETS:
+        meta = prepare_images(folder, settings, path, num_proc)
     else:
         if meta:
             print(f"{folder}: continuing after {meta['train_documents']:,} documents of train, {meta['val_documents']:,} of val")
@@ -425,13 +692,20 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
             write_split(folder, split, docs(), n_docs, encode, joint, meta)
         for split in ("train", "val"):
             meta[f"{split}_sha256"] = hash_of(np.memmap(folder / f"{split}.bin", mode="r"))
+    if not finished.exists():
         write_json(progress, meta)
         os.replace(progress, finished)
     if shards:
         cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size)
     script = f"train_rl.py --shards={shards}" if shards else "train_search.py"
-    print(f"{folder}: {tokenizer}, vocab size {meta['vocab_size']:,}, {meta['train_tokens']:,} tokens of train, "
-          f"{meta['val_tokens']:,} of val\nnext: python {script} --dataset={name}{data_dir_option(data_dir)}")
+    if dataset in IMAGE_SETS:
+        script += " --space=toy_cell"
+        print(f"{folder}: {meta['train_images']:,} images of train, {meta['val_images']:,} of val, {meta['img_size']}x{meta['img_size']} "
+              f"in {meta['in_channels']} {'channel' if meta['in_channels'] == 1 else 'channels'}, {meta['num_classes']} classes")
+    else:
+        print(f"{folder}: {tokenizer}, vocab size {meta['vocab_size']:,}, {meta['train_tokens']:,} tokens of train, "
+              f"{meta['val_tokens']:,} of val")
+    print(f"next: python {script} --dataset={name}{data_dir_option(data_dir)}")
     return meta
 
 
@@ -476,15 +750,33 @@ def data_dir_option(data_dir):
     return "" if data_dir == "data" else f" --data_dir={data_dir}"
 
 
-def load_meta(data_dir, dataset):
-    """meta.json of the folder data_dir/dataset. SystemExit if it is not prepared, or not whole."""
+def load_meta(data_dir, dataset, kind=""):
+    """
+    meta.json of the folder data_dir/dataset; its "kind" is "images", or missing for text. SystemExit if it is not prepared, or not
+    whole, or of another kind than "text" or "images" where one is asked for.
+    """
     folder = Path(data_dir) / dataset
-    command = f"python prepare.py --dataset={dataset}" if dataset in HUB or dataset == "pydocs" else (
-        f"python prepare.py --dataset=text --path=FILE_OR_FOLDER --name={dataset}")
+    command = f"python prepare.py --dataset={dataset}" if dataset in HUB or dataset in ("pydocs", "digits") else (
+        "python prepare.py --dataset=imagenet16_120 --path=FILE_OR_FOLDER" if dataset == "imagenet16_120" else
+        f"python prepare.py --dataset={kind or 'text'} --path=FILE_OR_FOLDER --name={dataset}")
     command += data_dir_option(data_dir)
     if not (folder / "meta.json").exists():
         raise SystemExit(f"{folder} is not prepared: run {command}")
     meta = read_json(folder / "meta.json")
+    found = meta.get("kind", "text")
+    if kind and found != kind:
+        raise SystemExit(f"{folder} holds {found} and {kind} is needed: choose another dataset")
+    if found == "images":
+        try:
+            for split in ("train", "val"):
+                shape = (meta[f"{split}_images"], meta["img_size"], meta["img_size"], meta["in_channels"])
+                assert np.load(folder / f"{split}.npy", mmap_mode="r").shape == shape
+                assert np.load(folder / f"{split}_labels.npy", mmap_mode="r").shape == shape[:1]
+                assert meta[f"{split}_sha256"] and meta[f"{split}_labels_sha256"]
+            assert len(meta["mean"]) == len(meta["std"]) == meta["in_channels"] and meta["num_classes"] > 0
+        except (AssertionError, KeyError, TypeError, OSError, ValueError):
+            raise SystemExit(f"{folder} is damaged, its files are not those of its meta.json: delete {folder} and run {command}") from None
+        return meta
     for split in ("train", "val"):
         try:
             size = meta[f"{split}_tokens"] * np.dtype(meta["dtype"]).itemsize
@@ -512,19 +804,23 @@ def hash_of(tokens):
     return hashlib.sha256(tokens).hexdigest()  # about a second a gigabyte
 
 
+def check_hash(data, file, sha256):
+    if hash_of(data) != sha256:
+        raise SystemExit(f"{file} is damaged, its bytes are not those that were written: delete {file.parent} and prepare it again")
+
+
 def load_tokens(data_dir, dataset, split):
     """Token ids of "train" or "val", read-only and left on the disk: np.memmap (tokens,) of uint16 or uint32. SystemExit if they
     are not the bytes that were written."""
-    meta, file = load_meta(data_dir, dataset), Path(data_dir) / dataset / f"{split}.bin"
+    meta, file = load_meta(data_dir, dataset, "text"), Path(data_dir) / dataset / f"{split}.bin"
     tokens = np.memmap(file, dtype=meta["dtype"], mode="r")
-    if hash_of(tokens) != meta[f"{split}_sha256"]:
-        raise SystemExit(f"{file} is damaged, its bytes are not those that were written: delete {file.parent} and prepare it again")
+    check_hash(tokens, file, meta[f"{split}_sha256"])
     return tokens
 
 
 def load_tokenizer(data_dir, dataset):
     """-> encode (text -> list of ids), decode (list of ids -> text); decode skips ids beyond the vocabulary."""
-    meta = load_meta(data_dir, dataset)
+    meta = load_meta(data_dir, dataset, "text")
     encode, decode, n, _ = codec(meta["tokenizer"], meta["chars"], Path(data_dir) / dataset / "tokenizer.model")
     return lambda text: encode([text])[0], lambda ids: decode([i for i in ids if i < n])
 
@@ -564,6 +860,106 @@ def blocks(tokens, batch_size, block_size, device="cpu"):
         x, y = torch.zeros(rows * block_size, dtype=torch.int64), torch.full((rows * block_size,), -1)
         x[:n], y[:n] = part[:-1], part[1:]
         yield x.view(rows, block_size).to(device), y.view(rows, block_size).to(device)
+
+
+# ---- batches of images
+
+@dataclass(frozen=True)
+class Images:
+    """A split of images: pixels uint8 (N, H, W, C), labels int64 (N,), mean and std float32 (C,) of the pixels of train, 0 to 255."""
+    pixels: np.ndarray
+    labels: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    num_classes: int
+
+    def __len__(self):
+        return len(self.labels)
+
+    def part(self, start, stop):
+        """Images start to stop as a view of these."""
+        return replace(self, pixels=self.pixels[start:stop], labels=self.labels[start:stop])
+
+
+def load_images(data_dir, dataset, split):
+    """Images of "train" or "val", their pixels read-only and left on the disk. SystemExit if they are not prepared, or not the bytes
+    that were written."""
+    meta, arrays = load_meta(data_dir, dataset, "images"), []
+    for part in (split, f"{split}_labels"):
+        file = Path(data_dir) / dataset / f"{part}.npy"
+        check_hash(np.memmap(file, mode="r"), file, meta[f"{part}_sha256"])
+        arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
+    return Images(*arrays, np.float32(meta["mean"]), np.float32(meta["std"]), meta["num_classes"])
+
+
+def get_images(images, index, device="cpu", generator=None, crop=0, flip=False, cutout=0):
+    """
+    The images of these numbers: x float32 (B, C, H, W), (pixel - mean) / std, and y int64 (B,). index: int64 (B,).
+
+    With a generator, a torch.Generator on the CPU, each image is augmented on its own: shifted by up to crop pixels in both
+    directions, zeros coming in; mirrored with probability 1/2 if flip; and a square of side cutout around a random pixel, clipped at
+    the border, set to zero (DeVries and Taylor 2017, Improved Regularization of Convolutional Neural Networks with Cutout).
+    """
+    index = index.numpy()
+    x, y = torch.from_numpy(images.pixels[index]), torch.from_numpy(images.labels[index])
+    if "cuda" in str(device):
+        x, y = x.pin_memory(), y.pin_memory()
+    x = x.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    mean, std = (torch.from_numpy(a).to(device, non_blocking=True).view(-1, 1, 1) for a in (images.mean, images.std))
+    x = (x - mean).div_(std).contiguous()
+    if generator is not None:
+        x = augment(x, generator, crop, flip, cutout)
+    return x, y.to(device, non_blocking=True)
+
+
+def augment(x, generator, crop, flip, cutout):
+    """x (B, C, H, W) cropped, flipped and cut out; see get_images."""
+    B, C, H, W = x.shape
+
+    def draw(n, *shape):
+        return torch.randint(n, (*shape, B, 1), generator=generator).to(x.device, non_blocking=True)
+
+    rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+    if crop:
+        top, left = draw(2 * crop + 1, 2)  # (B, 1)
+        batch, channel = torch.arange(B, device=x.device).view(-1, 1, 1, 1), torch.arange(C, device=x.device).view(-1, 1, 1)
+        x = F.pad(x, [crop] * 4)[batch, channel, (top + rows).view(B, 1, H, 1), (left + columns).view(B, 1, 1, W)]
+    if flip:
+        x = torch.where(draw(2).view(B, 1, 1, 1) == 1, x.flip(3), x)
+    if cutout:
+        top, left = draw(H) - cutout // 2, draw(W) - cutout // 2  # (B, 1)
+        hidden = ((rows >= top) & (rows < top + cutout)).view(B, 1, H, 1) & ((columns >= left) & (columns < left + cutout)).view(B, 1, 1, W)
+        x = x.masked_fill(hidden, 0)
+    return x
+
+
+def rng(*keys):
+    """A generator that the keys alone decide, such as rng(seed, "train", step): nothing needs saving for an exact resume."""
+    digest = hashlib.sha256(repr(keys).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@lru_cache(maxsize=4, typed=True)  # a search walks through two parts at a time
+def permutation(n, *keys):
+    return torch.randperm(n, generator=rng(*keys))
+
+
+def draw_index(n, batch_size, number, *keys):
+    """
+    The number-th batch of an endless walk through n images: int64 (batch_size,), which the arguments alone decide.
+
+    Every epoch is a new permutation, of which n // batch_size batches are used. SystemExit if batch_size is larger than n.
+    """
+    if batch_size > n:
+        raise SystemExit(f"batch_size={batch_size} is more than the {n:,} images to draw from: choose a smaller batch_size")
+    epoch, i = divmod(number, n // batch_size)
+    return permutation(n, *keys, epoch)[i * batch_size:(i + 1) * batch_size].clone()
+
+
+def image_batches(images, batch_size, device="cpu"):
+    """Walks all images once, in order and as they are: yields x, y as get_images() does, up to batch_size at a time."""
+    for i in range(0, len(images), batch_size):
+        yield get_images(images, torch.arange(i, min(i + batch_size, len(images))), device)
 
 
 if __name__ == "__main__":
