@@ -73,7 +73,7 @@ def heat_map(lines, config):
     """
     labels = []
     for choice, name, row, _ in groups(lines[0]):
-        options = config.get(choice)
+        options = lines[0].get("options", config).get(choice)
         if not isinstance(options, list) or len(options) != len(row):
             options = range(len(row))
         labels += [f"{name} {option}" for option in options]

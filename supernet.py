@@ -523,7 +523,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if mixed:
             scale = c.S if scale is None else c.S * scale
         if scale is not None:
-            scale = scale.to(slices["running_mean"].dtype).expand_as(slices["running_mean"])
+            scale = scale.to(slices["running_mean"].dtype).expand_as(slices["running_mean"]).contiguous() # PyTorch reads it as if it were
             slices["weight"] = scale if self.weight is None else slices["weight"] * scale
             slices["bias"] = self.bias if self.bias is None else slices["bias"] * scale
         y = F.batch_norm(x, training=self.training, momentum=self.momentum, eps=self.eps, **slices)

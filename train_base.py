@@ -3,23 +3,27 @@ Trains an architecture that a search found, from scratch, and measures its test 
 
     python train_base.py --arch=out/search/arch.json                  # the best architecture of a search
     python train_base.py --arch_traj=out/search/arch_traj.jsonl       # the last one of its trajectory
+    python train_base.py --space=nb201 --genotype="|nor_conv_3x3~0|+|none~0|nor_conv_3x3~1|+|skip_connect~0|none~1|nor_conv_3x3~2|"
     torchrun --standalone --nproc_per_node=4 train_base.py config/base_tinystories.py --arch=out/search/arch.json
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train_base.py --arch=...
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_base.py --arch=...
     python train_base.py --help                                       # every key with its default
 
-The last val_portion of train.bin validates; val.bin is read once, at the end. Writes what train.py writes.
+The last val_portion of the training data validates; val.bin, or val.npy, is read once, at the end. A network of search_spaces/ is
+that of the search, unless a key of its space says otherwise, such as the number of cells. Writes what train.py writes.
 """
 from analyze import read_lines
+from configurator import defaults, given
 from model import OPTIONS, GPTConfig
 from prepare import read_json, unseal
 from train import * # noqa: F403 (every key of train.py)
-from train import main, train
+from train import main, space_module, train, with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py, and:
 arch = '' # an arch.json, or
-arch_traj = '' # an arch_traj.jsonl, whose last line counts
+arch_traj = '' # an arch_traj.jsonl, whose last line counts, or
+genotype = '' # of a space of cells, in its published text form
 out_dir = 'out/base'
 dataset = '' # '': the search's
 data_dir = '' # '': the search's
@@ -35,36 +39,56 @@ LISTS, NUMBERS = ("n_head", "mlp_ratio"), ("n_layer", "n_embd")
 OPTIONAL = {name: type(getattr(GPTConfig, name)) for name in OPTIONS} # which older searches did not have
 
 
-def read_arch(arch, arch_traj):
-    """What a search found, {"arch", "model", "dataset", "data_dir", ...}, from exactly one of the two files; SystemExit if it is
-    damaged."""
-    if bool(arch) == bool(arch_traj):
-        raise SystemExit("Give the architecture by one of --arch=out/search/arch.json and --arch_traj=out/search/arch_traj.jsonl, "
-                         f"not by {'both' if arch else 'neither'}.")
+def read_arch(arch, arch_traj, genotype="", space="gpt"):
+    """What a search found, {"space", "arch", "model", "dataset", "data_dir", ...}, from exactly one of the two files or from a genotype;
+    SystemExit if it is damaged."""
+    if sum(map(bool, (arch, arch_traj, genotype))) != 1:
+        raise SystemExit("Give the architecture by one of --arch=out/search/arch.json, --arch_traj=out/search/arch_traj.jsonl and "
+                         f"--genotype=..., not by {'several' if arch or arch_traj or genotype else 'neither'}.")
+    if genotype:
+        module = space_module(space)
+        if not hasattr(module, "arch_of"):
+            raise SystemExit(f"genotype='{genotype}' is for the spaces of search_spaces/: name one by --space, or give an --arch.")
+        return {"space": space, "arch": module.arch_of(genotype), "model": {}, "dataset": "digits", "data_dir": "data"}
     path = arch or arch_traj
     lines = [read_json(arch)] if arch else read_lines(arch_traj)
     if not lines:
         raise SystemExit(f"The trajectory {path} is empty: its search has not evaluated an architecture yet.")
     found = unseal(lines[-1], path)
+    space = found.get("space", "gpt")
     parts = {"arch": (dict, {**dict.fromkeys(NUMBERS, int), **dict.fromkeys(LISTS, list)}),
              "model": (dict, {"head_size": int, "bias": bool, "block_size": int, **OPTIONAL}), "dataset": (str, {}), "data_dir": (str, {})}
+    if space != "gpt":
+        keys = defaults(vars(space_module(space)))
+        parts |= {"arch": (dict, {}), "model": (dict, {key: (int, list) if type(value) is list else type(value) for key, value in keys.items()})}
     for name, (kind, fields) in parts.items():
         inside = found.get(name)
         wrong = [name] if type(inside) is not kind else [
-            key for key, of in fields.items() if type(inside.get(key)) is not of and (key in inside or key not in OPTIONAL)]
+            key for key, of in fields.items() if not isinstance(inside.get(key), of) and (key in inside or key not in OPTIONAL)]
         if wrong:
             raise SystemExit(f"The architecture {path} is damaged: {wrong[0]} is missing or of the wrong type.")
     return found
 
 
+def with_found(namespace):
+    """The keys of this script, where a network of another space than the GPT is that of the search unless the command says otherwise."""
+    files = [given(key) or "" for key in ("arch", "arch_traj")]
+    if not any(files) or "" not in files:
+        return with_space(namespace)
+    found = read_arch(*files)
+    return with_space(namespace, found["space"], found["model"])
+
+
 def train_found(config):
-    """Trains what config["arch"] or config["arch_traj"] names; returns train.py's result, with "test_loss"."""
-    found = read_arch(config["arch"], config["arch_traj"])
-    model = found["model"] | {"block_size": config["block_size"] or found["model"]["block_size"]}
+    """Trains what config["arch"], config["arch_traj"] or config["genotype"] names; returns train.py's result, with "test_loss"."""
+    found = read_arch(config["arch"], config["arch_traj"], config["genotype"], config["space"])
     data = {name: config[name] or found[name] for name in ("dataset", "data_dir")}
-    return train({**config, **model, **data}, found["arch"], test=True)
+    if found["space"] != "gpt":
+        return train({**config, **data}, found["arch"], test=True)
+    network = found["model"] | {"block_size": config["block_size"] or found["model"]["block_size"]}
+    return train({**config, **network, **data}, found["arch"], test=True)
 
 
 if __name__ == "__main__":
     from configurator import configure
-    main(train_found, configure(globals()))
+    main(train_found, configure(with_found(globals())))

@@ -21,14 +21,16 @@ import torch
 from tqdm import tqdm
 
 from analyze import describe, read_lines, search_figure
-from model import OPTIONS, build
+from configurator import defaults
+from model import OPTIONS
 from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, key_of, likeliest, picked, random_search
 from optim_nas import unrolled_gradient
-from prepare import check_length, seal, unseal, write, write_json
-from supernet import use_fused_ops
+from prepare import rng, seal, unseal, write, write_json
+from supernet import batch_norms, use_fused_ops
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, append, average, backward, begin, configure_optimizer, estimate_loss, fault, get_lr, load_data, loop, main
-from train import micro_batches, resume, rng, save, setup, signals, share, stop_if_told, train_step
+from train import Log, append, average, backward, begin, build, calibrate, check_split, configure_optimizer, cut, estimate, fault, get_lr
+from train import load_data, loop, main, micro_batches, resume, save, setup, share, signals, space_module, stop_if_told, train_step
+from train import with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -65,15 +67,17 @@ min_lr = 2e-4
 
 
 def split_data(config, run):
-    """{"train", "search", "val"}: the tokens that train the weights, those that train the alphas, val.bin; and the vocabulary."""
+    """{"train", "search", "val"}: what trains the weights, what trains the alphas, and what is only reported; config gets what the
+    network must know of the data."""
     if not 0 < config.train_portion < 1:
         raise SystemExit(f"train_portion={config.train_portion} must be above 0 and below 1: both the weights and the alphas need data.")
-    train, val, vocab_size = load_data(config, run)
-    cut = int(config.train_portion * len(train))
-    splits = {"train": train[:cut], "search": train[cut:], "val": val}
-    for name, tokens in splits.items():
-        check_length(tokens, config.block_size, f"the {name} split of {config.dataset}")
-    return splits, vocab_size
+    train, val, facts = load_data(config, run)
+    vars(config).update(facts)
+    middle = int(config.train_portion * len(train))
+    splits = {"train": cut(train, 0, middle), "search": cut(train, middle, len(train)), "val": val}
+    for name, data in splits.items():
+        check_split(data, config, name)
+    return splits
 
 
 def arch_step(net, forward, chooser, splits, config, run, state):
@@ -137,35 +141,56 @@ def supernet_arch(chooser, config, run, i):
     return to_device(chooser.mean(), run)
 
 
+def score(net, forward, arch, splits, config, run, names=("search",)):
+    """estimate() of the architecture with inherited weights, on each split, after its BatchNorms' statistics are measured."""
+    calibrate(net, forward, splits["train"], config, run, (arch,))
+    found = [estimate(forward, splits[name], config, run, name, lambda i: arch) for name in names]
+    return found if len(found) > 1 else found[0]
+
+
 def evaluate(net, forward, chooser, splits, config, run, state, log):
     """The losses of the supernet and of the architecture read off it, with inherited weights; logs, and keeps the best."""
-    def loss_of(arch, split="search"):
-        return estimate_loss(forward, splits[split], config, run, split, lambda i: arch)
     if config.optimizer == "spos": # no alphas to read: the best of a few draws
-        arch = best_of(random_search(net.choices, loss_of, 8, rng(config.seed, "spos", state.step)))[1]
+        history = random_search(net.choices, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
+                                rng(config.seed, "spos", state.step))
+        arch = best_of(history)[1]
     else:
         arch = chooser.arch()
-    mixture_loss = estimate_loss(forward, splits["search"], config, run, "search", lambda i: supernet_arch(chooser, config, run, i))
+    with batch_norms(net): # as in training: the architectures of a mixture have no statistics in common
+        mixture = estimate(forward, splits["search"], config, run, "search", lambda i: supernet_arch(chooser, config, run, i))
     entropies = {name: h.tolist() for name, h in entropy(chooser.mean()).items()}
     weights = {name: w.tolist() for name, w in chooser.mean().items()}
-    record(net, arch, loss_of(arch), config, run, state, log, mixture_loss, loss_of(arch, "val"), entropy=entropies, weights=weights)
+    found, val = score(net, forward, arch, splits, config, run, ("search", "val"))
+    record(net, arch, found, mixture["loss"], val, config, run, state, log, entropy=entropies, weights=weights,
+           options={name: list(choice.options) for name, choice in net.choices.items()})
 
 
-def record(net, arch, loss, config, run, state, log, mixture_loss, val_arch_loss, **rest):
-    """One line of the trajectory and of the log, and arch.json if this architecture's loss is the lowest so far."""
-    cost, gap = net.cost(arch), loss - mixture_loss
-    losses = {"arch_loss": loss, "mixture_loss": mixture_loss, "gap": gap, "val_arch_loss": val_arch_loss}
-    model = {name: getattr(config, name) for name in (*net.choices, "head_size", "bias", "block_size", *OPTIONS)}
-    line = {"space": "gpt", "step": state.step, "arch": arch, "cost": cost, **losses, **rest, "optimizer": config.optimizer,
-            "seed": config.seed, "model": model, "dataset": config.dataset, "data_dir": config.data_dir}
+def record(net, arch, found, mixture_loss, val, config, run, state, log, **rest):
+    """One line of the trajectory and of the log, and arch.json if this architecture's loss is the lowest so far. found, val: its
+    estimate() on the search split and on val."""
+    cost, loss, space = net.cost(arch), found["loss"], space_module(config.space)
+    keys = [*net.choices, "head_size", "bias", "block_size", *OPTIONS] if config.space == "gpt" else defaults(vars(space))
+    values = {"arch_loss": loss, "mixture_loss": mixture_loss, "gap": loss - mixture_loss, "val_arch_loss": val["loss"]}
+    if "acc" in val:
+        values |= {"arch_acc": found["acc"], "val_arch_acc": val["acc"]}
+    line = {"space": config.space, "step": state.step, "arch": arch, "cost": cost, **values, **rest, "optimizer": config.optimizer,
+            "seed": config.seed, "model": {key: getattr(config, key) for key in keys}, "dataset": config.dataset,
+            "data_dir": config.data_dir}
     if run.master:
         append(os.path.join(config.out_dir, "arch_traj.jsonl"), seal(line))
     if loss < state.best_loss:
         state.best_loss, state.best_arch = loss, arch
         if run.master:
             write_json(os.path.join(config.out_dir, "arch.json"), line)
-    log(f"step {state.step}/{config.max_iters} | mixture {mixture_loss:.4f} | arch {loss:.4f} | gap {gap:+.4f} | val {val_arch_loss:.4f} | "
-        f"{describe(arch)} | {cost['params'] / 1e6:.2f}M params", step=state.step, arch=arch, **losses, **cost)
+    accuracy = f" | acc {found['acc']:.2f}% | val acc {val['acc']:.2f}%" if "acc" in val else ""
+    log(f"step {state.step}/{config.max_iters} | mixture {mixture_loss:.4f} | arch {loss:.4f} | gap {values['gap']:+.4f} | "
+        f"val {val['loss']:.4f}{accuracy} | {text_of(arch, config)} | {cost['params'] / 1e6:.3g}M params", step=state.step, arch=arch,
+        **values, **cost)
+
+
+def text_of(arch, config):
+    """The architecture in the text form of its space."""
+    return getattr(space_module(config.space), "genotype", describe)(arch)
 
 
 def search(config):
@@ -178,8 +203,8 @@ def search(config):
     run = setup(config)
     if config.order == 2 and run.scaler.is_enabled():
         raise SystemExit("order=2 differentiates through the gradient, which dtype=float16 scales: use --dtype=bfloat16 or float32.")
-    splits, config.vocab_size = split_data(config, run)
-    use_fused_ops(config.fused and run.device_type == "cpu" and config.optimizer in ("darts", "drnas"))
+    splits = split_data(config, run)
+    use_fused_ops(config.fused and run.device_type == "cpu" and config.space == "gpt" and config.optimizer in ("darts", "drnas"))
     net = build(vars(config)).to(run.device)
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer)
@@ -188,7 +213,9 @@ def search(config):
     if config.init_from != "scratch" and (checkpoint := resume(config, run, net, optimizer, state)):
         chooser.load_state_dict(checkpoint["chooser"])
     begin(config, run)
-    forward = net.compile_parts() if config.compile else net
+    if config.compile and config.space != "gpt" and config.optimizer in ("gdas", "spos"):
+        raise SystemExit(f"compile=True would compile every architecture that {config.optimizer} draws in {config.space}: leave it out.")
+    forward = (net.compile_parts() if config.space == "gpt" else torch.compile(net)) if config.compile else net
     log = Log(config, run, state.step)
     log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +
         " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
@@ -226,13 +253,13 @@ def search_inherited(net, forward, splits, config, run, state, log):
         stop_if_told(run, lambda: None)
         loss = share(known.get(key_of(arch), math.nan), run)[0] # rank 0 knows
         if math.isnan(loss):
-            loss = estimate_loss(forward, splits["search"], config, run, "search", lambda i: arch)
+            loss = score(net, forward, arch, splits, config, run)["loss"]
             if run.master:
                 append(path, seal({"evaluation": len(losses) + 1, "arch": arch, "loss": loss}))
         losses.append(loss)
         if run.master and (loss == min(losses) or len(losses) % 25 == 0):
             count = f"{config.arch_search} {len(losses)}/{config.arch_evals}"
-            tqdm.write(f"{count} | arch {loss:.4f} | best {min(losses):.4f} | {describe(arch)}")
+            tqdm.write(f"{count} | arch {loss:.4f} | best {min(losses):.4f} | {text_of(arch, config)}")
         return loss
 
     generator = rng(config.seed, "arch_search")
@@ -241,9 +268,8 @@ def search_inherited(net, forward, splits, config, run, state, log):
     else:
         history = evolutionary_search(net.choices, evaluate, config.arch_evals, generator, config.population, config.parents,
                                       config.mutate_prob, config.depth_mutate_prob)
-    loss, arch = best_of(history)
-    val_loss = estimate_loss(forward, splits["val"], config, run, "val", lambda i: arch)
-    record(net, arch, loss, config, run, state, log, sum(losses) / len(losses), val_loss)
+    found, val = score(net, forward, best_of(history)[1], splits, config, run, ("search", "val"))
+    record(net, best_of(history)[1], found, sum(losses) / len(losses), val, config, run, state, log)
 
 
 def finish(net, config, run, state):
@@ -252,7 +278,7 @@ def finish(net, config, run, state):
               "seconds": state.seconds, "arch_loss": state.best_loss}
     if run.master:
         write_json(os.path.join(config.out_dir, "result.json"), result)
-        print(f"found: {describe(state.best_arch)}, {result['params']:,} parameters, loss {state.best_loss:.4f} with shared weights")
+        print(f"found: {text_of(state.best_arch, config)}, {result['params']:,} parameters, loss {state.best_loss:.4f} with shared weights")
         print(f"figure: {search_figure(config.out_dir)}")
         print(f"next: python train_base.py --arch={os.path.join(config.out_dir, 'arch.json')}")
     return result
@@ -260,4 +286,4 @@ def finish(net, config, run, state):
 
 if __name__ == "__main__":
     from configurator import configure
-    main(search, configure(globals()))
+    main(search, configure(with_space(globals())))
