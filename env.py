@@ -175,7 +175,8 @@ def supernet_evaluator(config):
         if config["time_from"] == "measured" and str(arch) not in seconds:
             with aside():
                 seconds[str(arch)] = measure_times([arch], {**config, "dataset": shard["dataset"]})[0]
-        return with_time({"loss": estimate_all(small, tokens, config_, run)["loss"], "seconds": seconds.get(str(arch)), **small.cost()}, config)
+        loss = estimate_all(small, tokens, config_, run)["loss"]
+        return with_time({"loss": loss, "seconds": seconds.get(str(arch)), **small.cost()}, config)
     return evaluate
 
 

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -79,6 +80,28 @@ def check_arch(choices, arch):
                 raise SystemExit(f"The architecture's {name} has {value}, which is not one of {list(choice.options)}.")
         checked[name] = list(values[:used]) if choice.repeat else values[0]
     return checked
+
+
+def write_genotype(cells, concat):
+    """The text of a normal and a reduction cell, as DARTS wrote it first. cells: name -> [(operation, source)]; concat: the nodes."""
+    return "Genotype(" + ", ".join(f"{name}={list(cells[name])}, {name}_concat=range({concat[0]}, {concat[-1] + 1})"
+                                   for name in ("normal", "reduce")) + ")"
+
+
+def read_genotype(space, text, concat, primitives):
+    """{"normal", "reduce"}: [(operation, source)] of such a text; SystemExit if it is none of this space."""
+    pair = r"\('(\w+)', (\d+)\)"
+    ends = rf"(?:range\({concat[0]}, {concat[-1] + 1}\)|{re.escape(str(list(concat)))})"
+    match = re.fullmatch(", ".join(rf"{name}=\[((?:{pair}(?:, )?)*)\], {name}_concat={ends}" for name in ("normal", "reduce"))
+                         .join((r"Genotype\(", r"\)")), text)
+    if not match:
+        raise SystemExit(f"'{text}' is no genotype of {space}: write Genotype(normal=[('{primitives[-1]}', 0), ...], "
+                         f"normal_concat=range({concat[0]}, {concat[-1] + 1}), and the same for reduce).")
+    cells = {name: [(op, int(source)) for op, source in re.findall(pair, match[i])] for name, i in (("normal", 1), ("reduce", 4))}
+    for op, _ in cells["normal"] + cells["reduce"]:
+        if op not in primitives:
+            raise SystemExit(f"The genotype has '{op}', which is not an operation of {space}: {', '.join(primitives)}.")
+    return cells
 
 
 def one_hot(choices, arch):
@@ -639,11 +662,11 @@ def kernel_of(primitive):
 class Edge(nn.Module):
     """One operation between two nodes of a cell, or a choice of some.
 
-    ops: name -> a function of (kernels, stride) that makes the module of an operation, such as "sep_conv". entanglement: "weights",
+    ops: name, such as "sep_conv" -> a function of (kernels, stride) that makes the module of an operation. entanglement: "weights",
     operations that differ in their kernel alone share weights, and their mixture is one operation on mixed weights (weight
     superposition); "outputs", they share weights, and each runs (weight entanglement); "none", each has its own weights, and runs
-    (weight sharing). group_weight: mixed weights are followed by their total weight, which a BatchNorm has removed; without it, as
-    in the literature, the group as a whole gets no gradient.
+    (weight sharing). group_weight: mixed weights are followed by their total weight, which a BatchNorm has removed; without it, as in
+    the literature, the group as a whole gets no gradient.
     """
     def __init__(self, primitives, ops, stride=1, entanglement="weights", group_weight=True):
         super().__init__()
@@ -680,6 +703,22 @@ class Edge(nn.Module):
                 for place, kernel in zip(places, kernels, strict=True):
                     y = y + op(x, r, kernel if len(kernels) > 1 else None, w[place])
         return y
+
+
+def nodes(states, edges, w):
+    """The nodes of a cell: each is the sum of its edges from all states before it, in the order of those.
+
+    states: the cell's inputs, (B, C, H, W) each; edges: of the first node, of the second, ...; w: what each edge runs with.
+    """
+    states, edges = [(x, F.relu(x)) for x in states], iter(zip(edges, w, strict=True))
+    inputs = len(states)
+    for edge, choice in edges:
+        x = edge(*states[0], choice)
+        for state in states[1:]:
+            edge, choice = next(edges)
+            x = x + edge(*state, choice)
+        states.append((x, F.relu(x)))
+    return [x for x, _ in states[inputs:]]
 
 
 def each_read(net, run, visit):
@@ -759,3 +798,27 @@ class EdgeCosts:
         """(2,): params and flops, of weights their expectations."""
         return sum(weights[choice][row].double().cpu() @ table for (choice, row), table in self.rows.items()) + (
             self.base if base is None else base)
+
+
+class CellNetwork(nn.Module):
+    """What the networks have in common whose cells, in self.cells, have edges that choose their operations: cell.name is the choice, and
+    the places of cell.edges are its rows."""
+
+    def run(self, arch=None):
+        """One image through it, of whatever content."""
+        c = self.config
+        return self(self.classifier.weight.new_zeros(1, c.in_channels, c.img_size, c.img_size), None, arch)
+
+    def extract(self, arch):
+        """The stand-alone network of an architecture, with the weights it has here."""
+        arch = check_arch(self.choices, arch)
+        return extract(self, type(self)(self.config, arch).to(self.classifier.weight), lambda: self.run(arch))
+
+    def cost(self, arch=None):
+        """{"params", "flops"} of an architecture: whole numbers, flops of one image; of weights: the differentiable expectations."""
+        if arch is None or not all(isinstance(w, torch.Tensor) for w in arch.values()):
+            return measure_cost(self, lambda: self.run(arch))
+        if not hasattr(self, "costs"):
+            edges = [(edge, cell.name, i) for cell in self.cells if hasattr(cell, "edges") for i, edge in enumerate(cell.edges)]
+            self.costs = EdgeCosts(self, edges, self.run, extremes(self.choices)[0])
+        return dict(zip(("params", "flops"), self.costs(arch), strict=True))

@@ -36,7 +36,7 @@ import model
 from configurator import defaults, given
 from prepare import Images, blocks, check_length, draw_index, get_batch, get_images, image_batches, load_images, load_meta, load_tokens
 from prepare import prepare, rng, write, write_json
-from supernet import batch_norms, measure_norms
+from supernet import measure_norms
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -319,7 +319,8 @@ class Log:
         samples, text = self.config.batch_size * self.config.gradient_accumulation_steps, self.config.space == "gpt"
         speed = samples * (self.config.block_size if text else 1) / ms * 1000
         values = {"step": step, "loss": loss, "lr": lr, "ms": ms, "tokens_per_s" if text else "images_per_s": speed}
-        line = f"step {step}/{self.config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {ms:.1f} ms | {speed:,.0f} {'tok' if text else 'img'}/s"
+        line = f"step {step}/{self.config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {ms:.1f} ms | {speed:,.0f} "
+        line += "tok/s" if text else "img/s"
         if peak := peak_flops(self.run):
             values["mfu"] = 3 * flops * samples / ms * 1000 / peak / self.run.world # backward costs two forwards
             line += f" | mfu {100 * values['mfu']:.1f}%"
@@ -522,8 +523,8 @@ def estimate_all(net, data, config, run):
     """estimate() of a whole split: every token predicted once, in blocks without overlap, or every image."""
     net.eval()
     images = isinstance(data, Images)
-    batches = image_batches(data, config.batch_size, run.device) if images else blocks(data, config.batch_size, config.block_size, run.device)
-    size = config.batch_size * (1 if images else config.block_size)
+    shape = (config.batch_size,) if images else (config.batch_size, config.block_size)
+    batches, size = (image_batches if images else blocks)(data, *shape, run.device), math.prod(shape)
     total, right, n = tally(net, tqdm(batches, desc="test", unit="batch", leave=False, total=-(-len(data) // size),
                                       disable=not sys.stderr.isatty()), run).tolist()
     return {"loss": finite(total / n, "the test loss"), **({"acc": 100 * right / n} if images else {})}

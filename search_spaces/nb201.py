@@ -7,13 +7,16 @@ The cell is used 3 * n_cell times, with a residual block of stride 2 after each 
 import re
 from types import SimpleNamespace
 
-import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import defaults
+<<<<<<< HEAD
 from supernet import BatchNorm2d, Choice, Conv2d, Edge, EdgeCosts, Linear, Pool, ReLUConvBN, Skip, check_arch, check_names, extract
 from supernet import measure_cost
+=======
+from supernet import BatchNorm2d, CellNetwork, Choice, Conv2d, Edge, Linear, Pool, ReLUConvBN, Skip, check_arch, check_names, nodes
+>>>>>>> 8707ea9bb6c9e908e19a2de584c6a432d84c9e57
 
 # -----------------------------------------------------------------------------
 init_channels = 16 # of the first third of the cells; doubled twice
@@ -28,6 +31,7 @@ PRIMITIVES = tuple(primitives)
 
 
 class Cell(nn.Module):
+    name = "cell"
 
     def __init__(self, C, rows, c):
         """rows: the operations to choose from, of each of the 6 edges."""
@@ -37,12 +41,7 @@ class Cell(nn.Module):
         self.edges = nn.ModuleList([Edge(row, ops, 1, c.entanglement, c.group_weight) for row in rows])
 
     def forward(self, x, w):
-        states, i = [(x, F.relu(x))], 0
-        for n in (1, 2, 3):
-            x = sum(self.edges[i + j](*states[j], w[i + j]) for j in range(n))
-            states.append((x, F.relu(x)))
-            i += n
-        return x
+        return nodes([x], self.edges, w)[-1]
 
 
 class ResidualBlock(nn.Module):
@@ -56,7 +55,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(F.avg_pool2d(x, 2, ceil_mode=True)) + self.conv_2(y, F.relu(y))
 
 
-class NB201(nn.Module):
+class NB201(CellNetwork):
 
     def __init__(self, c, arch=None):
         super().__init__()
@@ -87,30 +86,16 @@ class NB201(nn.Module):
         logits = self.classifier(x)
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
-    def run(self, arch=None):
-        """One image through it, of whatever content."""
-        c = self.config
-        return self(self.classifier.weight.new_zeros(1, c.in_channels, c.img_size, c.img_size), None, arch)
-
-    def extract(self, arch):
-        """The stand-alone network of an architecture, with the weights it has here."""
-        arch = check_arch(self.choices, arch)
-        return extract(self, NB201(self.config, arch).to(self.classifier.weight), lambda: self.run(arch))
-
-    def cost(self, arch=None):
-        """{"params", "flops"} of an architecture: whole numbers, flops of one image; of weights: the differentiable expectations."""
-        if arch is None or not isinstance(arch["cell"], torch.Tensor):
-            return measure_cost(self, lambda: self.run(arch))
-        if not hasattr(self, "costs"):
-            edges = [(edge, "cell", i) for cell in self.cells if isinstance(cell, Cell) for i, edge in enumerate(cell.edges)]
-            self.costs = EdgeCosts(self, edges, self.run, {"cell": [self.choices["cell"].options[0]] * 6})
-        return dict(zip(("params", "flops"), self.costs(arch), strict=True))
-
 
 def genotype(arch):
     """The published text of an architecture."""
     ops = iter(arch["cell"])
     return "+".join("|" + "".join(f"{next(ops)}~{j}|" for j in range(n)) for n in (1, 2, 3))
+
+
+def columns(arch):
+    """The columns of a benchmark table that say which architecture a row is about."""
+    return {"genotype": genotype(arch)}
 
 
 def arch_of(text):

@@ -128,7 +128,7 @@ def test_alphas_and_weights_never_meet(data_dir, tmp_path):
     """No alpha in the weight optimizer, no weight in the arch optimizer, and each step moves its own side alone."""
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", optimizer="drnas"))
     run = train.setup(config)
-    splits, config.vocab_size = train_search.split_data(config, run)
+    splits = train_search.split_data(config, run)
     net = build(vars(config))
     chooser = ArchOptimizer("drnas", net.choices, train.rng(0))
     weights, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
@@ -168,11 +168,11 @@ def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
 
 def test_the_split_shares_out_train_bin(data_dir, tmp_path):
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", train_portion=0.7))
-    splits, vocab_size = train_search.split_data(config, SimpleNamespace(master=True, world=1))
+    splits = train_search.split_data(config, SimpleNamespace(master=True, world=1))
     whole = load_tokens(data_dir, "pydocs", "train")
     assert np.array_equal(np.concatenate([splits["train"], splits["search"]]), whole) and len(splits["train"]) == int(0.7 * len(whole))
     assert np.array_equal(splits["val"], load_tokens(data_dir, "pydocs", "val"))
-    assert vocab_size == read_json(f"{data_dir}/pydocs/meta.json")["vocab_size"]
+    assert config.vocab_size == read_json(f"{data_dir}/pydocs/meta.json")["vocab_size"]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -181,7 +181,7 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     length = len(load_tokens(data_dir, "pydocs", "train"))
     split_of = {int(0.8 * length): "train", length - int(0.8 * length): "search", len(load_tokens(data_dir, "pydocs", "val")): "val"}
     batches, evaluated, draws, frozen, rates, choosers = [], [], [], [], [], []
-    real_batches, real_estimate, real_backward = train.micro_batches, train_search.estimate_loss, train.backward
+    real_batches, real_estimate, real_backward = train.micro_batches, train_search.estimate, train.backward
     real_sample, real_update, real_init = ArchOptimizer.sample, train.update, ArchOptimizer.__init__
 
     def spy_batches(tokens, *args):
@@ -209,7 +209,7 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
         choosers.append((self, {k: a.detach().clone() for k, a in self.alphas.items()}))
     for module, attribute, spy in ((train_search, "micro_batches", spy_batches), (train, "micro_batches", spy_batches),
                                    (train_search, "backward", spy_backward), (train, "backward", spy_backward),
-                                   (train_search, "estimate_loss", spy_estimate), (train, "update", spy_update),
+                                   (train_search, "estimate", spy_estimate), (train, "update", spy_update),
                                    (ArchOptimizer, "sample", spy_sample), (ArchOptimizer, "__init__", spy_init)):
         monkeypatch.setattr(module, attribute, spy)
     settings = dict(train_portion=0.8, arch_learning_rate=0.007, arch_weight_decay=0.002)
@@ -246,7 +246,7 @@ def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", optimizer="darts", order=2, dropout=0.2, warmup_iters=0,
                                             learning_rate=0.3))
     run, state = train.setup(config), SimpleNamespace(step=0, skipped=0)
-    splits, config.vocab_size = train_search.split_data(config, run)
+    splits = train_search.split_data(config, run)
     torch.manual_seed(0)
     net = build(vars(config)).double()
     chooser = ArchOptimizer("darts", net.choices, train.rng(0))
