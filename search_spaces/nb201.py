@@ -11,12 +11,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import defaults
-<<<<<<< HEAD
-from supernet import BatchNorm2d, Choice, Conv2d, Edge, EdgeCosts, Linear, Pool, ReLUConvBN, Skip, check_arch, check_names, extract
-from supernet import measure_cost
-=======
 from supernet import BatchNorm2d, CellNetwork, Choice, Conv2d, Edge, Linear, Pool, ReLUConvBN, Skip, check_arch, check_names, nodes
->>>>>>> 8707ea9bb6c9e908e19a2de584c6a432d84c9e57
 
 # -----------------------------------------------------------------------------
 init_channels = 16 # of the first third of the cells; doubled twice
