@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from supernet import Choice, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, causal_attention, check_arch, extract, mixed_attention
-from supernet import mixed_rotary_attention, one_hot, options_of, prefixes, rotary, straight
+from supernet import mixed_rotary_attention, one_hot, options_of, prefixes, rotary, size_of, straight
 
 
 @dataclass
@@ -334,10 +334,8 @@ class GPT(nn.Module):
             open_choices = {name: list(c.options) for name, c in self.choices.items() if len(c.options) > 1}
             assert not open_choices, f"a supernet needs weights or an architecture as its third argument: it has {open_choices}"
             return None, L, [(None, None)] * L
-        n_embd, layers = arch["n_embd"], list(zip(arch["n_head"], arch["mlp_ratio"], strict=False))
-        if isinstance(n_embd, torch.Tensor):
-            return Size(self.n_embd, share=self.share, p=n_embd, last=self.last), arch["n_layer"], layers
-        return Size(n_embd[0], p=n_embd[1]) if isinstance(n_embd, tuple) else Size(n_embd), arch["n_layer"], layers
+        layers = list(zip(arch["n_head"], arch["mlp_ratio"], strict=False))
+        return size_of(arch["n_embd"], self.n_embd, self.share, self.last), arch["n_layer"], layers
 
     def mixed_depth(self, x, e, p, layers):
         """sum_d p_d x_d, x_d the output of the d-th layer; p: (n_layer,) weights."""

@@ -13,6 +13,8 @@ S(i) = sum of p_k with s_k > i is the share of the options that use channel i: m
 """
 import contextlib
 import hashlib
+import itertools
+import math
 import os
 import platform
 import re
@@ -151,12 +153,26 @@ class Size(NamedTuple):
         return self.p @ self.share if self.mixed else self.p if self.share is None else self.p * self.share
 
     @property
+    def unweighted(self):
+        """For a layer whose input, or whose next layer's output, has the weights already: of a mixture, all channels."""
+        return None if self.mixed else Size(self.n, self.groups)
+
+    @property
     def twice(self):
         """The Size of two such dimensions side by side."""
         if not self.mixed:
             return self._replace(n=2 * self.n, groups=2)
         both, N = (*self.n, *(self.n[-1] + n for n in self.n)), self.n[-1]
         return self._replace(n=both, share=self.share.repeat(1, 2), last=torch.cat((self.last, N + self.last)))
+
+
+def size_of(value, n, share, last=None):
+    """The Size of a choice among the sizes n, from its value: None, an option, an option and its weight, or the weights of all, (K,).
+    share, last: of a mixture, as in Size."""
+    if isinstance(value, torch.Tensor):
+        return Size(n, share=share, p=value, last=last)
+    option, p = value if isinstance(value, tuple) else (value, None)
+    return None if option is None else Size(option, p=p)
 
 
 def prefixes(n, N, groups=1):
@@ -551,6 +567,59 @@ class BatchNorm2d(nn.BatchNorm2d):
             slices["bias"] = self.bias if self.bias is None else slices["bias"] * scale
         y = F.batch_norm(x, training=self.training, momentum=self.momentum, eps=self.eps, **slices)
         return straight(y, c.S) if c is not None and c.weighted else y
+
+
+class Entangled(nn.Module):
+    """An operation (x, i, o, k), as Conv2d is one, whose channels or kernel are chosen. make(i, o, kernels) makes it; combinations:
+    [(i, o, kernel)] of the options.
+
+    entanglement: "weights", one operation on mixed weights (weight superposition); "outputs", every combination runs on its slice of
+    the shared weights (weight entanglement); "none", every combination has its own weights, and runs (weight sharing). The outputs of
+    those that run are padded with zeros and mixed with the product of their weights; in and out of the same choice count once.
+    """
+    def __init__(self, make, combinations, entanglement="weights"):
+        super().__init__()
+        self.combinations, self.entanglement = list(combinations), entanglement
+        self.options = [tuple(sorted(set(n))) for n in zip(*self.combinations, strict=True)] # of i, o and k
+        i, o, kernels = self.options
+        if entanglement == "none":
+            self.ops = nn.ModuleDict({self.name(*c): make(*c[:2], c[2:]) for c in self.combinations})
+        else:
+            self.op = make(i[-1], o[-1], kernels)
+
+    @staticmethod
+    def name(i, o, k):
+        return f"{i}_{o}_{k}"
+
+    def forward(self, x, i=None, o=None, k=None):
+        if self.entanglement == "weights": # the channels of x were weighted by what made them: once more would make rare ones rarer
+            return self.op(x, i and i.unweighted, o, k)
+        N, joint, outputs = self.options[1][-1], i is not None and o is not None and i.p is o.p, []
+        for combination in itertools.product(*(each(*c) for c in zip((i, o, k), self.options, strict=True))):
+            (a, p), (b, q), (c, r) = combination
+            if (a, b, c) in self.combinations:
+                y = self.ops[self.name(a, b, c)](x[:, :a]) if self.entanglement == "none" else self.op(x[:, :a], Size(a), Size(b), c)
+                weights = [w for w in (p, None if joint else q, r) if w is not None]
+                outputs.append((y, math.prod(weights) if weights else None))
+        if len(outputs) == 1:
+            return straight(*outputs[0])
+        return sum(F.pad(y * w.to(y.dtype), (0, 0, 0, 0, 0, N - y.shape[1])) for y, w in outputs)
+
+
+def each(chosen, options):
+    """[(option, its weight or None)] of what a Size has, or a kernel as in Conv2d."""
+    if isinstance(chosen, Size):
+        n, p = chosen.n, chosen.p
+    elif isinstance(chosen, torch.Tensor):
+        n, p = options, chosen
+    else:
+        n, p = chosen if isinstance(chosen, tuple) else (chosen or options[-1], None)
+    return list(zip(n, p, strict=True)) if isinstance(n, tuple) else [(n, p)]
+
+
+def check_entanglement(entanglement):
+    if entanglement not in ENTANGLEMENTS:
+        raise SystemExit(f"entanglement={entanglement!r} is not one of {', '.join(ENTANGLEMENTS)}.")
 
 
 @contextlib.contextmanager
