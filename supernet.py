@@ -12,6 +12,7 @@ Weight superposition: TangleNAS (Sukthanker et al. 2023), `sum_k p_k pad(W[:o_k,
 S(i) = sum of p_k with s_k > i is the share of the options that use channel i: most sums collapse to a product with S.
 """
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -34,16 +35,25 @@ class Choice:
 
     options: list of what can be chosen. repeat: None, or how many layers choose for themselves.
     depth: the name of the choice (such as "n_layer") that says how many of those layers are in use.
+    inputs, keep: the rows are the edges into the nodes of a cell, (2, 3) the first two into one, the next three into another; of each
+    node's, `keep` stay in the end, and the others are 'none', which is one of the options.
     Its weights, and its alphas, have the shape (len(options),) or (repeat, len(options)).
     """
     options: tuple
     repeat: int | None = None
     depth: str | None = None
+    inputs: tuple = ()
+    keep: int = 0
 
     @property
     def shape(self):
         k = len(self.options)
         return (k,) if self.repeat is None else (self.repeat, k)
+
+    def units(self, used):
+        """The rows that are chosen together, as ranges, of the first `used` rows: those of a node, or every row on its own."""
+        ends = list(itertools.accumulate(self.inputs or (1,) * used, initial=0))
+        return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
 def options_of(value, name, whole=True):
