@@ -5,6 +5,7 @@ Measures what one search iteration costs against two plain training steps of the
     python bench.py config/search_shakespeare_char.py --batch_size=16 --dropout=0.0 --compile=False
     python bench.py config/search_shakespeare_char.py --batch_size=16 --dropout=0.0 --compile=False --head_size=64
     python bench.py config/search_tinystories.py --device=cuda --dtype=bfloat16             # one GPU, compiled
+    python bench.py --space=toy_cell --batch_size=64            # a space of search_spaces/, on random images of its usual size
     python bench.py --growth=True                               # how the ratio grows with the options and the layers, as a figure
     python bench.py --help                                      # every key with its default
 
@@ -21,15 +22,15 @@ import time
 os.environ.setdefault("KINETO_LOG_LEVEL", "99") # the memory profiler is silent
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from analyze import save_figure
-from model import build
-from optim_nas import ArchOptimizer
-from prepare import get_batch, write_json
-from supernet import extremes, use_fused_ops
-from train import configure_optimizer, peak_flops, pick_device, rng, setup, train_step, update
+from optim_nas import ArchOptimizer, likeliest
+from prepare import Images, rng, write_json
+from supernet import use_fused_ops
+from train import build, configure_optimizer, draw, peak_flops, pick_device, setup, train_step, update, with_space
 from train_search import * # noqa: F403 (every key of a search)
 from train_search import arch_step, bilevel_step, weight_arch
 
@@ -60,17 +61,33 @@ DRAWS = {"gdas": 2, "spos": 2} # iterations a round of the methods that draw lar
 REPEATS = 3 # measurements of a step's parts
 NUMBERS = {"ratio": "ratio", "low": "from", "high": "to", "ms": "ms", "arch_ms": "arch ms", "forward_ms": "forward",
            "backward_ms": "backward", "optimizer_ms": "optimizer", "saved_mb": "saved MB", "saved_ratio": "x plain", "peak_mb": "peak MB",
-           "peak_ratio": "x plain", "tokens_per_s": "tokens/s", "mfu": "MFU"} # of the JSON object, and their heads in the table
+           "peak_ratio": "x plain", "samples_per_s": "samples/s", "mfu": "MFU"} # of the JSON object, and their heads in the table
+
+
+def largest(net):
+    """The architecture of the most parameters: of every choice the option that adds the most to their expectation, the last of equals."""
+    weights = {name: torch.full(c.shape, 1 / len(c.options), requires_grad=True) for name, c in net.choices.items()}
+    net.cost(weights)["params"].backward()
+    return likeliest(net.choices, {name: torch.arange(w.shape[-1]) * 1e-3 + (0 if w.grad is None else w.grad) for name, w in weights.items()})
+
+
+def random_data(net, config):
+    """Tokens for some batches, or images."""
+    if config.space == "gpt":
+        return torch.randint(config.vocab_size, (100 * config.block_size,), generator=rng(config.seed, "bench")).numpy().astype("uint16")
+    c, random, n = net.config, np.random.default_rng(config.seed), 4 * config.batch_size
+    pixels = random.integers(0, 256, (n, c.img_size, c.img_size, c.in_channels), dtype=np.uint8)
+    return Images(pixels, random.integers(0, c.num_classes, n), *np.full((2, c.in_channels), 100, np.float32), c.num_classes)
 
 
 def contender(config, run, method=""):
     """The plain largest network (no method), or a supernet in search: all that their steps need, and step()."""
     net = build(vars(config))
+    tokens = random_data(net, config)
     if not method:
-        net = build(vars(config), extremes(net.choices)[1])
+        net = build(vars(config), largest(net))
     net = net.to(run.device)
-    compiled = torch.compile if not method else type(net).compile_parts
-    tokens = torch.randint(config.vocab_size, (100 * config.block_size,), generator=rng(config.seed, "bench")).numpy().astype("uint16")
+    compiled = type(net).compile_parts if method and config.space == "gpt" else torch.compile
     c = SimpleNamespace(net=net, forward=compiled(net) if config.compile else net, optimizer=configure_optimizer(net, config, run),
                         state=SimpleNamespace(step=0, skipped=0), method=method or "plain", splits={"train": tokens, "search": tokens},
                         config=SimpleNamespace(**vars(config) | {"optimizer": method}), arch_step=None, seconds=[], ratios=[])
@@ -135,7 +152,7 @@ def parts(c, config, run):
 
 def inputs(c, config, run, i):
     """x, y and a supernet's third argument, as in a weight step."""
-    x, y = get_batch(c.splits["train"], config.batch_size, config.block_size, rng(config.seed, "parts", i), run.device)
+    x, y = draw(c.splits["train"], config, run, "train", i)
     return x, y, () if c.method == "plain" else (weight_arch(c.net, c.chooser, c.config, run, i / REPEATS, i),)
 
 
@@ -180,15 +197,16 @@ def measure(config):
     """{"drnas": {"ratio": ..., ...}, ..., "plain": {...}}, all that the table shows."""
     config = SimpleNamespace(**config)
     run = setup(config)
-    config.vocab_size = config.vocab_size or VOCAB_SIZE[config.dataset]
+    if config.space == "gpt":
+        config.vocab_size = config.vocab_size or VOCAB_SIZE[config.dataset]
     config.gradient_accumulation_steps = 1
     use_fused_ops(config.fused and run.device_type == "cpu")
     plain, *searches = (contender(config, run, method) for method in ("", *config.methods))
     interleave(plain, searches, config, run)
-    results, tokens = {}, config.batch_size * config.block_size
+    results = {}
     for c in tqdm((plain, *searches), desc="parts and memory", leave=False):
         seconds = statistics.median(c.seconds)
-        r = {"ms": 1000 * seconds, "tokens_per_s": tokens / seconds, **parts(c, config, run), **memory(c, config, run)}
+        r = {"ms": 1000 * seconds, "samples_per_s": config.batch_size / seconds, **parts(c, config, run), **memory(c, config, run)}
         if c.ratios:
             low, _, high = statistics.quantiles(c.ratios, n=4)
             r |= {"ratio": statistics.median(c.ratios), "low": low, "high": high}
@@ -256,7 +274,8 @@ def main(config):
     on_cuda = pick_device(config["device"]).startswith("cuda")
     where = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     if not config["growth"]:
-        print(f"{config['batch_size']} x {config['block_size']} tokens on {where}; ratio: an iteration over two plain steps of the largest "
+        of = f"{config['batch_size']} x {config['block_size']} tokens" if config["space"] == "gpt" else f"{config['batch_size']} images"
+        print(f"{of} on {where}; ratio: an iteration over two plain steps of the largest "
               "network, median and quartiles")
         print(table(results))
     write_json(os.path.join(config["out_dir"], "bench.json"), {"config": config, "where": where, "results": results})
@@ -265,4 +284,4 @@ def main(config):
 
 if __name__ == "__main__":
     from configurator import configure
-    main(configure(globals()))
+    main(configure(with_space(globals())))

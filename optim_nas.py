@@ -48,19 +48,45 @@ def gumbel(alpha, tau, generator):
     return hard + (soft - soft.detach()) # exactly one-hot in the forward pass
 
 
+def draw(choice, n, generator):
+    """n rows, uniformly and independently; where a node keeps some of its rows: those uniformly, and their operations."""
+    if not choice.keep:
+        return [choice.options[i] for i in torch.randint(len(choice.options), (n,), generator=generator).tolist()]
+    rows, operations = ["none"] * n, [o for o in choice.options if o != "none"]
+    for unit in choice.units(n):
+        for i in torch.randperm(len(unit), generator=generator)[:choice.keep].tolist():
+            rows[unit[i]] = operations[torch.randint(len(operations), (), generator=generator).item()]
+    return rows
+
+
 def uniform(choices, generator):
     """One architecture, every choice drawn uniformly and independently."""
-    def draw(choice):
-        return choice.options[torch.randint(len(choice.options), (), generator=generator).item()]
-    return check_arch(choices, {name: [draw(c) for _ in range(c.repeat)] if c.repeat else draw(c) for name, c in choices.items()})
+    arch = {name: draw(c, c.repeat or 1, generator) for name, c in choices.items()}
+    return check_arch(choices, {name: arch[name] if c.repeat else arch[name][0] for name, c in choices.items()})
 
 
-def likeliest(choices, weights):
+def rowwise(choices, weights):
     """The architecture of the largest weight in every row."""
     def pick(choice, row):
         return choice.options[row.argmax().item()]
     return check_arch(choices, {name: [pick(c, row) for row in weights[name]] if c.repeat else pick(c, weights[name])
                                 for name, c in choices.items()})
+
+
+def likeliest(choices, weights):
+    """rowwise(), and where a node keeps some of its rows: those of the largest weight but for 'none', 'none' in the others."""
+    return rowwise(choices, weights) | {name: kept(c, weights[name]) for name, c in choices.items() if c.keep}
+
+
+def kept(choice, weights):
+    """The rows of weights: (rows, K) that stay, each with its best operation, and 'none'."""
+    operations = [k for k, option in enumerate(choice.options) if option != "none"]
+    best, k = weights[:, operations].max(-1) # (rows,)
+    rows = ["none"] * len(best)
+    for unit in choice.units(len(best)):
+        for i in best[list(unit)].topk(choice.keep).indices.tolist():
+            rows[unit[i]] = choice.options[operations[k[unit[i]]]]
+    return rows
 
 
 def picked(choices, weights):
@@ -99,6 +125,7 @@ class ArchOptimizer:
                        for key, choice in choices.items() if len(choice.options) > 1 and name != "spos"}
         self.optimizer = torch.optim.Adam(self.alphas.values(), lr=learning_rate, betas=betas,
                                           weight_decay=0.0 if self.kl_scale else weight_decay) if self.alphas else None
+        self.idle = {} # choice -> steps in a row without a gradient
 
     def sample(self, progress, generator):
         """What the network runs with in one step: weights, or for spos an arch. progress: 0 at the start, 1 at the end."""
@@ -129,10 +156,11 @@ class ArchOptimizer:
     def step(self, weights, grads):
         """One Adam step. weights: what sample() returned; grads: name -> the gradient of the loss to them.
 
-        RuntimeError if a choice gets no gradient: it cannot be learned."""
+        RuntimeError if a choice gets no gradient: it cannot be learned. gdas, whose draw may leave a choice without one, gets 20 steps."""
         for key, alpha in self.alphas.items():
             grad = grads.get(key)
-            if grad is None or not grad.any():
+            self.idle[key] = 0 if grad is not None and grad.any() else self.idle.get(key, 0) + 1
+            if grad is None or self.idle[key] >= (20 if self.name == "gdas" else 1):
                 raise RuntimeError(f"the weights of {key} got no gradient: nothing in the network depends on them")
             if not grad.isfinite().all():
                 raise RuntimeError(f"the gradient of the weights of {key} is not finite: {grad}")
@@ -199,7 +227,9 @@ def space_size(choices):
     size = 1
     depths = {c.depth for c in choices.values() if c.depth}
     for name, choice in choices.items():
-        if name in depths:
+        if choice.keep:
+            size *= math.prod(math.comb(n, choice.keep) * (len(choice.options) - 1) ** choice.keep for n in choice.inputs)
+        elif name in depths:
             per_layer = math.prod(len(c.options) for c in choices.values() if c.depth == name)
             size *= sum(per_layer ** d for d in choice.options)
         elif not choice.depth:
@@ -210,12 +240,23 @@ def space_size(choices):
 def architectures(choices):
     """Every architecture of the space, once."""
     free = [name for name, c in choices.items() if not c.depth]
-    for values in itertools.product(*(itertools.product(choices[n].options, repeat=choices[n].repeat or 1) for n in free)):
+    for values in itertools.product(*(row_lists(choices[n]) for n in free)):
         arch = {name: list(v) if choices[name].repeat else v[0] for name, v in zip(free, values, strict=True)}
         layered = [name for name in choices if name not in arch]
         for rows in itertools.product(*(itertools.product(choices[n].options, repeat=arch[choices[n].depth]) for n in layered)):
             found = arch | {name: list(row) for name, row in zip(layered, rows, strict=True)}
             yield {name: found[name] for name in choices}
+
+
+def row_lists(choice):
+    """Every list of rows that a choice allows."""
+    if not choice.keep:
+        return itertools.product(choice.options, repeat=choice.repeat or 1)
+    operations = [o for o in choice.options if o != "none"]
+    nodes = [[tuple(ops[stay.index(i)] if i in stay else "none" for i in range(n))
+              for stay in itertools.combinations(range(n), choice.keep) for ops in itertools.product(operations, repeat=choice.keep)]
+             for n in choice.inputs]
+    return (sum(rows, ()) for rows in itertools.product(*nodes))
 
 
 def unseen(choices, seen, generator, tries=1000):
@@ -238,32 +279,35 @@ def random_search(choices, evaluate, n, generator):
 
 
 def mutate(choices, arch, generator, prob, depth_prob):
-    """A copy in which every per-layer entry is redrawn with prob and every other choice with depth_prob."""
+    """A copy in which every per-layer entry, or all rows of a node, is redrawn with prob and every other choice with depth_prob."""
     def flip(p):
         return torch.rand((), generator=generator).item() < p
     new = uniform(choices, generator)
     child = {name: arch[name] if c.repeat or not flip(depth_prob) else new[name] for name, c in choices.items()}
-    return fill(choices, child, lambda name, i: arch[name][i] if i < len(arch[name]) and not flip(prob) else None, generator)
+    return fill(choices, child, lambda name, unit: arch[name] if unit[-1] < len(arch[name]) and not flip(prob) else None, generator)
 
 
 def crossover(choices, a, b, generator):
-    """A child whose every entry comes from either parent."""
+    """A child whose every entry comes from either parent, as do all rows of a node."""
     def side():
         return (a, b)[torch.randint(2, (), generator=generator).item()]
     child = {name: side()[name] for name in choices}
-    def entry(name, i):
-        parents = [p for p in (a, b) if i < len(p[name])]
-        return parents[torch.randint(len(parents), (), generator=generator).item()][name][i] if parents else None
-    return fill(choices, child, entry, generator)
+    def parent(name, unit):
+        parents = [p for p in (a, b) if unit[-1] < len(p[name])]
+        return parents[torch.randint(len(parents), (), generator=generator).item()][name] if parents else None
+    return fill(choices, child, parent, generator)
 
 
-def fill(choices, child, entry, generator):
-    """Per-layer lists of the child's own depth: entry(name, layer), or a draw where that is None."""
+def fill(choices, child, parent, generator):
+    """Per-layer lists of the child's own depth, from the list parent(name, rows), or a draw where that is None."""
     for name, c in choices.items():
         if c.repeat:
-            drawn = torch.randint(len(c.options), (child[c.depth] if c.depth else c.repeat,), generator=generator).tolist()
-            inherited = [entry(name, i) for i in range(len(drawn))]
-            child[name] = [c.options[d] if value is None else value for value, d in zip(inherited, drawn, strict=True)]
+            rows = draw(c, child[c.depth] if c.depth else c.repeat, generator)
+            for unit in c.units(len(rows)):
+                inherited = parent(name, unit)
+                if inherited is not None:
+                    rows[unit.start:unit.stop] = inherited[unit.start:unit.stop]
+            child[name] = rows
     return child
 
 

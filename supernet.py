@@ -37,16 +37,25 @@ class Choice:
 
     options: list of what can be chosen. repeat: None, or how many layers choose for themselves.
     depth: the name of the choice (such as "n_layer") that says how many of those layers are in use.
+    inputs, keep: the rows are the edges into the nodes of a cell, (2, 3) the first two into one, the next three into another; of each
+    node's, `keep` stay in the end, and the others are 'none', which is one of the options.
     Its weights, and its alphas, have the shape (len(options),) or (repeat, len(options)).
     """
     options: tuple
     repeat: int | None = None
     depth: str | None = None
+    inputs: tuple = ()
+    keep: int = 0
 
     @property
     def shape(self):
         k = len(self.options)
         return (k,) if self.repeat is None else (self.repeat, k)
+
+    def units(self, used):
+        """The rows that are chosen together, as ranges, of the first `used` rows: those of a node, or every row on its own."""
+        ends = list(itertools.accumulate(self.inputs or (1,) * used, initial=0))
+        return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
 def options_of(value, name, whole=True):
@@ -740,6 +749,9 @@ class Edge(nn.Module):
     def __init__(self, primitives, ops, stride=1, entanglement="weights", group_weight=True):
         super().__init__()
         self.primitives, self.stride, self.entanglement, self.group_weight = tuple(primitives), stride, entanglement, group_weight
+        if entanglement not in ENTANGLEMENTS:
+            raise SystemExit(f"entanglement='{entanglement}' is not one of {', '.join(ENTANGLEMENTS)}.")
+        self.identity = self.primitives == ("skip_connect",) and stride == 1
         self.groups = {} # name -> (its places in primitives, its kernels)
         for place, primitive in sorted(enumerate(primitives), key=lambda item: kernel_of(item[1])[1] or 0):
             name, kernel = kernel_of(primitive)
@@ -760,7 +772,7 @@ class Edge(nn.Module):
         if self.groups[name][1] == [kernel]:
             kernel = None # there is no other
         mixing = kernel and p is not None and self.entanglement == "weights"
-        return straight(self.ops[name](x, r, (kernel, p) if mixing else kernel), p)
+        return straight(self.ops[name](x, r, (kernel, p) if mixing else kernel), None if mixing and not self.group_weight else p)
 
     def mixture(self, x, r, w):
         y = 0
@@ -774,19 +786,26 @@ class Edge(nn.Module):
         return y
 
 
-def nodes(states, edges, w):
+def drop_path(x, p):
+    """x: (B, ...) with every sample's part set to 0 with probability p, the others scaled by 1 / (1 - p) (Larsson et al. 2017)."""
+    return x * (torch.rand((len(x), *[1] * (x.dim() - 1)), device=x.device) >= p).to(x.dtype) / (1 - p)
+
+
+def nodes(states, edges, w, drop=0.0):
     """The nodes of a cell: each is the sum of its edges from all states before it, in the order of those.
 
-    states: the cell's inputs, (B, C, H, W) each; edges: of the first node, of the second, ...; w: what each edge runs with.
+    states: the cell's inputs, (B, C, H, W) each; edges: of the first node, of the second, ..., an Edge or None; w: what each runs
+    with. drop: the probability of drop_path() for all edges but identities, in networks without a choice.
     """
-    states, edges = [(x, F.relu(x)) for x in states], iter(zip(edges, w, strict=True))
-    inputs = len(states)
-    for edge, choice in edges:
-        x = edge(*states[0], choice)
-        for state in states[1:]:
-            edge, choice = next(edges)
-            x = x + edge(*state, choice)
-        states.append((x, F.relu(x)))
+    states, edges, inputs, i = [(x, F.relu(x)) for x in states], list(edges), len(states), 0
+    while i < len(edges):
+        y = 0
+        for edge, state, choice in zip(edges[i:], states, w[i:], strict=False): # as many as there are states
+            if edge is not None:
+                term = edge(*state, choice)
+                y = y + (drop_path(term, drop) if drop and not edge.identity else term)
+        i += len(states)
+        states.append((y, F.relu(y)))
     return [x for x, _ in states[inputs:]]
 
 

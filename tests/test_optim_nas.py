@@ -1,4 +1,5 @@
 """Samples against their distributions, the unrolled gradient against its closed form, searches against exhaustion."""
+import itertools
 import math
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 
 import optim_nas
 from optim_nas import (ArchOptimizer, architectures, best_of, crossover, dirichlet, entropy, evolutionary_search, gumbel, key_of,
-                       kl_to_uniform, likeliest, mutate, one_hot, random_search, space_size, sparsemax, uniform, unrolled_gradient)
+                       kl_to_uniform, likeliest, mutate, one_hot, random_search, rowwise, space_size, sparsemax, uniform,
+                       unrolled_gradient)
 from supernet import Choice
 
 CHOICES = {"n_layer": Choice((1, 2, 3)), "n_embd": Choice((8, 16)), "n_head": Choice((1, 2, 4), repeat=3, depth="n_layer")}
@@ -176,6 +178,25 @@ def test_a_choice_without_gradient_stops_the_search():
         search.step(weights, grads)
     with pytest.raises(RuntimeError, match="not finite"):
         search.step(search.sample(0, None), grads | {"n_embd": torch.tensor([math.nan, 0.0])})
+    with pytest.raises(RuntimeError, match="n_embd got no gradient"):
+        search.step(search.sample(0, None), grads | {"n_embd": torch.zeros(2)})
+
+
+def test_gdas_may_draw_what_has_no_gradient_for_a_while():
+    """'none' on every edge: legitimate, but not 20 times in a row."""
+    search, grad = ArchOptimizer("gdas", {"op": Choice((0, 1))}, generator()), torch.tensor([1.0, 0.0])
+
+    def steps(n, grad):
+        for i in range(n):
+            search.step(search.sample(0.5, generator(i)), {"op": grad})
+    for _ in range(2):
+        steps(19, 0 * grad)
+        steps(1, grad)
+    steps(19, 0 * grad)
+    with pytest.raises(RuntimeError, match="op got no gradient"):
+        steps(1, 0 * grad)
+    with pytest.raises(RuntimeError, match="op got no gradient"):
+        ArchOptimizer("gdas", {"op": Choice((0, 1))}, generator()).step(search.sample(0.5, generator()), {})
 
 
 def test_one_option_has_no_alpha():
@@ -289,3 +310,62 @@ def test_one_hot_puts_everything_on_the_architecture():
     arch = {"n_layer": 2, "n_embd": 16, "n_head": [4, 1]}
     weights = one_hot(CHOICES, arch)
     assert likeliest(CHOICES, weights) == arch and all(h.abs().max() == 0 for h in entropy(weights).values())
+
+
+KEPT = {"normal": Choice(("none", "skip", "conv"), repeat=5, inputs=(2, 3), keep=2), "n_embd": Choice((8, 16))}
+
+
+def allowed(arch):
+    """Exactly two of the first two and of the last three rows are not 'none'."""
+    rows = arch["normal"]
+    return len(rows) == 5 and all(sum(op != "none" for op in node) == 2 for node in (rows[:2], rows[2:]))
+
+
+def test_every_way_to_draw_keeps_the_rows_of_a_node_that_stay():
+    g = generator()
+    draws = [uniform(KEPT, g) for _ in range(4000)]
+    mutants = [mutate(KEPT, draws[0], g, 0.4, 0.5) for _ in range(400)]
+    children = [crossover(KEPT, a, b, g) for a, b in zip(draws[:200], draws[200:400], strict=True)]
+    assert all(map(allowed, draws + mutants + children))
+    every = [key_of({"normal": list(rows), "n_embd": e}) for rows in itertools.product(("none", "skip", "conv"), repeat=5) for e in (8, 16)
+             if allowed({"normal": list(rows)})]
+    assert sorted(every) == sorted(key_of(arch) for arch in architectures(KEPT)) and space_size(KEPT) == len(every) == 1 * 4 * 3 * 4 * 2
+    counts = [sum(key_of(d) == key for d in draws) for key in every] # uniform over them all: chi-squared of 95 degrees of freedom
+    assert sum((c - 4000 / 96) ** 2 / (4000 / 96) for c in counts) < 160
+
+
+def test_a_node_is_inherited_whole():
+    g = generator()
+    a, b = ({"normal": rows, "n_embd": 8} for rows in (["skip"] * 4 + ["none"], ["conv"] * 2 + ["none", "conv", "conv"]))
+    nodes = [{tuple(child["normal"][:2]) for child in (crossover(KEPT, a, b, g) for _ in range(50))},
+             {tuple(child["normal"][2:]) for child in (crossover(KEPT, a, b, g) for _ in range(50))}]
+    assert nodes == [{tuple(p["normal"][:2]) for p in (a, b)}, {tuple(p["normal"][2:]) for p in (a, b)}]
+    assert mutate(KEPT, a, g, 0.0, 0.0) == a
+    untouched = sum(mutate(KEPT, a, g, 0.3, 0.0)["normal"][2:] == a["normal"][2:] for _ in range(1000)) / 1000
+    assert untouched == pytest.approx(0.7 + 0.3 / 12, abs=0.045) # all its rows at once, or none of them
+
+
+def test_likeliest_keeps_the_best_rows_of_a_node_and_never_none():
+    """As DARTS reads it off: the weight of 'none' counts in the rows, not in the choice."""
+    weights = {"n_embd": torch.tensor([0.4, 0.6]), "normal": torch.tensor(
+        [[0.9, 0.04, 0.06], [0.0, 0.3, 0.7], [0.1, 0.45, 0.45], [0.5, 0.0, 0.5], [0.3, 0.6, 0.1]])}
+    assert likeliest(KEPT, weights) == {"n_embd": 16, "normal": ["conv", "conv", "none", "conv", "skip"]}
+    assert rowwise(KEPT, weights) == {"n_embd": 16, "normal": ["none", "conv", "skip", "none", "skip"]}
+    for seed in range(20): # the largest product of weights of all that the space has
+        weights = {name: torch.rand(c.shape, generator=generator(seed)).softmax(-1) for name, c in KEPT.items()}
+        def product(arch, weights=weights):
+            return math.prod(weights["normal"][i, KEPT["normal"].options.index(op)].item() for i, op in enumerate(arch["normal"])
+                             if op != "none") * weights["n_embd"][(8, 16).index(arch["n_embd"])].item()
+        assert product(likeliest(KEPT, weights)) == pytest.approx(max(map(product, architectures(KEPT))))
+
+
+def test_size_of_the_darts_space():
+    cell = Choice(tuple(["none", *range(7)]), repeat=14, inputs=(2, 3, 4, 5), keep=2)
+    assert space_size({"normal": cell}) == 1_037_664_180 and space_size({"normal": cell, "reduce": cell}) == 1_037_664_180 ** 2
+
+
+def test_evolution_finds_the_best_of_a_constrained_space():
+    def loss(arch):
+        return sum(op != "conv" for op in arch["normal"]) + arch["n_embd"] + 3 * (arch["normal"][3] != "none")
+    for search in (random_search(KEPT, loss, 500, generator()), evolutionary_search(KEPT, loss, 500, generator(), 10, 4)):
+        assert len(search) == 96 and best_of(search) == (9, {"n_embd": 8, "normal": ["conv", "conv", "conv", "none", "conv"]})
