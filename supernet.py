@@ -603,16 +603,17 @@ class Entangled(nn.Module):
     def forward(self, x, i=None, o=None, k=None):
         if self.entanglement == "weights": # the channels of x were weighted by what made them: once more would make rare ones rarer
             return self.op(x, i and i.unweighted, o, k)
-        N, joint, outputs = self.options[1][-1], i is not None and o is not None and i.p is o.p, []
-        for combination in itertools.product(*(each(*c) for c in zip((i, o, k), self.options, strict=True))):
-            (a, p), (b, q), (c, r) = combination
+        N, joint, y = self.options[1][-1], i is not None and o is not None and i.p is o.p, 0
+        parts = [each(*part) for part in zip((i, o, k), self.options, strict=True)]
+        for (a, p), (b, q), (c, r) in itertools.product(*parts):
             if (a, b, c) in self.combinations:
-                y = self.ops[self.name(a, b, c)](x[:, :a]) if self.entanglement == "none" else self.op(x[:, :a], Size(a), Size(b), c)
+                one = self.ops[self.name(a, b, c)](x[:, :a]) if self.entanglement == "none" else self.op(x[:, :a], Size(a), Size(b), c)
                 weights = [w for w in (p, None if joint else q, r) if w is not None]
-                outputs.append((y, math.prod(weights) if weights else None))
-        if len(outputs) == 1:
-            return straight(*outputs[0])
-        return sum(F.pad(y * w.to(y.dtype), (0, 0, 0, 0, 0, N - y.shape[1])) for y, w in outputs)
+                weight = math.prod(weights) if weights else None
+                if all(len(part) == 1 for part in parts):
+                    return straight(one, weight)
+                y = y + F.pad(one * weight.to(one.dtype), (0, 0, 0, 0, 0, N - one.shape[1]))
+        return y
 
 
 def each(chosen, options):

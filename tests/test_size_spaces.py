@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from optim_nas import picked, uniform
-from search_spaces import toy_conv_macro
+from search_spaces import nats_size, toy_conv_macro
 from supernet import ENTANGLEMENTS, Conv2d, Entangled, Size, extremes, one_hot, prefixes
 
 SMALL = dict(img_size=8, in_channels=2, num_classes=3)
@@ -15,8 +15,10 @@ SPACES = { # a reduced version of each, with lists of different lengths
     "toy_conv_macro": (toy_conv_macro, SMALL | dict(
         channels_1=[2, 3, 5], channels_2=[4, 6], channels_3=[3, 4], channels_4=[2, 5, 6], kernel_size=[3, 5, 7],
         last_channels=6, last_kernel_size=3, last_padding=1, fc=8, dropout=0.0)),
+    "nats_size": (nats_size, SMALL | dict(channels=[2, 3, 4])),
+    "nats_size, affine=False": (nats_size, SMALL | dict(channels=[2, 4], affine=False)),
 }
-TINY = {"toy_conv_macro": dict(channels_1=[2, 3], channels_2=[4, 6], channels_3=3, kernel_size=[1, 3])}
+FEWER = {"toy_conv_macro": dict(channels_1=[2, 3], channels_2=[4, 6], channels_3=3, channels_4=[2, 6], kernel_size=[1, 3])}
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -151,7 +153,7 @@ def test_convolution_is_its_padded_sum(mixed, bias):
 def test_expected_cost_is_the_mean_over_architectures(name):
     """The sum over all architectures of probability times exact cost, and the exact cost where everything is on one."""
     space, config = SPACES[name]
-    net = space.build(config | TINY[name])
+    net = space.build(config | FEWER.get(name, {}))
     weights = weights_of(net, torch.float64)
     rows = [row for name, c in net.choices.items() for row in (weights[name] if c.repeat else [weights[name]])]
     total = {"params": 0, "flops": 0}
@@ -183,6 +185,27 @@ def test_conv_macro():
     assert list(toy_conv_macro.columns(arch)) == ["c1", "c2", "c3", "c4", "k1", "k2", "k3", "k4"]
 
 
+@pytest.mark.parametrize("number, text, params", [(0, "8:8:8:8:8", 11_714), (11, "8:8:8:16:32", 49_202), (284, "8:8:40:32:40", 144_834),
+                                                  (12, "8:8:8:16:40", 67_378), (8 ** 5 - 1, "64:64:64:64:64", 713_674)])
+def test_nats_size(number, text, params):
+    """Published texts, numbers and parameter counts."""
+    arch = nats_size.arch_of(text)
+    assert nats_size.genotype(arch) == text and nats_size.columns(arch) == {"genotype": text}
+    assert nats_size.index(arch) == number and nats_size.arch_at(number) == arch
+    small = nats_size.build({}, arch)
+    net = nats_size.build({})
+    assert sum(p.numel() for p in small.parameters()) == net.cost(arch)["params"] == params
+    assert {key: v.item() for key, v in net.cost(one_hot(net.choices, arch)).items()} == net.cost(arch)
+
+
+@pytest.mark.parametrize("make, text", [(nats_size.arch_of, ""), (nats_size.arch_of, "8:8:8:8"), (nats_size.arch_of, "8:8:8:8:9"),
+                                        (nats_size.arch_of, "8:8:8:8:x"), (nats_size.arch_at, -1), (nats_size.arch_at, 8 ** 5)])
+def test_what_is_no_genotype_of_nats_size(make, text):
+    with pytest.raises(SystemExit) as error:
+        make(text)
+    one_sentence(error)
+
+
 @pytest.mark.parametrize("text", ["", "[[32, 64, 128], [3, 7, 5, 7]]", "[[32, 64, 128, 128], [3, 7, 5, 4]]", "[[32, 64, 128, 128], 3]",
                                   "{}", "7", "[[32, 64, 128, 128], [3, 7, 5]]", "__import__('os')", "[[[], 64, 128, 128], [3, 7, 5, 7]]"])
 def test_what_is_no_genotype_of_conv_macro(text):
@@ -199,7 +222,8 @@ def one_sentence(error):
 @pytest.mark.parametrize("name, config, words", [
     ("toy_conv_macro", dict(channels_1=[8, 4]), "channels_1"), ("toy_conv_macro", dict(channels_4=0), "channels_4"),
     ("toy_conv_macro", dict(kernel_size=[3, 4]), "odd"), ("toy_conv_macro", dict(last_kernel_size=7), "img_size"),
-    ("toy_conv_macro", dict(img_size=3), "img_size"), ("toy_conv_macro", dict(entanglement="some"), "entanglement"),
+    ("toy_conv_macro", dict(img_size=3), "img_size"), ("nats_size", dict(channels=[3, 2]), "channels"),
+    ("nats_size", dict(entanglement="weight"), "entanglement"), ("toy_conv_macro", dict(entanglement="some"), "entanglement"),
 ])
 def test_wrong_keys(name, config, words):
     with pytest.raises(SystemExit, match=words) as error:
