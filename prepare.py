@@ -246,31 +246,34 @@ def read_splits(dataset, path, val_path, val_fraction, seed):
     return [(lambda docs=docs: chain(filter(None, docs), [""]), len(docs) + 1) for docs in (train, val)]
 
 
-# ---- images: a split is (labels, open, name): open(i) gives image i to Pillow, name(i) says in an error which one that is
+# ---- images: a split is (labels, get, name): get(i) is what as_image() takes, name(i) says in an error which image that is
 
-def split_of_arrays(pixels, labels, where):
-    """A split of pixels, uint8 (N, H, W) or (N, H, W, 1 or 3)."""
+def as_image(data):
+    """A Pillow image of a file, of its bytes, or of pixels (H, W) or (H, W, 3)."""
     from PIL import Image
+    if isinstance(data, np.ndarray) and data.ndim > 1:
+        return Image.fromarray(data)
+    return Image.open(data if isinstance(data, Path) else io.BytesIO(data))
+
+
+def make_split(labels, n, get, where):
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape not in ((n,), (n, 1)):
+        raise SystemExit(f"{where} has {n:,} images and labels of {labels.dtype} {labels.shape}: give one integer for each image")
+    return labels.reshape(-1).astype(np.int64), get, lambda i: f"image {i} of {where}"
+
+
+def split_of_pixels(pixels, labels, where):
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
         raise SystemExit(f"the images of {where} are {pixels.dtype} {pixels.shape}: give uint8 of 0 to 255, (N, H, W) or (N, H, W, 1 or 3)")
     pixels = pixels[..., 0] if pixels.shape[3:] == (1,) else pixels  # Pillow has no axis for a single channel
-    return check_labels(labels, len(pixels), where), lambda i: Image.fromarray(pixels[i]), lambda i: f"image {i} of {where}"
+    return make_split(labels, len(pixels), pixels.__getitem__, where)
 
 
 def split_of_bytes(data, offsets, labels, where):
-    """A split of encoded images that lie end to end in data, uint8 (bytes,)."""
-    from PIL import Image
     if data.dtype != np.uint8 or offsets.ndim != 1 or offsets[-1:].tolist() != [data.size]:
         raise SystemExit(f"the offsets of {where} do not end with the number of its bytes, {data.size:,}: give the start of each image and "
                          "the end of the last")
-    labels = check_labels(labels, len(offsets) - 1, where)
-    return labels, lambda i: Image.open(io.BytesIO(data[offsets[i]:offsets[i + 1]])), lambda i: f"image {i} of {where}"
-
-
-def check_labels(labels, n, where):
-    if not np.issubdtype(labels.dtype, np.integer) or labels.shape not in ((n,), (n, 1)):
-        raise SystemExit(f"{where} has {n:,} images and labels of {labels.dtype} {labels.shape}: give one integer for each image")
-    return labels.reshape(-1).astype(np.int64)
+    return make_split(labels, len(offsets) - 1, lambda i: data[offsets[i]:offsets[i + 1]], where)
 
 
 def read_idx(folder, start, ndim):
@@ -304,12 +307,11 @@ def read_npz(path):
         names = [f"{key}_jpeg", f"{key}_offsets", f"y_{key}"] if "train_jpeg" in data else [f"x_{key}", f"y_{key}"]
         if not data.keys() >= set(names):
             raise SystemExit(f"{path} holds {', '.join(data) or 'nothing'} and lacks one of {', '.join(names)}: add it")
-        splits[split] = (split_of_arrays if len(names) == 2 else split_of_bytes)(*(data[name] for name in names), f"{key} in {path}")
+        splits[split] = (split_of_pixels if len(names) == 2 else split_of_bytes)(*(data[name] for name in names), f"{key} in {path}")
     return splits, [str(name) for name in data["classes"]] if "classes" in data else None
 
 
 def read_folder(path):
-    from PIL import Image
     val = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
     folders = {"train": path / "train", "val": val} if val and (path / "train").is_dir() else {"all": path}
     classes = sorted(f.name for f in next(iter(folders.values())).iterdir() if f.is_dir() and f.name[0] != ".")
@@ -321,20 +323,18 @@ def read_folder(path):
             what = f"the class {min(set(names) - set(classes))}, which train has not" if files else "no image in a folder of its class"
             raise SystemExit(f"{folder} has {what}: put the images into train/<class> and val/<class>, or into <class>")
         number = {name: i for i, name in enumerate(classes)}
-        splits[split] = (np.array([number[name] for name in names]), lambda i, files=files: Image.open(files[i]),
-                         lambda i, files=files: str(files[i]))
+        splits[split] = np.array([number[name] for name in names], np.int64), files.__getitem__, lambda i, files=files: str(files[i])
     return splits, classes
 
 
 def download_images(dataset):
     import datasets
-    from PIL import Image
     splits, (image, label) = {}, COLUMNS.get(dataset, ("image", "label"))
     for split, official in {"train": "train", "val": "validation" if dataset == "imagenet" else "test"}.items():
         data = download(dataset, official)
         rows = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        splits[split] = (np.array(data[label][:]), lambda i, rows=rows: Image.open(io.BytesIO(rows[i][image]["bytes"])),
-                         lambda i, official=official: f"image {i} of {official} of {HUB[dataset]}")
+        splits[split] = make_split(np.array(data[label][:]), len(data), lambda i, rows=rows: rows[i][image]["bytes"],
+                                   f"{official} in {HUB[dataset]}")
     return splits, data.features[label].names
 
 
@@ -344,7 +344,7 @@ def read_image_splits(dataset, path):
         from sklearn.datasets import load_digits
         digits = load_digits()
         pixels = (digits.images * 255 / 16).round().astype(np.uint8)  # they count 0 to 16
-        return {"all": split_of_arrays(pixels, digits.target, dataset)}, [str(name) for name in digits.target_names]
+        return {"all": split_of_pixels(pixels, digits.target, dataset)}, [str(name) for name in digits.target_names]
     if not path:
         return download_images(dataset)
     path = Path(path)
@@ -357,16 +357,16 @@ def read_image_splits(dataset, path):
     if path.is_file():
         return read_npz(path)
     if any("idx3-ubyte" in f.name for f in files):
-        return {split: split_of_arrays(read_idx(path, f"{key}-images", 3), read_idx(path, f"{key}-labels", 1), f"{key} in {path}")
+        return {split: split_of_pixels(read_idx(path, f"{key}-images", 3), read_idx(path, f"{key}-labels", 1), f"{key} in {path}")
                 for split, key in {"train": "train", "val": "t10k"}.items()}, None
     return read_folder(path)
 
 
 def with_image(split, i, do):
     """do(image) of image i of the split, open. SystemExit names it if Pillow cannot read it."""
-    _, open_image, name = split
+    _, get, name = split
     try:
-        with open_image(i) as image:
+        with as_image(get(i)) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"its pixels are {image.mode}")
             return do(image)
@@ -743,9 +743,10 @@ def load_meta(data_dir, dataset, kind=""):
     whole, or of another kind than "text" or "images" where one is asked for.
     """
     folder = Path(data_dir) / dataset
-    command = f"python prepare.py --dataset={dataset}" if dataset in HUB or dataset in ("pydocs", "digits") else (
-        "python prepare.py --dataset=imagenet16_120 --path=FILE_OR_FOLDER" if dataset == "imagenet16_120" else
-        f"python prepare.py --dataset={kind or 'text'} --path=FILE_OR_FOLDER --name={dataset}")
+    known = dataset in TOKENIZER | IMAGE_SETS
+    command = f"python prepare.py --dataset={dataset if known else kind or 'text'}"
+    if not known or dataset in ("text", "images", "imagenet16_120"):
+        command += f" --path=FILE_OR_FOLDER --name={dataset}"
     command += data_dir_option(data_dir)
     if not (folder / "meta.json").exists():
         raise SystemExit(f"{folder} is not prepared: run {command}")
@@ -759,10 +760,8 @@ def load_meta(data_dir, dataset, kind=""):
                 shape = (meta[f"{split}_images"], meta["img_size"], meta["img_size"], meta["in_channels"])
                 assert np.load(folder / f"{split}.npy", mmap_mode="r").shape == shape
                 assert np.load(folder / f"{split}_labels.npy", mmap_mode="r").shape == shape[:1]
-                assert meta[f"{split}_sha256"] and meta[f"{split}_labels_sha256"]
-            assert len(meta["mean"]) == len(meta["std"]) == meta["in_channels"] and meta["num_classes"] > 0
-        except (AssertionError, KeyError, TypeError, OSError, ValueError):
-            raise SystemExit(f"{folder} is damaged, its files are not those of its meta.json: delete {folder} and run {command}") from None
+        except (AssertionError, KeyError, OSError, ValueError):
+            raise SystemExit(f"{folder} is damaged, its files are not those of its meta.json: delete it and prepare it again") from None
         return meta
     for split in ("train", "val"):
         try:
