@@ -40,6 +40,7 @@ import gzip
 import io
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -245,176 +246,164 @@ def read_splits(dataset, path, val_path, val_fraction, seed):
     return [(lambda docs=docs: chain(filter(None, docs), [""]), len(docs) + 1) for docs in (train, val)]
 
 
-# ---- images: a split is (labels, open, name): open(i) gives image i to Pillow, name(i) says in an error which one that is
+# ---- images: a split is (labels, get, name): get(i) is what as_image() takes, name(i) says in an error which image that is
 
-def split_of_arrays(images, labels, where):
-    """A split of pixels, uint8 (N, H, W) or (N, H, W, 1 or 3)."""
+def as_image(data):
+    """A Pillow image of a file, of its bytes, or of pixels (H, W) or (H, W, 3)."""
     from PIL import Image
-    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))):
-        raise SystemExit(f"the images of {where} are {images.dtype} {images.shape}: store them as uint8 of 0 to 255, shaped (N, H, W), "
-                         "(N, H, W, 1) or (N, H, W, 3)")
-    images = images.squeeze(3) if images.shape[3:] == (1,) else images
-    return check_labels(labels, len(images), where), lambda i: Image.fromarray(images[i]), lambda i: f"image {i} of {where}"
+    if isinstance(data, np.ndarray) and data.ndim > 1:
+        return Image.fromarray(data)
+    return Image.open(data if isinstance(data, Path) else io.BytesIO(data))
+
+
+def make_split(labels, n, get, where):
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape not in ((n,), (n, 1)):
+        raise SystemExit(f"{where} has {n:,} images and labels of {labels.dtype} {labels.shape}: give one integer for each image")
+    return labels.reshape(-1).astype(np.int64), get, lambda i: f"image {i} of {where}"
+
+
+def split_of_pixels(pixels, labels, where):
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[3:] not in ((), (1,), (3,)):
+        raise SystemExit(f"the images of {where} are {pixels.dtype} {pixels.shape}: give uint8 of 0 to 255, (N, H, W) or (N, H, W, 1 or 3)")
+    pixels = pixels[..., 0] if pixels.shape[3:] == (1,) else pixels  # Pillow has no axis for a single channel
+    return make_split(labels, len(pixels), pixels.__getitem__, where)
 
 
 def split_of_bytes(data, offsets, labels, where):
-    """A split of encoded images that lie end to end in data, uint8 (bytes,)."""
-    from PIL import Image
-    if data.dtype != np.uint8 or data.ndim != 1 or offsets.ndim != 1 or not len(offsets) or offsets[-1] != len(data):
-        raise SystemExit(f"the offsets of {where} do not end at its {data.size:,} bytes: give N + 1 numbers, the start of each image and "
+    if data.dtype != np.uint8 or offsets.ndim != 1 or offsets[-1:].tolist() != [data.size]:
+        raise SystemExit(f"the offsets of {where} do not end with the number of its bytes, {data.size:,}: give the start of each image and "
                          "the end of the last")
-    labels = check_labels(labels, len(offsets) - 1, where)
-    return labels, lambda i: Image.open(io.BytesIO(data[offsets[i]:offsets[i + 1]])), lambda i: f"image {i} of {where}"
+    return make_split(labels, len(offsets) - 1, lambda i: data[offsets[i]:offsets[i + 1]], where)
 
 
-def check_labels(labels, n, where):
-    if not np.issubdtype(labels.dtype, np.integer) or labels.size != len(labels) or len(labels) != n:
-        raise SystemExit(f"{where} has {n:,} images and labels of {labels.dtype} {labels.shape}: give one integer for each image")
-    return labels.reshape(-1).astype(np.int64)
-
-
-def read_idx(folder, pattern, ndim):
-    """The bytes of an IDX file as an array: after the magic number (0, 0, 8 for bytes, ndim) come its sizes, all big-endian."""
-    file = next((f for f in sorted(folder.glob(pattern + "*")) if f.suffix in ("", ".gz") or f.suffix == f".idx{ndim}-ubyte"), None)
-    if file is None:
-        raise SystemExit(f"{folder} lacks the file {pattern.replace('?', '-')}: a folder of IDX files holds the images and the labels "
-                         "of train and of t10k")
+def read_idx(folder, start, ndim):
+    """The array in the IDX file <start>-idx<ndim>-ubyte: a magic number (0, 0, 8 for bytes, ndim), the sizes as uint32, the bytes."""
+    files = sorted(folder.glob(f"{start}?idx{ndim}-ubyte*"))
+    if not files:
+        raise SystemExit(f"{folder} lacks {start}-idx{ndim}-ubyte: IDX files come in fours, images and labels of train and of t10k")
     try:
-        with open_any(file, "rb") as f:
+        with open_any(files[0], "rb") as f:
             data = f.read()
     except (OSError, EOFError, zlib.error) as error:
-        raise SystemExit(f"{file} is damaged ({error}): take an undamaged copy") from None
-    magic, sizes = data[:4], np.frombuffer(data[4:4 + 4 * ndim], ">u4") if len(data) >= 4 + 4 * ndim else [0]
-    if magic != bytes([0, 0, 8, ndim]):
-        raise SystemExit(f"{file} begins with {magic.hex()} and not {bytes([0, 0, 8, ndim]).hex()}, so it is no IDX file of "
-                         f"bytes in {ndim} dimensions: take the right one")
-    wanted = 4 + 4 * ndim + int(np.prod(sizes, dtype=np.int64))
-    if len(data) != wanted or len(sizes) != ndim:
-        raise SystemExit(f"{file} has {len(data):,} bytes and not the {wanted:,} that its head says: it is cut off or damaged, "
-                         "take an undamaged copy")
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * ndim).reshape(sizes)
+        raise SystemExit(f"{files[0]} is damaged ({error}): take an undamaged copy") from None
+    magic, head = bytes([0, 0, 8, ndim]), 4 + 4 * ndim
+    sizes = np.frombuffer(data[4:head].ljust(4 * ndim, b"\0"), ">u4").tolist()
+    if data[:4] != magic or len(data) != head + math.prod(sizes):
+        raise SystemExit(f"{files[0]} begins with {data[:4].hex()} and has {len(data):,} bytes, an IDX file of this name and sizes "
+                         f"{sizes} begins with {magic.hex()} and has {head + math.prod(sizes):,}: take an undamaged copy")
+    return np.frombuffer(data, np.uint8, offset=head).reshape(sizes)
 
 
 def read_npz(path):
-    """-> {"train": split, "val": split}, names of the classes or None"""
+    if not zipfile.is_zipfile(path):
+        raise SystemExit(f"{path} is no .npz and no folder: give one of them, python prepare.py --help lists what is to be in it")
     try:
-        with np.load(path, allow_pickle=False) as file:  # an array of objects would run the code that it holds
-            data = {key: file[key] for key in file.files}
+        with np.load(path, allow_pickle=False) as file:
+            data = {key: np.asarray(file[key]) for key in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise SystemExit(f"{path} cannot be read as an .npz without pickles ({error}): save it with np.savez from plain arrays") from None
+        raise SystemExit(f"{path} does not hold plain arrays ({error}): save it with np.savez, without arrays of objects") from None
     splits = {}
     for split, key in {"train": "train", "val": "test"}.items():
-        names = [f"x_{key}", f"y_{key}"] if f"x_{key}" in data else [f"{key}_jpeg", f"{key}_offsets", f"y_{key}"]
-        missing = [name for name in names if name not in data]
-        if missing:
-            raise SystemExit(f"{path} lacks {', '.join(missing)}: give x_train, y_train, x_test, y_test, or train_jpeg, train_offsets, "
-                             "y_train, test_jpeg, test_offsets, y_test")
-        splits[split] = (split_of_arrays if len(names) == 2 else split_of_bytes)(*(data[name] for name in names), f"{key} in {path}")
-    return splits, data["classes"].tolist() if "classes" in data else None
+        names = [f"{key}_jpeg", f"{key}_offsets", f"y_{key}"] if "train_jpeg" in data else [f"x_{key}", f"y_{key}"]
+        if not data.keys() >= set(names):
+            raise SystemExit(f"{path} holds {', '.join(data) or 'nothing'} and lacks one of {', '.join(names)}: add it")
+        splits[split] = (split_of_pixels if len(names) == 2 else split_of_bytes)(*(data[name] for name in names), f"{key} in {path}")
+    return splits, [str(name) for name in data["classes"]] if "classes" in data else None
 
 
 def read_folder(path):
-    """-> {"train": split, "val": split}, or {"all": split} of a folder without these two; names of the classes"""
-    from PIL import Image
     val = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
     folders = {"train": path / "train", "val": val} if val and (path / "train").is_dir() else {"all": path}
     classes = sorted(f.name for f in next(iter(folders.values())).iterdir() if f.is_dir() and f.name[0] != ".")
     splits = {}
     for split, folder in folders.items():
-        listed = [(f, f.relative_to(folder).parts) for f in list_files(folder) if f.suffix.lower() in IMAGE_FILES]
-        files = [f for f, parts in listed if len(parts) > 1]
-        unknown = {parts[0] for _, parts in listed if len(parts) > 1} - set(classes)
-        if unknown or not files:
-            what = f"the classes {', '.join(sorted(unknown))}, which train lacks" if unknown else "no image in a folder of its class"
+        files = [f for f in list_files(folder) if f.suffix.lower() in IMAGE_FILES and f.parent != folder]
+        names = [f.relative_to(folder).parts[0] for f in files]
+        if not files or not set(names) <= set(classes):
+            what = f"the class {min(set(names) - set(classes))}, which train has not" if files else "no image in a folder of its class"
             raise SystemExit(f"{folder} has {what}: put the images into train/<class> and val/<class>, or into <class>")
-        labels = np.array([classes.index(f.relative_to(folder).parts[0]) for f in files])
-        splits[split] = labels, lambda i, files=files: Image.open(files[i]), lambda i, files=files: str(files[i])
+        number = {name: i for i, name in enumerate(classes)}
+        splits[split] = np.array([number[name] for name in names], np.int64), files.__getitem__, lambda i, files=files: str(files[i])
     return splits, classes
 
 
 def download_images(dataset):
-    from datasets import Image as Encoded
-    from PIL import Image
+    import datasets
     splits, (image, label) = {}, COLUMNS.get(dataset, ("image", "label"))
     for split, official in {"train": "train", "val": "validation" if dataset == "imagenet" else "test"}.items():
         data = download(dataset, official)
-        rows = data.select_columns([image]).cast_column(image, Encoded(decode=False))
-        splits[split] = (np.array(data[label][:]), lambda i, rows=rows: Image.open(io.BytesIO(rows[i][image]["bytes"])),
-                         lambda i, split=official: f"image {i} of {split} of {HUB[dataset]}")
+        rows = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        splits[split] = make_split(np.array(data[label][:]), len(data), lambda i, rows=rows: rows[i][image]["bytes"],
+                                   f"{official} in {HUB[dataset]}")
     return splits, data.features[label].names
 
 
 def read_image_splits(dataset, path):
-    """-> {"train": split, "val": split} or {"all": split}, names of the classes or None"""
+    """-> {"train": split, "val": split}, or {"all": split} if it is to be cut; names of the classes, or None"""
     if not path and dataset == "digits":
         from sklearn.datasets import load_digits
         digits = load_digits()
-        images = (digits.images * 255 / 16).round().astype(np.uint8)  # they count 0 to 16
-        return {"all": split_of_arrays(images, digits.target, "digits")}, [str(name) for name in digits.target_names]
+        pixels = (digits.images * 255 / 16).round().astype(np.uint8)  # they count 0 to 16
+        return {"all": split_of_pixels(pixels, digits.target, dataset)}, [str(name) for name in digits.target_names]
     if not path:
         return download_images(dataset)
     path = Path(path)
     files = list_files(path)
-    for file in files[:1] + [f for f in files if f.suffix in (".pkl", ".pickle")]:
+    for file in [f for f in files if f == files[0] or f.suffix in (".pkl", ".pickle")]:
         with open(file, "rb") as f:
-            if f.read(1) == b"\x80":  # how pickles begin
+            if f.read(1) == b"\x80":  # so begin the pickles of every protocol since 2
                 raise SystemExit(f"{file} is a pickle, and reading a pickle runs the code in it: convert it, where you trust it, to an "
                                  ".npz of x_train, y_train, x_test, y_test and give that as --path")
     if path.is_file():
         return read_npz(path)
     if any("idx3-ubyte" in f.name for f in files):
-        arrays = [[read_idx(path, f"{split}-{what}?idx{ndim}-ubyte", ndim) for what, ndim in (("images", 3), ("labels", 1))]
-                  for split in ("train", "t10k")]
-        return {"train": split_of_arrays(*arrays[0], f"train in {path}"), "val": split_of_arrays(*arrays[1], f"t10k in {path}")}, None
+        return {split: split_of_pixels(read_idx(path, f"{key}-images", 3), read_idx(path, f"{key}-labels", 1), f"{key} in {path}")
+                for split, key in {"train": "train", "val": "t10k"}.items()}, None
     return read_folder(path)
 
 
 def with_image(split, i, do):
-    """do(image) with image i of the split open. SystemExit names it if Pillow cannot read it."""
-    _, open_image, name = split
+    """do(image) of image i of the split, open. SystemExit names it if Pillow cannot read it."""
+    _, get, name = split
     try:
-        with open_image(i) as image:
+        with as_image(get(i)) as image:
             if image.mode[0] in "IF":
-                raise ValueError(f"its pixels are {image.mode}, not bytes")
+                raise ValueError(f"its pixels are {image.mode}")
             return do(image)
     except Exception as error:  # Pillow's decoders raise what they like
         raise SystemExit(f"{name(i)} is damaged or no image of 8 bits a channel ({error}): replace it or leave it out") from None
 
 
-def survey(splits, img_size):
-    """Reads the head of every image: -> pixels a side, number of channels (1 if all are grey, else 3)."""
+def survey(splits, orders, img_size):
+    """Reads the head of every image: -> pixels a side, and 1 channel if all are grey, else 3."""
     sizes, modes = {}, set()
-    for split in splits.values():
-        for i in tqdm(range(len(split[0])), desc="sizes", unit=" images"):
-            size, mode = with_image(split, i, lambda image: (image.size, image.mode))
+    for split, order in orders.items():
+        for i in tqdm(order, desc=f"sizes of {split}", unit=" images"):
+            size, mode = with_image(splits[split], i, lambda image: (image.size, image.mode))
             modes.add(mode)
-            sizes.setdefault(size, split[2](i))
+            sizes.setdefault(size, splits[split][2](i))
             if not img_size and (len(sizes) > 1 or size[0] != size[1]):
-                found = " and ".join(f"{w}x{h} ({name})" for (w, h), name in sizes.items())
-                raise SystemExit(f"the images have to be squares of one size, and there are {found}: give --img_size=N to resize them all")
+                found = " and ".join(f"{width}x{height} ({name})" for (width, height), name in sizes.items())
+                raise SystemExit(f"images have to be squares of one size, and here is {found}: give --img_size=N to make them so")
     return img_size or size[0], 1 if modes <= {"1", "L", "LA"} else 3
 
 
-def pixels_of(image, side, channels):
-    from PIL import ImageOps
-    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (side, side))  # the largest square in the centre
-    return np.asarray(image).reshape(side, side, channels)
-
-
 def write_images(file, split, order, side, channels, num_proc):
-    """Writes the images of a split in this order, decoded by num_proc threads; returns how often each channel has each value."""
+    """Writes images of a split in this order, decoded by num_proc threads: -> how often each channel has each value, (C, 256)."""
+    from PIL import ImageOps
     counts = np.zeros((channels, 256), np.int64)
-    head = {"descr": "|u1", "fortran_order": False, "shape": (len(order), side, side, channels)}
 
-    def decode(i):
-        return with_image(split, i, lambda image: pixels_of(image, side, channels))
+    def pixels_of(image):
+        image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (side, side))  # the largest square around the centre
+        return np.asarray(image).reshape(side, side, channels)
 
     def save(f):
-        np.lib.format.write_array_header_1_0(f, head)
+        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (len(order), side, side, channels)})
         with ThreadPoolExecutor(num_proc) as pool, tqdm(desc=file.stem, total=len(order), unit=" images") as bar:
-            for i in range(0, len(order), 256):
-                block = np.stack(list(pool.map(decode, order[i:i + 256])))
-                f.write(block.tobytes())
+            for start in range(0, len(order), 64):
+                images = pool.map(lambda i: with_image(split, i, pixels_of), order[start:start + 64])
+                block = np.stack(list(images))  # (up to 64, H, W, C)
+                f.write(block)
                 counts[:] += [np.bincount(block[..., c].ravel(), minlength=256) for c in range(channels)]
                 bar.update(len(block))
 
@@ -423,44 +412,41 @@ def write_images(file, split, order, side, channels, num_proc):
 
 
 def prepare_images(folder, settings, path, num_proc):
-    """Writes all but meta.json, whose content it returns; progress.json marks the folder as ours until then."""
+    """Writes the images and labels, and returns what meta.json is to say; until that is there, progress.json marks the folder as ours."""
     splits, classes = read_image_splits(settings["dataset"], path)
+    orders = {split: list(range(len(labels))) for split, (labels, _, _) in splits.items()}
+    shuffled = "all" if "all" in splits else "train"  # the validation split keeps its official order
+    orders[shuffled] = torch.randperm(len(orders[shuffled]), generator=rng(settings["seed"], "images")).tolist()
     if "all" in splits:
-        order = torch.randperm(len(splits["all"][0]), generator=rng(settings["seed"], "split")).tolist()
-        n = round(settings["val_fraction"] * len(order))
-        orders = {"train": order[n:], "val": order[:n]}
-    else:
-        orders = {split: list(range(len(labels))) for split, (labels, *_) in splits.items()}
-        orders["train"] = torch.randperm(len(orders["train"]), generator=rng(settings["seed"], "train")).tolist()
+        n = round(settings["val_fraction"] * len(orders["all"]))
+        orders, splits = {"train": orders["all"][n:], "val": orders["all"][:n]}, dict.fromkeys(("train", "val"), splits["all"])
+    labels, source = {split: splits[split][0][order] for split, order in orders.items()}, settings["source"]
     if not all(orders.values()):
-        raise SystemExit(f"{settings['source']} gives {len(orders['train']):,} images of train and {len(orders['val']):,} of val, and both "
-                         "need some: give more images, or another --val_fraction")
-    source = {split: splits.get(split) or splits["all"] for split in orders}
-    labels = {split: source[split][0][orders[split]] for split in orders}
-    num_classes = IMAGE_SETS[settings["dataset"]] or (len(classes) if classes else int(labels["train"].max()) + 1)
+        raise SystemExit(f"{source} gives {len(orders['train']):,} images of training and {len(orders['val']):,} of validation, and both "
+                         "need some: give more images")
+    num_classes = IMAGE_SETS[settings["dataset"]] or len(classes or range(labels["train"].max() + 1))
     if classes and len(classes) != num_classes:
-        raise SystemExit(f"{settings['source']} has {len(classes)} classes and {settings['dataset']} {num_classes}: "
-                         "choose --dataset=images for it")
+        raise SystemExit(f"{source} has {len(classes)} classes and {settings['dataset']} has {num_classes}: choose --dataset=images for it")
     for split, found in labels.items():
         wrong = found[(found < 0) | (found >= num_classes)]
         if len(wrong):
-            raise SystemExit(f"{settings['source']} has the label {wrong[0]} in {split}, and its {num_classes} classes are 0 to "
-                             f"{num_classes - 1}: correct the labels")
-    side, channels = survey(splits, settings["resize"])
+            raise SystemExit(f"{source} has the label {wrong[0]} in {split}, and the {num_classes} classes are 0 to {num_classes - 1}: "
+                             "correct the labels")
+    side, channels = survey(splits, orders, settings["resize"])
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "progress.json", settings)
     meta = {**settings, "img_size": side, "in_channels": channels, "num_classes": num_classes, "classes": classes}
     for split, order in orders.items():
-        counts = write_images(folder / f"{split}.npy", source[split], order, side, channels, num_proc)
+        counts = write_images(folder / f"{split}.npy", splits[split], order, side, channels, num_proc)
         write(folder / f"{split}_labels.npy", lambda f, split=split: np.save(f, labels[split]))
-        if split == "train":
-            share = counts / counts.sum(1, keepdims=True)  # (C, 256)
-            mean = share @ np.arange(256)
-            std = ((share * (np.arange(256) - mean[:, None])**2).sum(1))**0.5
-            meta |= {"mean": mean.tolist(), "std": std.tolist()}
         meta[f"{split}_images"] = len(order)
         for part in (split, f"{split}_labels"):
             meta[f"{part}_sha256"] = hash_of(np.memmap(folder / f"{part}.npy", mode="r"))
+        if split == "train":
+            share = counts / counts.sum(1, keepdims=True)  # (C, 256)
+            mean = share @ np.arange(256)
+            variance = (share * (np.arange(256) - mean[:, None])**2).sum(1)
+            meta |= {"mean": mean.tolist(), "std": [v**0.5 or 1.0 for v in variance.tolist()]}  # 1: a channel of one value
     return meta
 
 
@@ -675,7 +661,8 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
     if not meta and any(file for form in ("*.bin", "*.npy") for file in folder.glob(form)):
         raise SystemExit(f"{folder} has .bin or .npy files without a meta.json, so they may be another program's: choose another --name")
     changed = [f"{key}={meta.get(key)!r} and not {value!r}" for key, value in settings.items() if meta and meta.get(key) != value]
-    if changed:
+    anew = not finished.exists() and meta.get("kind") == settings.get("kind") == "images"
+    if changed and not anew:
         raise SystemExit(f"{folder} was prepared with {', '.join(changed)}: choose another --name, or delete the folder")
 
     if finished.exists():
@@ -756,26 +743,25 @@ def load_meta(data_dir, dataset, kind=""):
     whole, or of another kind than "text" or "images" where one is asked for.
     """
     folder = Path(data_dir) / dataset
-    command = f"python prepare.py --dataset={dataset}" if dataset in HUB or dataset in ("pydocs", "digits") else (
-        "python prepare.py --dataset=imagenet16_120 --path=FILE_OR_FOLDER" if dataset == "imagenet16_120" else
-        f"python prepare.py --dataset={kind or 'text'} --path=FILE_OR_FOLDER --name={dataset}")
+    known = dataset in TOKENIZER | IMAGE_SETS
+    command = f"python prepare.py --dataset={dataset if known else kind or 'text'}"
+    if not known or dataset in ("text", "images", "imagenet16_120"):
+        command += f" --path=FILE_OR_FOLDER --name={dataset}"
     command += data_dir_option(data_dir)
     if not (folder / "meta.json").exists():
         raise SystemExit(f"{folder} is not prepared: run {command}")
     meta = read_json(folder / "meta.json")
     found = meta.get("kind", "text")
     if kind and found != kind:
-        raise SystemExit(f"{folder} holds {found} and {kind} is needed: choose another dataset")
+        raise SystemExit(f"{folder} holds {found}, where {kind} should be: choose another --dataset")
     if found == "images":
         try:
             for split in ("train", "val"):
                 shape = (meta[f"{split}_images"], meta["img_size"], meta["img_size"], meta["in_channels"])
                 assert np.load(folder / f"{split}.npy", mmap_mode="r").shape == shape
                 assert np.load(folder / f"{split}_labels.npy", mmap_mode="r").shape == shape[:1]
-                assert meta[f"{split}_sha256"] and meta[f"{split}_labels_sha256"]
-            assert len(meta["mean"]) == len(meta["std"]) == meta["in_channels"] and meta["num_classes"] > 0
-        except (AssertionError, KeyError, TypeError, OSError, ValueError):
-            raise SystemExit(f"{folder} is damaged, its files are not those of its meta.json: delete {folder} and run {command}") from None
+        except (AssertionError, KeyError, OSError, ValueError):
+            raise SystemExit(f"{folder} is damaged, its files are not those of its meta.json: delete it and prepare it again") from None
         return meta
     for split in ("train", "val"):
         try:
