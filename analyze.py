@@ -6,11 +6,16 @@ Redraws the figure of any run from its files, at any time, also while it runs, a
     python analyze.py --out_dir=out/rl          # of train_rl.py: aggregate.png, frames.png, two.png, regret.png, surface.png
     python analyze.py --out_dir=out/rl --compare=numbers:out/rl_numbers_*,random:out/rl_random_*    # regret.png of groups of runs
 """
+import bisect
+import csv
 import glob
+import gzip
 import json
 import os
+import zlib
 
 import numpy as np
+from tqdm import tqdm
 
 from prepare import read_json, write
 
@@ -44,6 +49,80 @@ def read_lines(path):
             raise SystemExit(f"{path} is damaged: its line {number} is not a JSON object; mend or delete that line.")
         found.append(value)
     return found
+
+
+def read_table(path):
+    """The rows of a table, dicts: of a .csv or .csv.gz with a header, or of a .json, {genotype: accuracy or {column: value}}."""
+    try:
+        if path.endswith(".json"):
+            rows = read_json(path).items()
+            return [{"genotype": text, **(row if isinstance(row, dict) else {"test_acc": row})} for text, row in rows]
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", newline="") as f:
+            return list(csv.DictReader(f))
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, AttributeError) as e:
+        raise SystemExit(f"The table {path} cannot be read ({e}): give a .csv, .csv.gz or .json of architectures and accuracies.") from None
+
+
+def official_rows(path, space, dataset):
+    """The rows of an official benchmark file, by its own Python package, which unpickles it: of NAS-Bench-201, a .pth, by nas_201_api,
+    of NATS-Bench by nats_bench. Test accuracies after 200 epochs, of the sizes after 90; the mean over the seeds that there are."""
+    try:
+        if path.endswith(".pth"):
+            from nas_201_api import NASBench201API
+            api = NASBench201API(path, verbose=False)
+        else:
+            from nats_bench import create
+            api = create(path, "sss" if space == "nats_size" else "tss", fast_mode=os.path.isdir(path), verbose=False)
+    except ImportError as e:
+        raise SystemExit(f"benchmark={path} needs the package of that benchmark ({e}): pip install nats_bench or nas-bench-201, or give "
+                         "a .csv, .csv.gz or .json.") from None
+    name, hp = {"imagenet16_120": "ImageNet16-120"}.get(dataset, dataset), "90" if space == "nats_size" else "200"
+    return [{"genotype": api.arch(i), "test_acc": api.get_more_info(i, name, hp=hp, is_random=False)["test-accuracy"]}
+            for i in tqdm(range(len(api)), desc="benchmark", unit=" architectures")]
+
+
+class Benchmark:
+    """The accuracies, in %, of trained architectures of a space: of its rows' column test_acc, the mean over the rows of one architecture.
+
+    Rows: see read_table() and official_rows(). module: the space's, whose columns() tell architectures apart, or in their place a
+    column `genotype`; arch: any of its architectures.
+    """
+    def __init__(self, path, module, arch, dataset=""):
+        self.path, self.module, found = path, module, {}
+        tables = path.endswith((".csv", ".csv.gz", ".json"))
+        rows = read_table(path) if tables else official_rows(path, module.__name__.split(".")[-1], dataset)
+        self.names = ["genotype"] if rows and "genotype" in rows[0] else list(module.columns(arch))
+        for number, row in enumerate(rows, 1):
+            try:
+                found.setdefault(self.key(row), []).append(float(row["test_acc"]))
+            except (KeyError, TypeError, ValueError) as e:
+                raise SystemExit(f"The table {path} has no test_acc, or not the columns of this space, in row {number} ({e}).") from None
+        if not found:
+            raise SystemExit(f"The table {path} is empty: give one that holds architectures and their accuracies.")
+        self.accuracies = {key: sum(values) / len(values) for key, values in found.items()}
+        self.sorted = sorted(self.accuracies.values(), reverse=True)
+
+    def key(self, row):
+        return tuple(str(row[name]) for name in self.names)
+
+    def __call__(self, arch):
+        """{"accuracy", "rank", "of", "percentile", "regret"}: rank 1 is the best of the table, regret what the best has more; in %."""
+        text = self.module.genotype(arch)
+        accuracy = self.accuracies.get(self.key({"genotype": text, **self.module.columns(arch)}))
+        if accuracy is None:
+            raise SystemExit(f"The table {self.path} lacks the architecture {text}: give this space's table, or leave out --benchmark.")
+        better, of = bisect.bisect_left(self.sorted, -accuracy, key=lambda value: -value), len(self.sorted)
+        return {"accuracy": accuracy, "rank": better + 1, "of": of, "percentile": 100 * (1 - better / of),
+                "regret": self.sorted[0] - accuracy}
+
+    def random_best(self, draws):
+        """The expected accuracy of the best of so many different architectures drawn at random: sum_i accuracy_i P(it is the best)."""
+        n, draws = len(self.sorted), min(draws, len(self.sorted))
+        best, left = 0.0, 1.0 # the chance that none of the i better ones is drawn
+        for i, accuracy in enumerate(self.sorted):
+            first = left * draws / (n - i)
+            best, left = best + first * accuracy, left - first
+        return best
 
 
 def by_step(lines):

@@ -68,7 +68,8 @@ def largest(net):
     """The architecture of the most parameters: of every choice the option that adds the most to their expectation, the last of equals."""
     weights = {name: torch.full(c.shape, 1 / len(c.options), requires_grad=True) for name, c in net.choices.items()}
     net.cost(weights)["params"].backward()
-    return likeliest(net.choices, {name: torch.arange(w.shape[-1]) * 1e-3 + (0 if w.grad is None else w.grad) for name, w in weights.items()})
+    gain = {name: torch.zeros(w.shape) if w.grad is None else w.grad for name, w in weights.items()}
+    return likeliest(net.choices, {name: g + 1e-3 * torch.arange(g.shape[-1]) for name, g in gain.items()})
 
 
 def random_data(net, config):

@@ -10,10 +10,8 @@ Action a stands for a // 8 + 1 heads and a % 8 + 1 layers, with n_embd = heads *
 number of entries, architecture and seed: loss and ppl on the shards' test split, time in seconds a training sample. An entry is one
 training sequence of block_size tokens. A reward needs {"loss", "ppl", "time"} and no more.
 """
-import contextlib
 import csv
 import hashlib
-import io
 import json
 import math
 import multiprocessing
@@ -33,8 +31,8 @@ from configurator import defaults
 from model import build
 from prepare import cut_shards, load_meta, load_shards, read_json, write, write_json
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, backward, begin, configure_optimizer, estimate_all, load_checkpoint, load_data, load_model, loop, main, micro_batches
-from train import rng, save, setup, train, train_step, update
+from train import Log, aside, backward, begin, configure_optimizer, estimate_all, load_checkpoint, load_data, load_model, loop, main
+from train import micro_batches, rng, save, setup, train, train_step, update
 
 TRAIN_KEYS = tuple(defaults(globals()))
 # -----------------------------------------------------------------------------
@@ -136,15 +134,6 @@ def cached(kind, config, shard, **settings):
     job = {**config, **settings, "dataset": shard["dataset"], "out_dir": f"{path}.{os.getpid()}.run", "overwrite": True,
            "init_from": "scratch", "save_minutes": 0.0, "eval_interval": settings["max_iters"], "eval_iters": 1}
     return settings, path, job
-
-
-@contextlib.contextmanager
-def aside():
-    """For a training inside an evaluation: nothing printed, and PyTorch's generator, which it seeds, put back. An agent that draws
-    its actions from the same generator would repeat itself."""
-    quiet = io.StringIO()
-    with torch.random.fork_rng(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        yield
 
 
 def train_evaluator(config):

@@ -15,6 +15,7 @@ with a checkpoint; with --init_from=resume it goes on as if nothing had happened
 import contextlib
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -696,6 +697,15 @@ def train(config, arch=None, test=False):
     with signals(run):
         loop(config, run, state, log, cost["flops"], step, evaluation, checkpoint)
     return finish(net, splits, config, run, state, cost, arch, log)
+
+
+@contextlib.contextmanager
+def aside():
+    """For a training inside an evaluation: nothing printed, and PyTorch's generator, which it seeds, put back. An agent that draws
+    its actions from the same generator would repeat itself."""
+    quiet = io.StringIO()
+    with torch.random.fork_rng(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        yield
 
 
 def evaluate(net, forward, splits, config, run, state, log):

@@ -4,6 +4,7 @@ Trains an architecture that a search found, from scratch, and measures its test 
     python train_base.py --arch=out/search/arch.json                  # the best architecture of a search
     python train_base.py --arch_traj=out/search/arch_traj.jsonl       # the last one of its trajectory
     python train_base.py --space=nb201 --genotype="|nor_conv_3x3~0|+|none~0|nor_conv_3x3~1|+|skip_connect~0|none~1|nor_conv_3x3~2|"
+    python train_base.py config/table_conv_macro_digits.py            # every architecture of a small space, into a table
     torchrun --standalone --nproc_per_node=4 train_base.py config/base_tinystories.py --arch=out/search/arch.json
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train_base.py --arch=...
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_base.py --arch=...
@@ -12,18 +13,26 @@ Trains an architecture that a search found, from scratch, and measures its test 
 The last val_portion of the training data validates; val.bin, or val.npy, is read once, at the end. A network of search_spaces/ is
 that of the search, unless a key of its space says otherwise, such as the number of cells. Writes what train.py writes.
 """
-from analyze import read_lines
+import os
+import shutil
+
+from tqdm import tqdm
+
+from analyze import read_lines, read_table
 from configurator import defaults, given
 from model import OPTIONS, GPTConfig
 from prepare import read_json, unseal
 from train import * # noqa: F403 (every key of train.py)
-from train import main, space_module, train, with_space
+from optim_nas import architectures
+from train import aside, build, main, space_module, train, with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py, and:
 arch = '' # an arch.json, or
 arch_traj = '' # an arch_traj.jsonl, whose last line counts, or
 genotype = '' # of a space of cells, in its published text form
+table = '' # a .csv: instead train every architecture of the space, and add each as a row; goes on where it was stopped
+seeds = [1, 2] # of each architecture in the table
 out_dir = 'out/base'
 dataset = '' # '': the search's
 data_dir = '' # '': the search's
@@ -79,8 +88,31 @@ def with_found(namespace):
     return with_space(namespace, found["space"], found["model"])
 
 
+def train_table(config):
+    """Trains every architecture of the space once a seed, without a look at the test split before the end, into config["table"]."""
+    path, module, config["dataset"] = config["table"], space_module(config["space"]), config["dataset"] or "digits"
+    choices = build(config).choices
+    rows = [(module.columns(arch), arch, seed) for seed in config["seeds"] for arch in architectures(choices)]
+    done = [list(row.values()) for row in read_table(path)] if os.path.exists(path) else []
+    done = {tuple(row[:len(rows[0][0]) + 1]) for row in done}
+    for columns, arch, seed in tqdm(rows, desc=path, unit=" networks"):
+        if (*map(str, columns.values()), str(seed)) in done:
+            continue
+        job = {**config, "seed": seed, "out_dir": f"{path}.{os.getpid()}.run", "overwrite": True, "eval_interval": config["max_iters"]}
+        with aside():
+            result = train({**job, "data_dir": config["data_dir"] or "data"}, arch, test=True)
+        numbers = {key: round(result[key], 4) for key in ("test_acc", "test_loss", "train_loss", "params", "flops")}
+        row = {**columns, "seed": seed, **numbers}
+        new = not os.path.exists(path)
+        with open(path, "a", newline="") as f: # one write a row: several processes may take a seed each
+            f.write((",".join(row) + "\n" if new else "") + ",".join(f'"{v}"' if "," in str(v) else str(v) for v in row.values()) + "\n")
+        shutil.rmtree(job["out_dir"])
+
+
 def train_found(config):
     """Trains what config["arch"], config["arch_traj"] or config["genotype"] names; returns train.py's result, with "test_loss"."""
+    if config["table"]:
+        return train_table(config)
     found = read_arch(config["arch"], config["arch_traj"], config["genotype"], config["space"])
     data = {name: config[name] or found[name] for name in ("dataset", "data_dir")}
     if found["space"] != "gpt":

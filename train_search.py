@@ -20,13 +20,13 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from analyze import describe, read_lines, search_figure
+from analyze import Benchmark, describe, read_lines, search_figure
 from configurator import defaults
 from model import OPTIONS
-from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, key_of, likeliest, picked, random_search
-from optim_nas import unrolled_gradient
+from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, key_of, picked, random_search, rowwise
+from optim_nas import uniform, unrolled_gradient
 from prepare import rng, seal, unseal, write, write_json
-from supernet import batch_norms, use_fused_ops
+from supernet import batch_norms, extremes, use_fused_ops
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
 from train import Log, append, average, backward, begin, build, calibrate, check_split, configure_optimizer, cut, estimate, fault, get_lr
 from train import load_data, loop, main, micro_batches, resume, save, setup, share, signals, space_module, stop_if_told, train_step
@@ -57,6 +57,7 @@ population = 50
 parents = 10
 mutate_prob = 0.2 # of each layer's entries
 depth_mutate_prob = 0.4 # of the other choices
+benchmark = '' # a table of the space's trained architectures (.csv, .csv.gz, .json, or an official file): logs accuracy, rank and regret
 fused = True # on a CPU: mixtures in the kernels of fused_ops.cpp, compiled at first use; False: in PyTorch alone
 # the quick search on pydocs
 eval_interval = 100
@@ -123,7 +124,7 @@ def bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, l
 def weight_arch(net, chooser, config, run, progress, step):
     """What the weights are trained as in a step: the weights of a mixture; for gdas and spos the architecture drawn."""
     sampled = chooser.sample(progress, rng(config.seed, "sample", "weights", step))
-    return likeliest(net.choices, sampled) if config.optimizer == "gdas" else to_device(sampled, run)
+    return rowwise(net.choices, sampled) if config.optimizer == "gdas" else to_device(sampled, run)
 
 
 def to_device(weights, run, requires_grad=False):
@@ -137,7 +138,7 @@ def supernet_arch(chooser, config, run, i):
     if config.optimizer == "spos":
         return chooser.sample(1.0, rng(config.seed, "eval", i))
     if config.optimizer == "gdas":
-        return likeliest(chooser.choices, chooser.sample(1.0, rng(config.seed, "eval", i)))
+        return rowwise(chooser.choices, chooser.sample(1.0, rng(config.seed, "eval", i)))
     return to_device(chooser.mean(), run)
 
 
@@ -148,7 +149,7 @@ def score(net, forward, arch, splits, config, run, names=("search",)):
     return found if len(found) > 1 else found[0]
 
 
-def evaluate(net, forward, chooser, splits, config, run, state, log):
+def evaluate(net, forward, chooser, splits, config, run, state, log, table):
     """The losses of the supernet and of the architecture read off it, with inherited weights; logs, and keeps the best."""
     if config.optimizer == "spos": # no alphas to read: the best of a few draws
         history = random_search(net.choices, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
@@ -161,11 +162,11 @@ def evaluate(net, forward, chooser, splits, config, run, state, log):
     entropies = {name: h.tolist() for name, h in entropy(chooser.mean()).items()}
     weights = {name: w.tolist() for name, w in chooser.mean().items()}
     found, val = score(net, forward, arch, splits, config, run, ("search", "val"))
-    record(net, arch, found, mixture["loss"], val, config, run, state, log, entropy=entropies, weights=weights,
+    record(net, arch, found, mixture["loss"], val, config, run, state, log, table, entropy=entropies, weights=weights,
            options={name: list(choice.options) for name, choice in net.choices.items()})
 
 
-def record(net, arch, found, mixture_loss, val, config, run, state, log, **rest):
+def record(net, arch, found, mixture_loss, val, config, run, state, log, table, **rest):
     """One line of the trajectory and of the log, and arch.json if this architecture's loss is the lowest so far. found, val: its
     estimate() on the search split and on val."""
     cost, loss, space = net.cost(arch), found["loss"], space_module(config.space)
@@ -173,6 +174,8 @@ def record(net, arch, found, mixture_loss, val, config, run, state, log, **rest)
     values = {"arch_loss": loss, "mixture_loss": mixture_loss, "gap": loss - mixture_loss, "val_arch_loss": val["loss"]}
     if "acc" in val:
         values |= {"arch_acc": found["acc"], "val_arch_acc": val["acc"]}
+    if table:
+        values |= {f"table_{key}": value for key, value in table(arch).items()}
     line = {"space": config.space, "step": state.step, "arch": arch, "cost": cost, **values, **rest, "optimizer": config.optimizer,
             "seed": config.seed, "model": {key: getattr(config, key) for key in keys}, "dataset": config.dataset,
             "data_dir": config.data_dir}
@@ -183,6 +186,8 @@ def record(net, arch, found, mixture_loss, val, config, run, state, log, **rest)
         if run.master:
             write_json(os.path.join(config.out_dir, "arch.json"), line)
     accuracy = f" | acc {found['acc']:.2f}% | val acc {val['acc']:.2f}%" if "acc" in val else ""
+    if table:
+        accuracy += " | table {table_accuracy:.2f}%, rank {table_rank} of {table_of}, regret {table_regret:.2f}%".format(**values)
     log(f"step {state.step}/{config.max_iters} | mixture {mixture_loss:.4f} | arch {loss:.4f} | gap {values['gap']:+.4f} | "
         f"val {val['loss']:.4f}{accuracy} | {text_of(arch, config)} | {cost['params'] / 1e6:.3g}M params", step=state.step, arch=arch,
         **values, **cost)
@@ -191,6 +196,18 @@ def record(net, arch, found, mixture_loss, val, config, run, state, log, **rest)
 def text_of(arch, config):
     """The architecture in the text form of its space."""
     return getattr(space_module(config.space), "genotype", describe)(arch)
+
+
+def load_table(net, config):
+    """The Benchmark that config names, or None. It must hold some architectures of the space, or it is that of another."""
+    if not config.benchmark:
+        return None
+    if config.space == "gpt":
+        raise SystemExit(f"benchmark='{config.benchmark}' is for the spaces of search_spaces/, of which there are tables; space is gpt.")
+    table = Benchmark(config.benchmark, space_module(config.space), extremes(net.choices)[0], config.dataset)
+    for i in range(8):
+        table(uniform(net.choices, rng("benchmark", i)))
+    return table
 
 
 def search(config):
@@ -206,6 +223,7 @@ def search(config):
     splits = split_data(config, run)
     use_fused_ops(config.fused and run.device_type == "cpu" and config.space == "gpt" and config.optimizer in ("darts", "drnas"))
     net = build(vars(config)).to(run.device)
+    table = load_table(net, config)
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer)
     optimizer = configure_optimizer(net, config, run)
@@ -232,13 +250,13 @@ def search(config):
 
     with signals(run):
         loop(config, run, state, log, net.cost(chooser.mean())["flops"].item(), step,
-             lambda: evaluate(net, forward, chooser, splits, config, run, state, log), checkpoint, undecided)
+             lambda: evaluate(net, forward, chooser, splits, config, run, state, log, table), checkpoint, undecided)
         if config.optimizer == "spos":
-            search_inherited(net, forward, splits, config, run, state, log)
-    return finish(net, config, run, state)
+            search_inherited(net, forward, splits, config, run, state, log, table)
+    return finish(net, config, run, state, table)
 
 
-def search_inherited(net, forward, splits, config, run, state, log):
+def search_inherited(net, forward, splits, config, run, state, log, table):
     """Evolutionary or random search, by the loss on the search split with the supernet's weights.
 
     arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
@@ -269,13 +287,15 @@ def search_inherited(net, forward, splits, config, run, state, log):
         history = evolutionary_search(net.choices, evaluate, config.arch_evals, generator, config.population, config.parents,
                                       config.mutate_prob, config.depth_mutate_prob)
     found, val = score(net, forward, best_of(history)[1], splits, config, run, ("search", "val"))
-    record(net, best_of(history)[1], found, sum(losses) / len(losses), val, config, run, state, log)
+    record(net, best_of(history)[1], found, sum(losses) / len(losses), val, config, run, state, log, table)
 
 
-def finish(net, config, run, state):
+def finish(net, config, run, state, table):
     """result.json, the figure and the next command."""
     result = {"out_dir": config.out_dir, "arch": state.best_arch, **net.cost(state.best_arch), "steps": state.step,
               "seconds": state.seconds, "arch_loss": state.best_loss}
+    if table:
+        result |= {f"table_{key}": value for key, value in table(state.best_arch).items()}
     if run.master:
         write_json(os.path.join(config.out_dir, "result.json"), result)
         print(f"found: {text_of(state.best_arch, config)}, {result['params']:,} parameters, loss {state.best_loss:.4f} with shared weights")

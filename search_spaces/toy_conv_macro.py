@@ -27,6 +27,7 @@ last_channels = 256 # of the convolution behind them
 last_kernel_size = 7
 last_padding = 2 # with its 7 x 7: 32 x 32 pixels arrive as 8 x 8 and leave as 6 x 6; images of 8 x 8 need 3 and 1
 fc = 256 # of the first linear layer; halved twice
+he_init = False # weights start at the scale that ReLUs keep (He et al. 2015); PyTorch's usual one lets many small networks die
 dropout = 0.5 # of whole channels, behind convolution 3 and the last one
 entanglement = 'weights' # mixed weights; 'outputs': every combination of in, out and kernel runs; 'none': each has its own weights
 # -----------------------------------------------------------------------------
@@ -67,6 +68,10 @@ class ConvMacro(nn.Module):
         self.fc = nn.ModuleList([Linear(i, o) for i, o in pairwise(sizes)])
         self.classifier = Linear(sizes[-1], c.num_classes)
         self.dropout = nn.Dropout2d(c.dropout)
+        for module in self.modules() if c.he_init else ():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
 
     def sizes(self, arch):
         """The Sizes of the four convolutions' channels, and their kernels."""
