@@ -1,0 +1,24 @@
+# Trains DARTS cells on CIFAR-10 by the published recipe: 20 cells of 36 channels, 600 epochs, auxiliary head, drop path, cutout.
+# python train_base.py config/base_darts.py --arch=out/search_darts_drnas/arch.json
+# python train_base.py config/base_darts.py --space=darts --genotype=DARTS_V2
+out_dir = 'out/base_darts'
+dataset = 'cifar10'
+init_channels = 36
+n_layer = 20
+affine = True
+pool_norm = False
+auxiliary = 0.4
+drop_path = 0.2
+cutout = 16
+batch_size = 96
+max_iters = 312500
+eval_interval = 5208
+val_portion = 0.0
+crop = 4
+flip = True
+weight_optimizer = 'sgd'
+learning_rate = 0.025
+min_lr = 0.0
+warmup_iters = 0
+weight_decay = 3e-4
+grad_clip = 5.0
