@@ -702,7 +702,8 @@ class Edge(nn.Module):
         for name, (places, kernels) in self.groups.items():
             op, p = self.ops[name] if name != "none" else None, w[places]
             if op and self.entanglement == "weights" and len(kernels) > 1:
-                y = y + op(x, r, p, p.sum() if self.group_weight else None)
+                total = p.sum()
+                y = y + op(x, r, p, total if self.group_weight else (total > 0).to(total.dtype)) # a norm of 0 is not 0
             elif op:
                 for place, kernel in zip(places, kernels, strict=True):
                     y = y + op(x, r, kernel if len(kernels) > 1 else None, w[place])
