@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configurator import defaults
 from optim_nas import ArchOptimizer, one_hot, picked, uniform
 from search_spaces import darts, nb201, toy_cell
-from supernet import ENTANGLEMENTS, Edge, ReLUConvBN, Skip, check_arch, drop_path, extremes, measure_norms, nodes
+from supernet import ENTANGLEMENTS, Edge, FactorizedReduce, ReLUConvBN, Skip, check_arch, drop_path, extremes, measure_norms, nodes, widen
 
 SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4), "darts": dict(init_channels=4, n_layer=3)}
 TINY = dict(img_size=8, in_channels=2, num_classes=3)
@@ -23,6 +23,7 @@ def entanglements(name):
 
 
 CASES = [(name, entanglement) for name in SPACES for entanglement in entanglements(name)]
+PARTIAL = {"nb201": dict(init_channels=4, n_cell=1, partial_channels=2), "darts": dict(init_channels=8, n_layer=3, partial_channels=4)}
 CELLS = [name for name in SPACES if len(entanglements(name)) > 1]
 
 
@@ -81,10 +82,21 @@ def gradients(net, loss):
 def test_law_of_exactness(name, entanglement, dtype):
     """One-hot mixture, hard architecture and extracted network: logits, loss, and the gradient of everything that they share."""
     torch.set_default_dtype(dtype)
-    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-    net, (x, y) = make(name, entanglement=entanglement), batch()
+    net = make(name, entanglement=entanglement)
+    check_law(net, [uniform(net.choices, generator()), *(extremes(net.choices) if dtype == torch.float64 else ())])
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_law_of_exactness_of_partial_channels(name):
+    """Also 'none' leaves the way around an edge."""
+    net = make(name, **PARTIAL[name])
+    check_law(net, [uniform(net.choices, generator()), extremes(net.choices)[0]])
+
+
+def check_law(net, archs):
+    tolerance, (x, y) = 1e-9 if torch.get_default_dtype() == torch.float64 else 1e-5, batch()
     of_net = copy.deepcopy(net) # its parameters will be gradients
-    for arch in [uniform(net.choices, generator()), *(extremes(net.choices) if dtype == torch.float64 else ())]:
+    for arch in archs:
         net.train()
         small = net.extract(arch)
         assert not small.choices and {n for n, _ in small.named_parameters()} <= {n for n, _ in net.named_parameters()}
@@ -290,6 +302,9 @@ V1 = darts.GENOTYPES["DARTS_V1"]
     (lambda: make("darts", primitives=["skip_connect"]), "must have 'none'"),
     (lambda: make("toy_cell", entanglement="weight"), "entanglement='weight' is not one of weights, outputs, none"),
     (lambda: make("toy_cell", img_size=4), "img_size=4 leaves nothing to classify"),
+    (lambda: make("darts", init_channels=10, partial_channels=4), "partial_channels=4 does not divide the 10 channels"),
+    (lambda: make("darts", init_channels=3, partial_channels=2), "partial_channels=2 does not divide the 3 channels"),
+    (lambda: FactorizedReduce(3, 3), "its 3 channels in two halves: choose an even number"),
     (lambda: darts.build({"auxiliary": 0.4, "img_size": 28, "init_channels": 4, "n_layer": 3}, darts.arch_of("DARTS_V1")),
      "img_size=28 leaves 7 x 7"),
     (lambda: make("nb201").extract({"cell": ["none"] * 5}), "needs a list of at least 6 entries")])
@@ -381,3 +396,68 @@ def test_a_network_of_darts_has_no_module_for_what_it_does_not_use():
     net = make("darts").extract(arch := darts.arch_of("DARTS_V1"))
     for cell in net.cells:
         assert [edge is not None for edge in cell.edges] == [op != "none" for op in arch[cell.name]]
+
+
+# -----------------------------------------------------------------------------
+# partial channels, pruning and widening
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_goes_around_an_edge(stride):
+    """With identities, or nothing, for operations: the first half is that of the operation, the other passes; channels alternate."""
+    ops = {"skip_connect": lambda kernels, stride: Skip()}
+    x = torch.randn(2, 4, 5, 5)
+    around = x[:, 2:] if stride == 1 else F.max_pool2d(x[:, 2:], 2, ceil_mode=True)
+    y = Edge(["none"], ops, stride, partial_channels=2)(x, F.relu(x))
+    assert torch.equal(y[:, 1::2], around) and not y[:, ::2].any()
+    if stride == 1:
+        y = Edge(["skip_connect", "none"], ops, partial_channels=2)(x, F.relu(x), torch.tensor([0.25, 0.75]))
+        close(y, torch.stack((0.25 * x[:, 0], x[:, 2], 0.25 * x[:, 1], x[:, 3]), 1))
+
+
+@pytest.mark.parametrize("name, entanglement", [case for case in CASES if case[0] in CELLS])
+def test_pruning_changes_nothing_where_the_weight_is_zero(name, entanglement):
+    net, (x, y) = make(name, entanglement=entanglement), batch()
+    chooser = ArchOptimizer("drnas", net.choices, generator())
+    for i, alpha in enumerate(chooser.alphas.values()):
+        alpha.data.copy_(torch.randn(alpha.shape, generator=generator(1 + i)))
+    chooser.prune(2)
+    arch, weights = chooser.arch(), chooser.sample(0, generator())
+    results, size = [], sum(p.numel() for p in net.parameters())
+    for _ in range(2): # before and after
+        loss = run(net, x, y, weights)[1]
+        grads = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
+        results.append([loss, run(net, x, y, arch)[1], *(g * w for g, w in zip(grads, weights.values(), strict=True)),
+                        *net.cost(weights).values(), torch.tensor(net.cost(arch)["params"])])
+        net.prune(chooser.mask)
+    for a, b in zip(*results, strict=True):
+        close(a, b)
+    assert sum(p.numel() for p in net.parameters()) < size
+    assert net.extract(arch).cost() == net.cost(arch)
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_widening_copies_random_channels_with_their_momentum(name):
+    """The same channels of every tensor; what had its size is as it was; the old channels come first, in their order."""
+    old, new = (make(name, **PARTIAL[name] | {"partial_channels": k}) for k in (PARTIAL[name]["partial_channels"], 1))
+    x, y = batch()
+    weights = mixed(old)
+    mask = {key: torch.zeros_like(w, dtype=torch.bool) for key, w in weights.items()}
+    for m in mask.values():
+        m[:, -1] = True
+    for net in (old, new):
+        net.prune(mask)
+    optimizers = [torch.optim.SGD(net.parameters(), 0.1, momentum=0.9) for net in (old, new)]
+    run(old, x, y, weights)[1].backward()
+    optimizers[0].step()
+    assert widen(old, new, generator(), optimizers) is new
+    maps = {}
+    for (key, p), (_, q) in zip(old.named_parameters(), new.named_parameters(), strict=True):
+        momentum = [optimizer.state[w]["momentum_buffer"] for optimizer, w in zip(optimizers, (p, q), strict=True)]
+        for a, b in ((p, q), momentum):
+            assert torch.equal(b[tuple(slice(n) for n in a.shape)], a), key
+        if q.shape[0] > p.shape[0] and p.dim() > 1:
+            rows = q.flatten(1)[:, :1] == p.flatten(1)[:, 0]
+            maps.setdefault((len(p), len(q)), set()).add(tuple(rows.int().argmax(1).tolist()))
+            assert rows.any(1).all()
+    assert maps and all(len(drawn) == 1 for drawn in maps.values())
+    assert run(new, x, y, mixed(new))[1].isfinite()
