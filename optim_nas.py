@@ -126,6 +126,7 @@ class ArchOptimizer:
         self.optimizer = torch.optim.Adam(self.alphas.values(), lr=learning_rate, betas=betas,
                                           weight_decay=0.0 if self.kl_scale else weight_decay) if self.alphas else None
         self.idle = {} # choice -> steps in a row without a gradient
+        self.mask = {} # choice -> (..., K), True for what prune() took out: its alpha and its weight are 0
 
     def sample(self, progress, generator):
         """What the network runs with in one step: weights, or for spos an arch. progress: 0 at the start, 1 at the end."""
@@ -134,16 +135,34 @@ class ArchOptimizer:
         if self.name == "darts":
             return self.mean()
         if self.name == "drnas":
-            return self.complete({key: dirichlet(alpha, generator) for key, alpha in self.alphas.items()})
+            return self.complete({key: self.share(key, dirichlet(alpha, generator)) for key, alpha in self.alphas.items()})
         tau = self.tau_max + (self.tau_min - self.tau_max) * progress
-        return self.complete({key: gumbel(alpha, tau, generator) for key, alpha in self.alphas.items()})
+        return self.complete({key: gumbel(self.left(key), tau, generator) for key in self.alphas})
 
     def mean(self):
         """The weights that the alphas stand for: the mean of what is sampled."""
         if self.name == "drnas":
-            return self.complete({key: F.normalize(F.elu(alpha) + 1, p=1, dim=-1) for key, alpha in self.alphas.items()})
+            return self.complete({key: self.share(key, F.normalize(F.elu(alpha) + 1, p=1, dim=-1)) for key, alpha in self.alphas.items()})
         turn = sparsemax if self.normalize == "sparsemax" and self.name == "darts" else lambda alpha: alpha.softmax(-1)
-        return self.complete({key: turn(alpha) for key, alpha in self.alphas.items()})
+        return self.complete({key: turn(self.left(key)) for key in self.alphas})
+
+    def left(self, key):
+        """The alphas of a choice, those of pruned options so low that their weight is 0."""
+        return self.alphas[key].masked_fill(self.mask[key], -1e9) if self.mask else self.alphas[key]
+
+    def share(self, key, weights):
+        """The weights of a choice without pruned options."""
+        return F.normalize(weights.masked_fill(self.mask[key], 0.0), p=1, dim=-1) if self.mask else weights
+
+    def prune(self, keep):
+        """Leaves the `keep` options of the largest mean weight in every row, or all where there are no more (DrNAS, Chen et al. 2021)."""
+        if keep < 2:
+            raise SystemExit(f"{keep} options a row leave nothing to search: keep at least 2.")
+        mean = self.mean()
+        for key, alpha in self.alphas.items():
+            best = mean[key].topk(min(keep, alpha.size(-1))).indices
+            self.mask[key] = torch.ones_like(alpha, dtype=torch.bool).scatter(-1, best, False)
+            alpha.data.masked_fill_(self.mask[key], 0.0)
 
     def complete(self, weights):
         """Adds weight 1 for choices of one option, and uniform weights for all choices of spos."""
@@ -166,15 +185,19 @@ class ArchOptimizer:
                 raise RuntimeError(f"the gradient of the weights of {key} is not finite: {grad}")
             weights[key].backward(grad.to(alpha))
             if self.kl_scale:
-                (self.kl_scale * kl_to_uniform(F.elu(alpha) + 1)).backward()
+                rows = alpha[~self.mask[key]].unflatten(0, (*alpha.shape[:-1], -1)) if self.mask else alpha
+                (self.kl_scale * kl_to_uniform(F.elu(rows) + 1)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for key, mask in self.mask.items():
+            self.alphas[key].data.masked_fill_(mask, 0.0) # what momentum was left
 
     def state_dict(self):
         return {"alphas": {key: alpha.detach().clone() for key, alpha in self.alphas.items()},
-                "optimizer": self.optimizer.state_dict() if self.alphas else {}}
+                "mask": dict(self.mask), "optimizer": self.optimizer.state_dict() if self.alphas else {}}
 
     def load_state_dict(self, state):
+        self.mask = dict(state["mask"])
         for key, alpha in self.alphas.items():
             alpha.data.copy_(state["alphas"][key])
         if self.alphas:

@@ -745,11 +745,13 @@ class Edge(nn.Module):
     operations that differ in their kernel alone share weights, and their mixture is one operation on mixed weights (weight
     superposition); "outputs", they share weights, and each runs (weight entanglement); "none", each has its own weights, and runs
     (weight sharing). group_weight: mixed weights are followed by their total weight, which a BatchNorm has removed; without it, as in
-    the literature, the group as a whole gets no gradient.
+    the literature, the group as a whole gets no gradient. partial_channels: k, the operations are of the first C / k channels, and the
+    others go around them, pooled where the stride is 2; all are shuffled, so that the next edge sees others (PC-DARTS, Xu et al. 2020).
     """
-    def __init__(self, primitives, ops, stride=1, entanglement="weights", group_weight=True):
+    def __init__(self, primitives, ops, stride=1, entanglement="weights", group_weight=True, partial_channels=1):
         super().__init__()
         self.primitives, self.stride, self.entanglement, self.group_weight = tuple(primitives), stride, entanglement, group_weight
+        self.partial_channels, self.pruned = partial_channels, () # pruned: places of what is no longer an option
         if entanglement not in ENTANGLEMENTS:
             raise SystemExit(f"entanglement='{entanglement}' is not one of {', '.join(ENTANGLEMENTS)}.")
         self.identity = self.primitives == ("skip_connect",) and stride == 1
@@ -764,6 +766,14 @@ class Edge(nn.Module):
 
     def forward(self, x, r, w=None):
         """x: (B, C, H, W), r: its ReLU. w: None where there is one operation, an operation, one and its weight, or weights (K,)."""
+        k, n = self.partial_channels, x.shape[1] // self.partial_channels
+        if k == 1:
+            return self.operate(x, r, w)
+        y, rest = self.operate(x[:, :n], r[:, :n], w), x[:, n:]
+        y = torch.cat((y, rest if self.stride == 1 else F.max_pool2d(rest, 2, ceil_mode=True)), 1)
+        return y.unflatten(1, (k, n)).transpose(1, 2).flatten(1, 2)
+
+    def operate(self, x, r, w):
         if isinstance(w, torch.Tensor):
             return self.mixture(x, r, w)
         primitive, p = w if isinstance(w, tuple) else (w or self.primitives[0], None)
@@ -780,11 +790,29 @@ class Edge(nn.Module):
         for name, (places, kernels) in self.groups.items():
             op, p = self.ops[name] if name != "none" else None, w[places]
             if op and self.entanglement == "weights" and len(kernels) > 1:
-                y = y + op(x, r, p, p.sum() if self.group_weight else None)
+                total = p.sum()
+                y = y + op(x, r, p, total if self.group_weight else (total > 0).to(total.dtype)) # a norm of 0 is not 0
             elif op:
                 for place, kernel in zip(places, kernels, strict=True):
-                    y = y + op(x, r, kernel if len(kernels) > 1 else None, w[place])
+                    if place not in self.pruned:
+                        y = y + op(x, r, kernel if len(kernels) > 1 else None, w[place])
         return y
+
+    def prune(self, mask):
+        """No longer runs the operations where mask: (K,) is True, whose weights are 0 from here on; a shared weight stays as large."""
+        self.pruned = tuple(mask.nonzero().flatten().tolist())
+        for name, (places, _) in list(self.groups.items()):
+            if set(places) <= set(self.pruned):
+                del self.groups[name]
+                if name in self.ops:
+                    del self.ops[name]
+
+
+def partial(C, partial_channels):
+    """The channels of an edge's operations, in a cell of C channels a node."""
+    if partial_channels < 1 or C % partial_channels:
+        raise SystemExit(f"partial_channels={partial_channels} does not divide the {C} channels of a node: change it or init_channels.")
+    return C // partial_channels
 
 
 def drop_path(x, p):
@@ -863,8 +891,11 @@ class EdgeCosts:
 
     edges: [(Edge, the name of its choice, row)]; run(arch): the network's hard forward of one image.
     """
-    def __init__(self, net, edges, run, arch):
+    def __init__(self, net, edges, run):
         shapes, known = {}, {}
+        arch = {name: [None] * choice.repeat for name, choice in net.choices.items()}
+        for edge, choice, row in edges:
+            arch[choice][row] = next(primitive for i, primitive in enumerate(edge.primitives) if i not in edge.pruned)
         hooks = [edge.register_forward_pre_hook(lambda edge, args: shapes.update({edge: args[0].shape})) for edge, *_ in edges]
         base = measure_cost(net, lambda: run(arch))
         for hook in hooks:
@@ -879,7 +910,8 @@ class EdgeCosts:
 
         self.rows = {} # (choice, row) -> (K, 2), summed over the cells that share it
         for edge, choice, row in edges:
-            table = torch.tensor([cost_of(edge, primitive) for primitive in edge.primitives]).double()
+            table = [[0, 0] if i in edge.pruned else cost_of(edge, primitive) for i, primitive in enumerate(edge.primitives)]
+            table = torch.tensor(table).double()
             self.rows[choice, row] = self.rows.get((choice, row), 0) + table
         self.base = torch.tensor(list(base.values())).double() - self(one_hot(net.choices, arch), 0)
 
@@ -908,6 +940,39 @@ class CellNetwork(nn.Module):
         if arch is None or not all(isinstance(w, torch.Tensor) for w in arch.values()):
             return measure_cost(self, lambda: self.run(arch))
         if not hasattr(self, "costs"):
-            edges = [(edge, cell.name, i) for cell in self.cells if hasattr(cell, "edges") for i, edge in enumerate(cell.edges)]
-            self.costs = EdgeCosts(self, edges, self.run, extremes(self.choices)[0])
+            self.costs = EdgeCosts(self, self.edges(), self.run)
         return dict(zip(("params", "flops"), self.costs(arch), strict=True))
+
+    def edges(self):
+        """[(Edge, its choice, its row)]"""
+        return [(edge, cell.name, i) for cell in self.cells if hasattr(cell, "edges") for i, edge in enumerate(cell.edges)]
+
+    def prune(self, mask):
+        """Drops the operations of which nothing is left, for good. mask: choice -> (rows, K), True for what is no longer an option."""
+        for edge, choice, row in self.edges():
+            edge.prune(mask[choice][row])
+        self.__dict__.pop("costs", None)
+
+
+def widen(old, new, generator, optimizers=()):
+    """Fills `new` from `old`, a network of the same names and smaller shapes: where a dimension grew, the rest of it are copies of
+    others drawn at random, the same ones for all that grew so (after Net2WiderNet, Chen et al. 2016). optimizers: those of old and of new,
+    with the same groups of parameters, to fill the second's state likewise. Returns new."""
+    drawn = {}
+
+    def grow(t, shape):
+        for dim, (a, b) in enumerate(zip(t.shape, shape, strict=True)):
+            if b > a:
+                if (a, b) not in drawn:
+                    drawn[a, b] = torch.cat((torch.arange(a), torch.randint(a, (b - a,), generator=generator)))
+                t = t.index_select(dim, drawn[a, b].to(t.device))
+        return t
+
+    shapes = {name: t.shape for name, t in new.state_dict().items()}
+    new.load_state_dict({name: grow(t, shapes[name]) for name, t in old.state_dict().items()})
+    if optimizers:
+        pairs = zip(*([p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers), strict=True)
+        for p, q in pairs:
+            optimizers[1].state[q] = {key: grow(t, q.shape) if isinstance(t, torch.Tensor) and t.shape == p.shape else t
+                                      for key, t in optimizers[0].state[p].items()}
+    return new

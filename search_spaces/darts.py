@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from configurator import defaults
 from supernet import (BatchNorm2d, CellNetwork, Choice, Conv2d, DilConv, Edge, FactorizedReduce, Linear, Pool, ReLUConvBN, SepConv, Skip,
-                      check_arch, check_names, nodes, read_genotype, write_genotype)
+                      check_arch, check_names, nodes, partial, read_genotype, write_genotype)
 
 # -----------------------------------------------------------------------------
 init_channels = 16 # of a node in the first third; 36 in the published networks
@@ -23,6 +23,7 @@ primitives = ['none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_
 stem_multiplier = 3 # channels of the stem over init_channels
 entanglement = 'weights' # of the 3 x 3 and 5 x 5 convolutions, as they are mixed; 'outputs': each runs; 'none': each has its own weights
 group_weight = True # mixed weights count with their total, behind their BatchNorm; False: as in the literature
+partial_channels = 1 # k: an edge's operations are of 1/k of the channels, the others go around them
 affine = True # weight and bias in the BatchNorms of cells; searches do without
 pool_norm = True # a BatchNorm behind every pool, as in searches; the published networks have none
 # of networks without a choice, in training
@@ -53,17 +54,18 @@ class Cell(nn.Module):
         self.name = name
         self.preprocess_0 = FactorizedReduce(i[0], C, c.affine) if halve else ReLUConvBN(i[0], C, 1, affine=c.affine)
         self.preprocess_1 = ReLUConvBN(i[1], C, 1, affine=c.affine)
-        ops = {"skip_connect": lambda kernels, stride: Skip() if stride == 1 else FactorizedReduce(C, C, c.affine),
-               "max_pool": lambda kernels, stride: Pool("max", C, stride, c.pool_norm),
-               "avg_pool": lambda kernels, stride: Pool("avg", C, stride, c.pool_norm),
-               "sep_conv": lambda kernels, stride: SepConv(C, C, kernels, stride, c.affine),
-               "dil_conv": lambda kernels, stride: DilConv(C, C, kernels, stride, c.affine)}
+        m = partial(C, c.partial_channels)
+        ops = {"skip_connect": lambda kernels, stride: Skip() if stride == 1 else FactorizedReduce(m, m, c.affine),
+               "max_pool": lambda kernels, stride: Pool("max", m, stride, c.pool_norm),
+               "avg_pool": lambda kernels, stride: Pool("avg", m, stride, c.pool_norm),
+               "sep_conv": lambda kernels, stride: SepConv(m, m, kernels, stride, c.affine),
+               "dil_conv": lambda kernels, stride: DilConv(m, m, kernels, stride, c.affine)}
         self.edges = nn.ModuleList()
         for n in INPUTS:
             node = rows[len(self.edges):len(self.edges) + n]
             for source, row in enumerate(node):
-                unused = list(row) == ["none"] and any(list(other) != ["none"] for other in node)
-                edge = Edge(row, ops, 2 if name == "reduce" and source < 2 else 1, c.entanglement, c.group_weight)
+                unused = list(row) == ["none"] and any(list(other) != ["none"] for other in node) and c.partial_channels == 1
+                edge = Edge(row, ops, 2 if name == "reduce" and source < 2 else 1, c.entanglement, c.group_weight, c.partial_channels)
                 self.edges.append(None if unused else edge)
 
     def forward(self, x_0, x_1, w, drop):

@@ -11,7 +11,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import defaults
-from supernet import BatchNorm2d, CellNetwork, Choice, Conv2d, Edge, Linear, Pool, ReLUConvBN, Skip, check_arch, check_names, nodes
+from supernet import (BatchNorm2d, CellNetwork, Choice, Conv2d, Edge, Linear, Pool, ReLUConvBN, Skip, check_arch, check_names, nodes,
+                      partial)
 
 # -----------------------------------------------------------------------------
 init_channels = 16 # of the first third of the cells; doubled twice
@@ -19,6 +20,7 @@ n_cell = 5 # cells a third
 primitives = ['none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3'] # the operations to choose from
 entanglement = 'weights' # of the 1 x 1 and the 3 x 3 convolution, as they are mixed; 'outputs': each runs; 'none': each has its own weights
 group_weight = True # mixed weights count with their total, behind their BatchNorm; False: as in the literature
+partial_channels = 1 # k: an edge's operations are of 1/k of the channels, the others go around them
 affine = True # weight and bias in the BatchNorms of cells; searches do without
 # -----------------------------------------------------------------------------
 
@@ -31,9 +33,10 @@ class Cell(nn.Module):
     def __init__(self, C, rows, c):
         """rows: the operations to choose from, of each of the 6 edges."""
         super().__init__()
-        ops = {"skip_connect": lambda kernels, stride: Skip(), "avg_pool": lambda kernels, stride: Pool("avg", C, stride),
-               "nor_conv": lambda kernels, stride: ReLUConvBN(C, C, kernels, stride, c.affine)}
-        self.edges = nn.ModuleList([Edge(row, ops, 1, c.entanglement, c.group_weight) for row in rows])
+        n = partial(C, c.partial_channels)
+        ops = {"skip_connect": lambda kernels, stride: Skip(), "avg_pool": lambda kernels, stride: Pool("avg", n, stride),
+               "nor_conv": lambda kernels, stride: ReLUConvBN(n, n, kernels, stride, c.affine)}
+        self.edges = nn.ModuleList([Edge(row, ops, 1, c.entanglement, c.group_weight, c.partial_channels) for row in rows])
 
     def forward(self, x, w):
         return nodes([x], self.edges, w)[-1]

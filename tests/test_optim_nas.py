@@ -369,3 +369,52 @@ def test_evolution_finds_the_best_of_a_constrained_space():
         return sum(op != "conv" for op in arch["normal"]) + arch["n_embd"] + 3 * (arch["normal"][3] != "none")
     for search in (random_search(KEPT, loss, 500, generator()), evolutionary_search(KEPT, loss, 500, generator(), 10, 4)):
         assert len(search) == 96 and best_of(search) == (9, {"n_embd": 8, "normal": ["conv", "conv", "conv", "none", "conv"]})
+
+
+OPEN = {"op": Choice(tuple("abcd"), repeat=3), "width": Choice((1, 2, 3, 4))}
+
+
+@pytest.mark.parametrize("name, rest", [("darts", {}), ("darts", {"normalize": "sparsemax"}), ("drnas", {}),
+                                        ("drnas", {"regularizer": "kl"}), ("gdas", {})])
+def test_pruned_options_are_gone_for_good(name, rest):
+    """Weight and alpha exactly 0, the others share all of it, through steps, momentum and a checkpoint; a later pruning keeps to them."""
+    search = ArchOptimizer(name, OPEN, generator(), learning_rate=0.1, **rest)
+    grads = {key: torch.randn(c.shape, generator=generator(1)) for key, c in OPEN.items()}
+    for i in range(5):
+        search.step(search.sample(0.5, generator(i)), grads)
+    before = {key: w.detach() for key, w in search.mean().items()}
+    search.prune(3)
+    search.prune(2)
+    restored = ArchOptimizer(name, OPEN, generator(9), learning_rate=0.1, **rest)
+    restored.load_state_dict(search.state_dict())
+    for chooser in (search, restored):
+        for key, w in before.items():
+            gone = w < w.topk(2).values[..., -1:]
+            assert torch.equal(chooser.mask[key], gone) and gone.sum(-1).eq(2).all()
+            for i in range(5):
+                chooser.step(chooser.sample(0.5, generator(i)), grads)
+                for weights in (chooser.sample(0.5, generator(i)), chooser.mean()):
+                    assert not weights[key][gone].any() and torch.allclose(weights[key].sum(-1), torch.ones(w.shape[:-1]))
+                assert not chooser.alphas[key][gone].any() and chooser.alphas[key][~gone].all()
+            assert not one_hot(OPEN, chooser.arch())[key][gone].any()
+
+
+def test_a_mask_leaves_the_ratios_of_the_others():
+    """softmax and the Dirichlet's mean over what is left; a Dirichlet draw that is cut and scaled is a draw of those left."""
+    for name in ("darts", "drnas"):
+        search = ArchOptimizer(name, {"op": Choice(tuple("abcd"))}, generator())
+        search.alphas["op"].data.copy_(torch.tensor([0.5, 2.0, -0.3, 1.0]))
+        before = search.mean()["op"].detach()
+        search.prune(2)
+        expected = torch.tensor([0.0, before[1], 0.0, before[3]]) / (before[1] + before[3])
+        torch.testing.assert_close(search.mean()["op"].detach(), expected)
+    g = generator()
+    draws = torch.stack([search.sample(0, g)["op"].detach() for _ in range(3000)])
+    a, b = 3.0, 2.0 # a beta distribution
+    assert draws[:, 1].mean().item() == pytest.approx(a / (a + b), abs=0.012)
+    assert draws[:, 1].var().item() == pytest.approx(a * b / ((a + b) ** 2 * (a + b + 1)), abs=0.003)
+
+
+def test_pruning_down_to_one_option_is_one_sentence():
+    with pytest.raises(SystemExit, match="1 options a row leave nothing to search"):
+        ArchOptimizer("darts", OPEN, generator()).prune(1)
