@@ -1,4 +1,5 @@
-// The mixing kernels of a weight-entangled supernet on a CPU, forward and backward: LayerNorm, Linear and attention.
+// The mixing kernels of a weight-entangled supernet on a CPU, forward and backward: LayerNorm, Linear and attention;
+// and depthwise convolution, whose backward is slow in PyTorch.
 //
 // supernet.py compiles this file at first use, registers shapes and autograd, and has each kernel's reference in PyTorch, which
 // says what is computed. Activations are float, double, bfloat16 or float16; sums and all small vectors are float (double for double).
@@ -489,6 +490,231 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& g, const Ten
   return {dx.to(qkv.scalar_type()), dq_scale.sum(0), dy_scale.sum(0)};
 }
 
+// ---------------------------------------------------------------------------------------------------------------------------
+// y[b, c, i, j] = sum_uv w[c, u, v] x[b, c, i stride + u dilation - padding, j stride + v dilation - padding], zeros around x.
+// One vector of channels of one image at a time, copied to where its pixels are neighbours and its rows have the zeros at their ends.
+
+struct Window {
+  int64_t k, stride, padding, dilation;
+  int64_t reach() const { return dilation * (k - 1); }
+  int64_t outputs(int64_t size) const { return (size + 2 * padding - reach() - 1) / stride + 1; }
+};
+
+// The pixels of a row of the output that read by the same taps, those that fall on zeros above and below left out.
+struct Tap {
+  int64_t x, w; // where the first pixel reads, and the weight
+};
+struct Line {
+  int64_t first, pixels;
+  std::vector<Tap> taps;
+};
+
+// A row is a line. Rows of x are `width` pixels apart, the zeros at their left included.
+std::vector<Line> forward_lines(const Window& w, int64_t H, int64_t W, int64_t width) {
+  std::vector<Line> lines;
+  for (int64_t i = 0; i < w.outputs(H); i++) {
+    lines.push_back({i * w.outputs(W), w.outputs(W), {}});
+    for (int64_t u = 0; u < w.k; u++) {
+      const int64_t y = i * w.stride + u * w.dilation - w.padding;
+      if (y < 0 || y >= H) continue;
+      for (int64_t v = 0; v < w.k; v++) lines.back().taps.push_back({y * width + v * w.dilation, u * w.k + v});
+    }
+  }
+  return lines;
+}
+
+// Of the gradient to x, every stride-th pixel of a row from r on is a line. It reads g, which has `left` zeros at the left.
+std::vector<Line> backward_lines(const Window& w, int64_t H, int64_t W, int64_t width, int64_t left) {
+  std::vector<Line> lines;
+  for (int64_t i = 0; i < H; i++)
+    for (int64_t r = 0; r < std::min(w.stride, W); r++) {
+      lines.push_back({i * W + r, (W - r + w.stride - 1) / w.stride, {}});
+      for (int64_t u = 0; u < w.k; u++) {
+        const int64_t y = i + w.padding - u * w.dilation; // times the stride
+        if (y < 0 || y % w.stride || y / w.stride >= w.outputs(H)) continue;
+        for (int64_t v = 0; v < w.k; v++) {
+          const int64_t x = r + w.padding - v * w.dilation;
+          if (x % w.stride == 0) lines.back().taps.push_back({y / w.stride * width + left + x / w.stride, u * w.k + v});
+        }
+      }
+    }
+  return lines;
+}
+
+// n <= a vector of the channels of an image to the middle of rows of `width` vectors.
+template <typename T, typename scalar_t>
+void pack(const scalar_t* x, int64_t C, int64_t n, int64_t H, int64_t W, int64_t width, int64_t left, T* out) {
+  constexpr int64_t v = Vector<T>::size;
+  for (int64_t i = 0; i < H; i++)
+    for (int64_t j = 0; j < W; j++) {
+      const scalar_t* from = x + (i * W + j) * C;
+      T* to = out + (i * width + left + j) * v;
+      if (n == v) for (int64_t c = 0; c < v; c++) to[c] = T(from[c]);
+      else for (int64_t c = 0; c < n; c++) to[c] = T(from[c]);
+    }
+}
+
+constexpr int most = vector_bytes == 64 ? 14 : 8; // sums in registers
+
+// R pixels of a line, or fewer: every weight is loaded once for all of them.
+template <int R, typename T, typename scalar_t>
+void pixels(int64_t count, const std::vector<Tap>& taps, const T* x, int64_t step, const T* w, scalar_t* out, int64_t out_step, int64_t n) {
+  if constexpr (R > 1)
+    if (count < R) return pixels<R - 1>(count, taps, x, step, w, out, out_step, n);
+  using V = typename Vector<T>::type;
+  constexpr int64_t v = Vector<T>::size;
+  V sum[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) sum[r] = V{};
+  for (const Tap& tap : taps) {
+    const T* from = x + tap.x * v;
+    const V weight = *reinterpret_cast<const V*>(w + tap.w * v);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) sum[r] += *reinterpret_cast<const V*>(from + r * step * v) * weight;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    scalar_t* to = out + r * out_step;
+    if (n == v) for (int64_t c = 0; c < v; c++) to[c] = scalar_t(sum[r][c]);
+    else for (int64_t c = 0; c < n; c++) to[c] = scalar_t(sum[r][c]);
+  }
+}
+
+template <typename T, typename scalar_t>
+void convolve(const std::vector<Line>& lines, const T* x, int64_t step, const T* w, scalar_t* out, int64_t C, int64_t out_step, int64_t n) {
+  for (const Line& line : lines)
+    for (int64_t part = 0, parts = (line.pixels + most - 1) / most; part < parts; part++) { // of the same size, as far as that goes
+      const int64_t from = part * line.pixels / parts, count = (part + 1) * line.pixels / parts - from;
+      pixels<most>(count, line.taps, x + from * step * Vector<T>::size, step, w, out + (line.first + from * out_step) * C, out_step * C, n);
+    }
+}
+
+// The sums over g of g times x at R neighbouring taps, or fewer, added to out.
+template <int R, typename T>
+void correlate(int64_t count, const T* g, int64_t g_row, const T* x, int64_t x_row, int64_t rows, int64_t columns, int64_t step,
+               int64_t dilation, T* out) {
+  if constexpr (R > 1)
+    if (count < R) return correlate<R - 1>(count, g, g_row, x, x_row, rows, columns, step, dilation, out);
+  using V = typename Vector<T>::type;
+  constexpr int64_t v = Vector<T>::size;
+  V sum[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) sum[r] = V{};
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < columns; j++) {
+      const V gv = *reinterpret_cast<const V*>(g + (i * g_row + j) * v);
+      const T* from = x + (i * x_row + j * step) * v;
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++) sum[r] += *reinterpret_cast<const V*>(from + r * dilation * v) * gv;
+    }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) *reinterpret_cast<V*>(out + r * v) += sum[r];
+}
+
+// out (k k, vector): the gradient to the weights of one vector of channels of one image.
+template <typename T>
+void weight_gradient(const Window& w, int64_t H, int64_t W, const T* g, int64_t g_row, const T* x, int64_t x_row, T* out) {
+  constexpr int64_t v = Vector<T>::size, some = std::min<int64_t>(most, 8);
+  for (int64_t u = 0; u < w.k; u++) {
+    const int64_t up = w.padding - u * w.dilation; // rows lo .. hi - 1 of g meet rows of x
+    const int64_t lo = up > 0 ? (up + w.stride - 1) / w.stride : 0;
+    const int64_t hi = std::min(w.outputs(H), H - 1 + up < 0 ? 0 : (H - 1 + up) / w.stride + 1);
+    for (int64_t t = 0; t < w.k && lo < hi; t += some)
+      correlate<some>(std::min(some, w.k - t), g + lo * g_row * v, g_row, x + ((lo * w.stride - up) * x_row + t * w.dilation) * v,
+                      w.stride * x_row, hi - lo, w.outputs(W), w.stride, w.dilation, out + (u * w.k + t) * v);
+  }
+}
+
+// (C, 1, k, k) -> (C / v, k k, v), the last vector filled up with zeros, and back.
+Tensor to_vectors(const Tensor& w, int64_t v) {
+  const int64_t C = w.size(0), taps = w.size(2) * w.size(3), blocks = (C + v - 1) / v;
+  Tensor out = at::zeros({blocks * v, taps}, w.options());
+  out.narrow(0, 0, C).copy_(w.reshape({C, taps}));
+  return out.view({blocks, v, taps}).transpose(1, 2).contiguous();
+}
+
+Tensor from_vectors(const Tensor& w, Sizes shape) {
+  return w.transpose(1, 2).reshape({w.size(0) * w.size(2), w.size(1)}).narrow(0, 0, shape[0]).contiguous().view(shape);
+}
+
+void check_window(const Tensor& x, const Tensor& weight, const Window& w) {
+  TORCH_CHECK(weight.size(0) == x.size(1) && weight.size(1) == 1 && weight.size(3) == w.k, "a depthwise convolution of ", x.sizes(),
+              " takes weights of shape (", x.size(1), ", 1, k, k), not ", weight.sizes());
+  TORCH_CHECK(w.padding >= 0 && std::min(x.size(2), x.size(3)) + 2 * w.padding > w.reach(), "a kernel of ", w.k, " with dilation ",
+              w.dilation, " and padding ", w.padding, " does not fit in an image of ", x.size(2), " x ", x.size(3));
+}
+
+Tensor depthwise(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t dilation) {
+  const Window window{weight.size(2), stride, padding, dilation};
+  check_window(x, weight, window);
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), OH = window.outputs(H), OW = window.outputs(W);
+  Tensor xc = x.contiguous(at::MemoryFormat::ChannelsLast);
+  Tensor y = at::empty({B, C, OH, OW}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const int64_t width = std::max(padding + W, (OW - 1) * stride + window.reach() + 1);
+  const std::vector<Line> lines = forward_lines(window, H, W, width);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::depthwise", [&] {
+    using T = acc<scalar_t>;
+    constexpr int64_t v = Vector<T>::size;
+    Tensor w = to_vectors(small(weight, x), v);
+    const int64_t blocks = w.size(0), taps = w.size(1);
+    const scalar_t* px = xc.const_data_ptr<scalar_t>();
+    scalar_t* py = y.data_ptr<scalar_t>();
+    const T* pw = w.const_data_ptr<T>();
+    at::parallel_for(0, B * blocks, grain(OH * OW * taps * v), [&](int64_t begin, int64_t end) {
+      Tensor buffer = at::zeros({H * width * v}, acc_options(x));
+      T* pb = buffer.data_ptr<T>();
+      for (int64_t item = begin; item < end; item++) {
+        const int64_t b = item / blocks, k = item % blocks, n = std::min(v, C - k * v);
+        pack(px + b * H * W * C + k * v, C, n, H, W, width, padding, pb);
+        convolve(lines, pb, stride, pw + k * taps * v, py + b * OH * OW * C + k * v, C, 1, n);
+      }
+    });
+  });
+  return y;
+}
+
+// An empty tensor stands for a gradient that was not asked for.
+std::tuple<Tensor, Tensor> depthwise_backward(const Tensor& g, const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding,
+                                              int64_t dilation, bool need_x, bool need_w) {
+  const Window window{weight.size(2), stride, padding, dilation};
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), OH = window.outputs(H), OW = window.outputs(W);
+  Tensor gc = g.to(x.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast), xc, dx = at::empty({0}, x.options());
+  Tensor dw = at::empty({0}, weight.options());
+  if (need_w) xc = x.contiguous(at::MemoryFormat::ChannelsLast);
+  if (need_x) dx = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const int64_t x_width = std::max(padding + W, (OW - 1) * stride + window.reach() + 1);
+  const int64_t left = std::max<int64_t>(0, (window.reach() - padding + stride - 1) / stride);
+  const int64_t width = left + std::max(OW, (W - 1 + padding) / stride + 1);
+  const std::vector<Line> lines = need_x ? backward_lines(window, H, W, width, left) : std::vector<Line>();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::depthwise_backward", [&] {
+    using T = acc<scalar_t>;
+    constexpr int64_t v = Vector<T>::size;
+    Tensor w = to_vectors(small(weight, x), v);
+    const int64_t blocks = w.size(0), taps = w.size(1), items = B * blocks;
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), items / grain(OH * OW * taps * v)));
+    Tensor sums = at::zeros({need_w ? parts : 0, blocks, taps, v}, acc_options(x)); // of dw
+    const scalar_t *pg = gc.const_data_ptr<scalar_t>(), *px = need_w ? xc.const_data_ptr<scalar_t>() : nullptr;
+    scalar_t* pdx = need_x ? dx.data_ptr<scalar_t>() : nullptr;
+    const T* pw = w.const_data_ptr<T>();
+    T* psums = sums.data_ptr<T>();
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      Tensor g_buffer = at::zeros({OH * width * v}, acc_options(x)), x_buffer = at::zeros({H * x_width * v}, acc_options(x));
+      T *pgb = g_buffer.data_ptr<T>(), *pxb = x_buffer.data_ptr<T>();
+      for (int64_t part = begin; part < end; part++)
+        for (int64_t item = part * items / parts; item < (part + 1) * items / parts; item++) {
+          const int64_t b = item / blocks, k = item % blocks, n = std::min(v, C - k * v);
+          pack(pg + b * OH * OW * C + k * v, C, n, OH, OW, width, left, pgb);
+          if (need_x) convolve(lines, pgb, 1, pw + k * taps * v, pdx + b * H * W * C + k * v, C, stride, n);
+          if (!need_w) continue;
+          pack(px + b * H * W * C + k * v, C, n, H, W, x_width, padding, pxb);
+          weight_gradient(window, H, W, pgb + left * v, width, pxb, x_width, psums + (part * blocks + k) * taps * v);
+        }
+    });
+    if (need_w) dw = from_vectors(sums.sum(0), weight.sizes()).to(weight.scalar_type());
+  });
+  return {dx, dw};
+}
+
 } // namespace
 
 TORCH_LIBRARY(nas, m) {
@@ -499,6 +725,9 @@ TORCH_LIBRARY(nas, m) {
         " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("attention(Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head) -> Tensor");
   m.def("attention_backward(Tensor g, Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head) -> (Tensor, Tensor, Tensor)");
+  m.def("depthwise(Tensor x, Tensor weight, int stride, int padding, int dilation) -> Tensor");
+  m.def("depthwise_backward(Tensor g, Tensor x, Tensor weight, int stride, int padding, int dilation, bool need_x, bool need_w)"
+        " -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(nas, CPU, m) {
@@ -508,4 +737,6 @@ TORCH_LIBRARY_IMPL(nas, CPU, m) {
   m.impl("block_linear_backward", block_linear_backward);
   m.impl("attention", attention);
   m.impl("attention_backward", attention_backward);
+  m.impl("depthwise", depthwise);
+  m.impl("depthwise_backward", depthwise_backward);
 }

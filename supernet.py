@@ -200,7 +200,7 @@ def take(w, dim, size):
     return w.unflatten(dim, (size.groups, -1)).narrow(dim + 1, 0, size.n // size.groups).flatten(dim, dim + 1)
 
 # -----------------------------------------------------------------------------
-# mixing: each of these in PyTorch, which says what is computed, and for a CPU in fused_ops.cpp
+# mixing, and depthwise convolution: each in PyTorch, which says what is computed, and for a CPU in fused_ops.cpp
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
 fused = False # whether CPU mixtures run in fused_ops.cpp
@@ -264,6 +264,11 @@ def register_fused_ops():
     library.register_fake("nas::attention")(lambda qkv, q_scale, y_scale, n_head: qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3)))
     library.register_fake("nas::attention_backward")(lambda g, qkv, q_scale, y_scale, n_head: (
         torch.empty_like(qkv, memory_format=torch.contiguous_format), small(qkv, q_scale.shape), small(qkv, y_scale.shape)))
+    library.register_fake("nas::depthwise")(lambda x, weight, stride, padding, dilation: torch.empty(
+        (*x.shape[:2], *((n + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1 for n in x.shape[2:])),
+        dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
+    library.register_fake("nas::depthwise_backward")(lambda g, x, weight, stride, padding, dilation, need_x, need_w: (
+        torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0), weight.new_empty(weight.shape if need_w else 0)))
 
     def small(x, shape): # what the kernels sum up is float32, or float64
         return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -289,7 +294,12 @@ def register_fused_ops():
         dqkv, dq_scale, dy_scale = ops.attention_backward(g, qkv, q_scale, y_scale, *ctx.rest)
         return dqkv, dq_scale.to(q_scale.dtype), dy_scale.to(y_scale.dtype), None
 
-    for backward in (layer_norm, block_linear, attention):
+    def depthwise(ctx, g):
+        need = ctx.needs_input_grad[:2]
+        gradients = ops.depthwise_backward(g, *ctx.saved_tensors, *ctx.rest, *need)
+        return *(d if needed else None for d, needed in zip(gradients, need, strict=True)), None, None, None
+
+    for backward in (layer_norm, block_linear, attention, depthwise):
         library.register_autograd(f"nas::{backward.__name__}", backward, setup_context=keep)
 
 
@@ -333,6 +343,15 @@ def mixed_linear(x, W, bias, M, o, i):
         return F.linear(x, W * torch.cat([M[[k]].expand(size, -1) for k, size in enumerate(rows)]), bias)
     y = torch.cat([F.linear(x * m, W_r) for m, W_r in zip(M, W.split(rows), strict=True)], dim=-1)
     return y if bias is None else y + bias
+
+
+def depthwise(x, weight, stride, padding, dilation):
+    """A convolution of every channel by itself: x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H', W')."""
+    if fused and x.is_cpu:
+        if torch.is_autocast_enabled("cpu"):
+            x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
+        return torch.ops.nas.depthwise(x, weight, stride, padding, dilation)
+    return F.conv2d(x, weight, None, stride, padding, dilation, weight.shape[0])
 
 
 def causal_attention(q, k, v, n_head, dropout=0.0, scale=None, is_causal=True):
@@ -532,7 +551,10 @@ class Conv2d(nn.Conv2d):
 
     def conv(self, x, weight, bias=None):
         padding = self.padding[0] - self.dilation[0] * ((self.kernels[-1] - weight.shape[-1]) // 2)
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, weight.shape[0] if self.groups > 1 else 1)
+        if self.groups == 1:
+            return F.conv2d(x, weight, bias, self.stride, padding, self.dilation)
+        y = depthwise(x, weight, self.stride[0], padding, self.dilation[0])
+        return y if bias is None else y + bias.to(y.dtype)[:, None, None]
 
     def forward(self, x, i=None, o=None, k=None):
         S_i, S_o = (s.S[:, None, None] if s is not None and s.mixed else None for s in (i, o))
