@@ -470,6 +470,7 @@ def test_half_of_the_images_are_mirrored():
     index = torch.arange(10_000) % 200
     x, y = p.get_images(images, index)
     flipped = p.get_images(images, index, "cpu", p.rng(1), flip=True)[0]
+    assert x.is_contiguous() and flipped.is_contiguous()
     same, mirrored = ((flipped == other).flatten(1).all(1) for other in (x, x.flip(3)))
     assert (same ^ mirrored).all() and abs(mirrored.sum() - 5000) < 250, mirrored.sum()
     assert torch.equal(torch.where(mirrored.view(-1, 1, 1, 1), flipped.flip(3), flipped), x) and torch.equal(y, index)
@@ -528,6 +529,7 @@ def test_a_batch_is_the_same_for_any_order_of_calls():
         index = p.draw_index(50, 8, number, *key)
         assert index.tolist() == found, (key, number)
         index += 100  # the caller's own
+        assert p.draw_index(50, 8, number, *key).tolist() == found
 
 
 def test_a_batch_larger_than_the_set_is_one_sentence():
