@@ -268,7 +268,8 @@ def register_fused_ops():
         (*x.shape[:2], *((n + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1 for n in x.shape[2:])),
         dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
     library.register_fake("nas::depthwise_backward")(lambda g, x, weight, stride, padding, dilation, need_x, need_w: (
-        torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0), weight.new_empty(weight.shape if need_w else 0)))
+        torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0),
+        weight.new_empty(weight.shape if need_w else 0)))
 
     def small(x, shape): # what the kernels sum up is float32, or float64
         return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -903,8 +904,11 @@ def measure_cost(net, run):
         if isinstance(getattr(module, key), nn.Parameter):
             read[name, key] = value.numel()
 
+    global fused
+    kernels, fused = fused, False # PyTorch's counter knows its own operations alone
     with FlopCounterMode(display=False) as counter:
         each_read(net, run, count)
+    fused = kernels
     return {"params": sum(read.values()), "flops": counter.get_total_flops()}
 
 

@@ -37,7 +37,7 @@ import model
 from configurator import defaults, given
 from prepare import Images, blocks, check_length, draw_index, get_batch, get_images, image_batches, load_images, load_meta, load_tokens
 from prepare import prepare, rng, write, write_json
-from supernet import measure_norms
+from supernet import measure_norms, use_fused_ops
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -104,6 +104,7 @@ backend = '' # of torchrun's processes: '' is nccl on cuda and gloo elsewhere
 timeout_minutes = 30.0 # after which processes give up on one that no longer answers
 device = 'auto' # 'cpu', 'cuda', 'cuda:1', 'mps'; auto: the fastest there is
 dtype = 'auto' # 'float32', 'bfloat16', 'float16'; auto: bfloat16 where cuda has it, float16 on older cuda, else float32
+fused = True # on a CPU: mixtures and depthwise convolutions in the kernels of fused_ops.cpp, compiled at first use; False: PyTorch's
 compile = False # torch.compile: a minute or two at the start, faster from then on
 # -----------------------------------------------------------------------------
 
@@ -668,6 +669,7 @@ def train(config, arch=None, test=False):
     config = SimpleNamespace(**config)
     run = setup(config)
     splits = split_data(config, run, test)
+    use_fused_ops(config.fused and run.device_type == "cpu" and config.space != "gpt")
     net = build(vars(config), arch).to(run.device)
     if arch is None and config.space != "gpt" and any(len(c.options) > 1 for c in net.choices.values()):
         raise SystemExit(f"space={config.space} leaves {', '.join(net.choices)} open: train one of its architectures by train_base.py.")

@@ -26,11 +26,11 @@ from model import OPTIONS
 from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, key_of, picked, random_search, rowwise
 from optim_nas import uniform, unrolled_gradient
 from prepare import rng, seal, unseal, write, write_json
-from supernet import batch_norms, extremes, use_fused_ops
+from supernet import batch_norms, extremes, use_fused_ops, widen
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
 from train import Log, append, average, backward, begin, build, calibrate, check_split, configure_optimizer, cut, estimate, fault, get_lr
-from train import load_data, loop, main, micro_batches, resume, save, setup, share, signals, space_module, stop_if_told, train_step
-from train import with_space
+from train import load_checkpoint, load_data, loop, main, micro_batches, resume, save, setup, share, signals, space_module, stop_if_told
+from train import train_step, with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -57,8 +57,10 @@ population = 50
 parents = 10
 mutate_prob = 0.2 # of each layer's entries
 depth_mutate_prob = 0.4 # of the other choices
-benchmark = '' # a table of the space's trained architectures (.csv, .csv.gz, .json, or an official file): logs accuracy, rank and regret
-fused = True # on a CPU: mixtures in the kernels of fused_ops.cpp, compiled at first use; False: in PyTorch alone
+prune_keep = 0 # progressive search (DrNAS): from half of the steps on every row of a cell keeps so many operations; 0: all
+widen_to = 0 # and its edges compute 1 / widen_to of the channels, in the place of 1 / partial_channels; 0: as before
+arch_warmup_iters = 0 # steps at the start, and after the half of a progressive search, in which the alphas rest
+benchmark = '' # a table of the space's trained architectures, .csv, .json or an official file: logs accuracy, rank and regret
 # the quick search on pydocs
 eval_interval = 100
 max_iters = 500
@@ -115,7 +117,8 @@ def arch_step(net, forward, chooser, splits, config, run, state):
 
 def bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, lr):
     """One iteration: the alphas on the search split, then the weights on the train split. Returns the weights' loss."""
-    if chooser.alphas:
+    start = config.max_iters // 2 if state.stage == 2 else 0
+    if chooser.alphas and state.step >= start + config.arch_warmup_iters:
         arch_step(net, forward, chooser, splits, config, run, state)
     arch = weight_arch(net, chooser, config, run, state.step / config.max_iters, state.step)
     return train_step(net, forward, optimizer, splits["train"], config, run, state, lr, (arch,))
@@ -198,6 +201,43 @@ def text_of(arch, config):
     return getattr(space_module(config.space), "genotype", describe)(arch)
 
 
+def check_stages(net, config):
+    """SystemExit unless a progressive search is possible, if one is asked for."""
+    options = max((len(c.options) for c in net.choices.values()), default=0)
+    if not (config.prune_keep or config.widen_to or config.arch_warmup_iters):
+        return
+    possible = hasattr(net, "prune") and config.optimizer != "spos" and 1 < config.prune_keep <= options
+    if config.prune_keep and not possible:
+        raise SystemExit(f"prune_keep={config.prune_keep} is for a space of cells, at least 2 and at most its {options} operations, and not "
+                         "for optimizer=spos, which has no alphas to prune by.")
+    k = getattr(config, "partial_channels", 1)
+    if config.widen_to and (not config.prune_keep or not 0 < config.widen_to <= k):
+        raise SystemExit(f"widen_to={config.widen_to} needs prune_keep, and may be 1 to partial_channels={k}.")
+
+
+def second_stage(net, optimizer, chooser, config, run):
+    """The network of a progressive search's second half: without the operations that chooser pruned, and widened; and its optimizer."""
+    if config.widen_to:
+        config.partial_channels = config.widen_to
+        old, old_optimizer, net = net, optimizer, build(vars(config)).to(run.device)
+        optimizer = configure_optimizer(net, config, run)
+        widen(old, net, rng(config.seed, "widen"), (old_optimizer, optimizer))
+    net.prune(chooser.mask)
+    return net, optimizer
+
+
+def resume_search(net, optimizer, chooser, config, run, state):
+    """Goes back to the checkpoint, of whichever stage; returns the network and the optimizer of that stage."""
+    path = os.path.join(config.out_dir, "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt")
+    if os.path.exists(path):
+        checkpoint = load_checkpoint(path, run.device)
+        chooser.load_state_dict(checkpoint["chooser"])
+        if checkpoint["state"].get("stage", 1) == 2:
+            net, optimizer = second_stage(net, optimizer, chooser, config, run)
+    resume(config, run, net, optimizer, state)
+    return net, optimizer
+
+
 def load_table(net, config):
     """The Benchmark that config names, or None. It must hold some architectures of the space, or it is that of another."""
     if not config.benchmark:
@@ -221,15 +261,16 @@ def search(config):
     if config.order == 2 and run.scaler.is_enabled():
         raise SystemExit("order=2 differentiates through the gradient, which dtype=float16 scales: use --dtype=bfloat16 or float32.")
     splits = split_data(config, run)
-    use_fused_ops(config.fused and run.device_type == "cpu" and config.space == "gpt" and config.optimizer in ("darts", "drnas"))
+    use_fused_ops(config.fused and run.device_type == "cpu" and (config.space != "gpt" or config.optimizer in ("darts", "drnas")))
     net = build(vars(config)).to(run.device)
+    check_stages(net, config)
     table = load_table(net, config)
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer)
     optimizer = configure_optimizer(net, config, run)
-    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None)
-    if config.init_from != "scratch" and (checkpoint := resume(config, run, net, optimizer, state)):
-        chooser.load_state_dict(checkpoint["chooser"])
+    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1)
+    if config.init_from != "scratch":
+        net, optimizer = resume_search(net, optimizer, chooser, config, run, state)
     begin(config, run)
     if config.compile and config.space != "gpt" and config.optimizer in ("gdas", "spos"):
         raise SystemExit(f"compile=True would compile every architecture that {config.optimizer} draws in {config.space}: leave it out.")
@@ -239,6 +280,12 @@ def search(config):
         " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
 
     def step(lr):
+        nonlocal net, forward, optimizer
+        if config.prune_keep and state.stage == 1 and state.step >= config.max_iters // 2:
+            chooser.prune(config.prune_keep)
+            state.stage, state.best_loss = 2, math.inf # the architectures of before may be out of reach
+            net, optimizer = second_stage(net, optimizer, chooser, config, run)
+            forward = torch.compile(net) if config.compile else net
         return bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, lr)
 
     def undecided():

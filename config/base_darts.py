@@ -6,6 +6,7 @@ dataset = 'cifar10'
 init_channels = 36
 n_layer = 20
 affine = True
+partial_channels = 1
 pool_norm = False
 auxiliary = 0.4
 drop_path = 0.2

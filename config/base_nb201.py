@@ -5,6 +5,7 @@ dataset = 'cifar10'
 init_channels = 16
 n_cell = 5
 affine = True
+partial_channels = 1
 batch_size = 256
 max_iters = 39000
 eval_interval = 1950

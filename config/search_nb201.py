@@ -1,7 +1,7 @@
 # NAS-Bench-201 on CIFAR-10 with the published settings of DrNAS, 100 epochs of the half that trains the weights; one GPU.
 # python prepare.py --dataset=cifar10
 # python train_search.py config/search_nb201.py config/drnas.py
-# torchrun --standalone --nproc_per_node=4 train_search.py config/search_nb201.py config/drnas.py --gradient_accumulation_steps=4 --batch_size=16
+# torchrun --standalone --nproc_per_node=4 train_search.py config/search_nb201.py --gradient_accumulation_steps=4 --batch_size=16
 # Published test accuracies in % (DrNAS' README): DrNAS 94.36, PC-DARTS 93.41, SNAS 92.77, DARTS 54.30; the best cell of all 94.37.
 space = 'nb201'
 out_dir = 'out/search_nb201'
