@@ -208,8 +208,8 @@ def check_stages(net, config):
         return
     possible = hasattr(net, "prune") and config.optimizer != "spos" and 1 < config.prune_keep <= options
     if config.prune_keep and not possible:
-        raise SystemExit(f"prune_keep={config.prune_keep} is for a space of cells, 2 to its {options} operations, and not for optimizer=spos, "
-                         "which has no alphas to prune by.")
+        raise SystemExit(f"prune_keep={config.prune_keep} is for a space of cells, 2 to its {options} operations, and not for "
+                         "optimizer=spos, which has no alphas to prune by.")
     k = getattr(config, "partial_channels", 1)
     if config.widen_to and (not config.prune_keep or not 0 < config.widen_to <= k):
         raise SystemExit(f"widen_to={config.widen_to} needs prune_keep, and may be 1 to partial_channels={k}.")
