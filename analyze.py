@@ -175,10 +175,10 @@ def draw_legend(ax):
 def draw_search_losses(ax, log, lines, best):
     draw_curves(ax, [line for line in log if "loss" in line], [("loss", GREY, "-", "training")])
     draw_curves(ax, lines, [("mixture_loss", BLUE, "o-", "supernet"), ("arch_loss", RED, "o-", "architecture"),
-                            ("val_arch_loss", GREEN, "o--", "architecture, val.bin")])
+                            ("val_arch_loss", GREEN, "o--", "architecture, val")])
     sizes = describe({name: value for name, value in best["arch"].items() if not isinstance(value, list)})
     star, = ax.plot(best["step"], best["arch_loss"], markersize=11, **STAR)
-    text = f"best: {sizes}, {best['cost']['params'] / 1e6:.2f}M params"
+    text = ", ".join(filter(None, ["best: " + sizes, f"{best['cost']['params']:,} parameters"])).replace("best: , ", "best: ")
     ax.add_artist(ax.legend([star], [text], loc="upper right", borderaxespad=0))
     draw_legend(ax)
     ax.set_ylabel("loss")
@@ -207,6 +207,33 @@ def draw_weights(figure, ax, labels, matrix, lines, best, width):
     ax.tick_params(axis="y", which="major", pad=8 + 4 * max(map(len, options))) # points: left of the options
     ax.set_ylim(len(labels), 0)
     ax.spines[:].set_visible(False)
+
+
+def draw_rows(figure, ax, lines, best):
+    """In the place of ax: of every choice the weights of its rows at the last evaluation, and the best architecture, where there are
+    too many rows to show how they came about."""
+    spec = ax.get_subplotspec().subgridspec(1, len(best["weights"]))
+    ax.remove()
+    for i, (name, rows) in enumerate(lines[-1]["weights"].items()):
+        ax, options = figure.add_subplot(spec[i]), lines[-1]["options"][name]
+        mesh = ax.pcolormesh(rows, vmin=0, vmax=1)
+        for row, option in enumerate(best["arch"][name]):
+            ax.plot(options.index(option) + 0.5, row + 0.5, markersize=6, **STAR)
+        ax.set_xticks([k + 0.5 for k in range(len(options))], options, rotation=35, ha="right", fontsize=7)
+        ax.set_yticks([row + 0.5 for row in range(len(rows))], range(len(rows)), fontsize=7)
+        ax.tick_params(length=0, pad=2)
+        ax.set(title=f"{name}, step {lines[-1]['step']}", ylim=(len(rows), 0))
+        ax.spines[:].set_visible(False)
+    figure.colorbar(mesh, ax=ax, label="weight", fraction=0.05)
+
+
+def draw_table(ax, lines):
+    """What a table says of the architectures: their accuracy after a training of their own."""
+    draw_curves(ax, lines, [("table_accuracy", GREEN, "o-", "architecture, in the table")])
+    top = lines[-1]["table_accuracy"] + lines[-1]["table_regret"]
+    ax.axhline(top, color="0.3", linewidth=0.8, ls="--", label=f"best of {lines[-1]['table_of']:,}")
+    draw_legend(ax)
+    ax.set_ylabel("accuracy, %")
 
 
 def draw_searched(ax, searched):
@@ -256,22 +283,30 @@ def search_figure(out_dir):
     log = read_lines(os.path.join(out_dir, "log.jsonl"))
     found = evaluations(os.path.join(out_dir, "arch_traj.jsonl"), "arch_loss")
     lines, best = by_step(line for line in found if "weights" in line), best_of(found) # the result of spos has none
+    if os.path.exists(path := os.path.join(out_dir, "arch.json")): # of a progressive search, the best of its second half
+        best = next((line for line in found if line == read_json(path)), best)
     labels, matrix = ([], None) if config["optimizer"] == "spos" else heat_map(lines, config) # of spos they stay uniform
     path = os.path.join(out_dir, "arch_search.jsonl")
     searched = read_lines(path) if os.path.exists(path) else []
-    heights = [3.2, 1.1] + ([max(1, 0.125 * len(labels))] if labels else [2.2] if searched else []) # inches
+    table, many = [line for line in found if "table_accuracy" in line], len(labels) > 100
+    rows = 4.5 if many else max(1, 0.125 * len(labels))
+    heights = [3.2, 1.1] + [1.6] * bool(table) + ([rows] if labels else [2.2] if searched else []) # inches
 
     def draw(figure):
-        axes = figure.subplots(len(heights), height_ratios=heights, sharex=not searched)
+        axes = figure.subplots(len(heights), height_ratios=heights, sharex=not (searched or many))
         draw_search_losses(axes[0], log, lines, best)
         axes[1].axhline(0, color="0.3", linewidth=0.6)
         draw_curves(axes[1], lines, [("gap", PURPLE, "o-", None)])
         axes[1].set_ylabel("gap")
-        if labels:
-            draw_weights(figure, axes[2], labels, matrix, lines, best, config["eval_interval"])
+        if table:
+            draw_table(axes[2], by_step(table))
+        if many:
+            draw_rows(figure, axes[-1], lines, best)
+        elif labels:
+            draw_weights(figure, axes[-1], labels, matrix, lines, best, config["eval_interval"])
         elif searched:
-            draw_searched(axes[2], searched)
-        axes[1 if searched else -1].set_xlabel("step")
+            draw_searched(axes[-1], searched)
+        axes[1 + bool(table) if searched or many else -1].set_xlabel("step")
     return save_figure(os.path.join(out_dir, "search.png"), sum(heights) + 1.2, draw)
 
 
@@ -448,7 +483,7 @@ def main(out_dir, compare=""):
         path, lines = train_figure(out_dir), evaluations(log, "train_loss")
         found, cost = "", read_lines(log)[0]
     print(table(lines))
-    print(f"{found}{cost['params']:,} parameters, {cost['flops'] / 1e9:.3f} GFLOPs a sequence")
+    print(f"{found}{cost['params']:,} parameters, {cost['flops'] / 1e9:.3g} GFLOPs")
     print(f"figure: {path}")
 
 
