@@ -873,7 +873,6 @@ class CellNetwork(nn.Module):
         """Drops the operations of which nothing is left, for good. mask: choice -> (rows, K), True for what is no longer an option."""
         for edge, choice, row in self.edges():
             edge.prune(mask[choice][row])
-        self.__dict__.pop("costs", None)
 
 
 def widen(old, new, generator, optimizers=()):

@@ -433,6 +433,10 @@ def test_pruning_changes_nothing_where_the_weight_is_zero(name, entanglement):
         close(a, b)
     assert sum(p.numel() for p in net.parameters()) < size
     assert net.extract(arch).cost() == net.cost(arch)
+    with FlopCounterMode(display=False) as counter:
+        net.run(weights)
+    left = net.cost({key: (~mask).double() for key, mask in chooser.mask.items()})["flops"]
+    assert entanglement == "weights" or counter.get_total_flops() == left, "it runs what has no weight"
 
 
 @pytest.mark.parametrize("name", PARTIAL)
