@@ -977,13 +977,12 @@ class CellNetwork(nn.Module):
         """Drops the operations of which nothing is left, for good. mask: choice -> (rows, K), True for what is no longer an option."""
         for edge, choice, row in self.edges():
             edge.prune(mask[choice][row])
-        self.__dict__.pop("costs", None)
 
 
 def widen(old, new, generator, optimizers=()):
-    """Fills `new` from `old`, a network of the same names and smaller shapes: where a dimension grew, the rest of it are copies of
-    others drawn at random, the same ones for all that grew so (after Net2WiderNet, Chen et al. 2016). optimizers: those of old and of new,
-    with the same groups of parameters, to fill the second's state likewise. Returns new."""
+    """Fills `new` from `old`, a network with all its names and smaller shapes: where a dimension grew, the rest of it are copies of
+    others drawn at random, the same ones for all that grew so (after Net2WiderNet, Chen et al. 2016). optimizers: that of old and that of
+    new, whose state is filled likewise. Returns new."""
     drawn = {}
 
     def grow(t, shape):
@@ -994,11 +993,12 @@ def widen(old, new, generator, optimizers=()):
                 t = t.index_select(dim, drawn[a, b].to(t.device))
         return t
 
-    shapes = {name: t.shape for name, t in new.state_dict().items()}
-    new.load_state_dict({name: grow(t, shapes[name]) for name, t in old.state_dict().items()})
+    theirs = old.state_dict()
+    new.load_state_dict({name: grow(theirs[name], t.shape) for name, t in new.state_dict().items()})
     if optimizers:
-        pairs = zip(*([p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers), strict=True)
-        for p, q in pairs:
+        theirs = dict(old.named_parameters())
+        for name, q in new.named_parameters():
+            p = theirs[name]
             optimizers[1].state[q] = {key: grow(t, q.shape) if isinstance(t, torch.Tensor) and t.shape == p.shape else t
                                       for key, t in optimizers[0].state[p].items()}
     return new
