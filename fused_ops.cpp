@@ -549,7 +549,7 @@ void pack(const scalar_t* x, int64_t C, int64_t n, int64_t H, int64_t W, int64_t
     for (int64_t j = 0; j < W; j++) {
       const scalar_t* from = x + (i * W + j) * C;
       T* to = out + (i * width + left + j) * v;
-      if (n == v) for (int64_t c = 0; c < v; c++) to[c] = T(from[c]);
+      if (std::is_same_v<T, scalar_t> && n == v) std::memcpy(to, from, v * sizeof(T));
       else for (int64_t c = 0; c < n; c++) to[c] = T(from[c]);
     }
 }
@@ -557,10 +557,10 @@ void pack(const scalar_t* x, int64_t C, int64_t n, int64_t H, int64_t W, int64_t
 constexpr int most = vector_bytes == 64 ? 14 : 8; // sums in registers
 
 // R pixels of a line, or fewer: every weight is loaded once for all of them.
-template <int R, typename T, typename scalar_t>
-void pixels(int64_t count, const std::vector<Tap>& taps, const T* x, int64_t step, const T* w, scalar_t* out, int64_t out_step, int64_t n) {
+template <int R, typename T>
+void pixels(int64_t count, const std::vector<Tap>& taps, const T* x, int64_t step, const T* w, T* out, int64_t out_step) {
   if constexpr (R > 1)
-    if (count < R) return pixels<R - 1>(count, taps, x, step, w, out, out_step, n);
+    if (count < R) return pixels<R - 1>(count, taps, x, step, w, out, out_step);
   using V = typename Vector<T>::type;
   constexpr int64_t v = Vector<T>::size;
   V sum[R];
@@ -573,19 +573,27 @@ void pixels(int64_t count, const std::vector<Tap>& taps, const T* x, int64_t ste
     for (int r = 0; r < R; r++) sum[r] += *reinterpret_cast<const V*>(from + r * step * v) * weight;
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; r++) {
-    scalar_t* to = out + r * out_step;
-    if (n == v) for (int64_t c = 0; c < v; c++) to[c] = scalar_t(sum[r][c]);
-    else for (int64_t c = 0; c < n; c++) to[c] = scalar_t(sum[r][c]);
-  }
+  for (int r = 0; r < R; r++) *reinterpret_cast<typename Vector<T>::anywhere*>(out + r * out_step) = sum[r];
 }
 
+// out: the first pixel of an image of C channels, of which n are written.
 template <typename T, typename scalar_t>
 void convolve(const std::vector<Line>& lines, const T* x, int64_t step, const T* w, scalar_t* out, int64_t C, int64_t out_step, int64_t n) {
+  constexpr int64_t v = Vector<T>::size;
+  T values[most * v];
   for (const Line& line : lines)
     for (int64_t part = 0, parts = (line.pixels + most - 1) / most; part < parts; part++) { // of the same size, as far as that goes
       const int64_t from = part * line.pixels / parts, count = (part + 1) * line.pixels / parts - from;
-      pixels<most>(count, line.taps, x + from * step * Vector<T>::size, step, w, out + (line.first + from * out_step) * C, out_step * C, n);
+      const T* first = x + from * step * v;
+      scalar_t* to = out + (line.first + from * out_step) * C;
+      if constexpr (std::is_same_v<T, scalar_t>)
+        if (n == v) {
+          pixels<most>(count, line.taps, first, step, w, to, out_step * C);
+          continue;
+        }
+      pixels<most>(count, line.taps, first, step, w, values, v);
+      for (int64_t r = 0; r < count; r++)
+        for (int64_t c = 0; c < n; c++) to[r * out_step * C + c] = scalar_t(values[r * v + c]);
     }
 }
 
