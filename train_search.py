@@ -217,13 +217,14 @@ def check_stages(net, config):
 
 def second_stage(net, optimizer, chooser, config, run):
     """The network of a progressive search's second half: without the operations that chooser pruned, and widened; and its optimizer."""
-    if config.widen_to:
-        config.partial_channels = config.widen_to
-        old, old_optimizer, net = net, optimizer, build(vars(config)).to(run.device)
-        optimizer = configure_optimizer(net, config, run)
-        widen(old, net, rng(config.seed, "widen"), (old_optimizer, optimizer))
-    net.prune(chooser.mask)
-    return net, optimizer
+    if not config.widen_to:
+        net.prune(chooser.mask)
+        return net, optimizer
+    config.partial_channels = config.widen_to
+    wide = build(vars(config)).to(run.device)
+    wide.prune(chooser.mask)
+    wide_optimizer = configure_optimizer(wide, config, run)
+    return widen(net, wide, rng(config.seed, "widen"), (optimizer, wide_optimizer)), wide_optimizer
 
 
 def resume_search(net, optimizer, chooser, config, run, state):

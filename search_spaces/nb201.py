@@ -4,6 +4,9 @@ NAS-Bench-201 (Dong & Yang 2020): one cell of 4 nodes and 6 edges with 5 operati
 The cell is used 3 * n_cell times, with a residual block of stride 2 after each third but the last. The rows of an architecture's
 `cell` are the edges 1<-0, 2<-0, 2<-1, 3<-0, 3<-1, 3<-2, as in its genotype |op~0|+|op~0|op~1|+|op~0|op~1|op~2|.
 """
+import functools
+import itertools
+import random
 import re
 from types import SimpleNamespace
 
@@ -102,6 +105,24 @@ def arch_of(text):
         raise SystemExit(f"'{text}' is no genotype of nb201: write |op~0|+|op~0|op~1|+|op~0|op~1|op~2| with operations of "
                          f"{', '.join(PRIMITIVES)}.")
     return check_arch({"cell": Choice(PRIMITIVES, repeat=6)}, {"cell": re.findall(r"\|(\w+)~", text)})
+
+
+@functools.cache
+def order():
+    """All cells in the order of the benchmark's indices, which its authors shuffled with seed 88."""
+    cells = list(itertools.product(PRIMITIVES, repeat=6))
+    random.Random(88).shuffle(cells)
+    return cells
+
+
+def index(arch):
+    """The index of an architecture in the benchmark, 0 to 15,624."""
+    return order().index(tuple(arch["cell"]))
+
+
+def arch_at(i):
+    """The architecture of an index."""
+    return {"cell": list(order()[i])}
 
 
 def build(config, arch=None):

@@ -465,3 +465,16 @@ def test_widening_copies_random_channels_with_their_momentum(name):
             assert rows.any(1).all()
     assert maps and all(len(drawn) == 1 for drawn in maps.values())
     assert run(new, x, y, mixed(new))[1].isfinite()
+
+
+def test_nb201_indices_are_the_benchmarks():
+    """Of single cells that are published with their index, and back for all."""
+    published = {0: "|avg_pool_3x3~0|+|nor_conv_1x1~0|skip_connect~1|+|nor_conv_1x1~0|skip_connect~1|skip_connect~2|",
+                 11: "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|none~0|nor_conv_3x3~1|avg_pool_3x3~2|",
+                 284: "|skip_connect~0|+|skip_connect~0|skip_connect~1|+|none~0|nor_conv_1x1~1|none~2|",
+                 1462: "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|nor_conv_3x3~0|nor_conv_3x3~1|nor_conv_3x3~2|",
+                 1835: "|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|skip_connect~1|skip_connect~2|",
+                 9930: "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"}
+    for i, text in published.items():
+        assert nb201.genotype(nb201.arch_at(i)) == text and nb201.index(nb201.arch_of(text)) == i
+    assert [nb201.index(nb201.arch_at(i)) for i in range(0, 15625, 625)] == list(range(0, 15625, 625))
