@@ -560,10 +560,10 @@ class Conv2d(nn.Conv2d):
     def forward(self, x, i=None, o=None, k=None):
         S_i, S_o = (s.S[:, None, None] if s is not None and s.mixed else None for s in (i, o))
         if isinstance(k, torch.Tensor) and k.dim():
-            weight = self.weight * (k @ self.window.flatten(1)).view(self.window.shape[1:])
-            weight = weight if S_i is None else weight * S_i
-            weight = weight if S_o is None else weight * S_o.unsqueeze(-1)
-            return self.conv(x, weight, self.bias if self.bias is None or S_o is None else self.bias * o.S)
+            M = (k @ self.window.flatten(1)).view(self.window.shape[1:]) # (K, K)
+            M = M if S_o is None else M * S_o.unsqueeze(-1) # (out, 1, K, K)
+            M = M if S_i is None else M * S_i
+            return self.conv(x, self.weight * M, self.bias if self.bias is None or S_o is None else self.bias * o.S)
         if S_i is not None or S_o is not None:
             y = self.conv(x if S_i is None else x * S_i.to(x.dtype), **self.take(k=k))
             return y if S_o is None else y * S_o.to(y.dtype)
