@@ -613,13 +613,13 @@ void correlate(int64_t count, const T* g, int64_t g_row, const T* x, int64_t x_r
 // out (k k, vector): the gradient to the weights of one vector of channels of one image.
 template <typename T>
 void weight_gradient(const Window& w, int64_t H, int64_t W, const T* g, int64_t g_row, const T* x, int64_t x_row, T* out) {
-  constexpr int64_t v = Vector<T>::size, some = std::min<int64_t>(most, 8);
+  constexpr int64_t v = Vector<T>::size;
   for (int64_t u = 0; u < w.k; u++) {
     const int64_t up = w.padding - u * w.dilation; // rows lo .. hi - 1 of g meet rows of x
     const int64_t lo = up > 0 ? (up + w.stride - 1) / w.stride : 0;
     const int64_t hi = std::min(w.outputs(H), H - 1 + up < 0 ? 0 : (H - 1 + up) / w.stride + 1);
-    for (int64_t t = 0; t < w.k && lo < hi; t += some)
-      correlate<some>(std::min(some, w.k - t), g + lo * g_row * v, g_row, x + ((lo * w.stride - up) * x_row + t * w.dilation) * v,
+    for (int64_t t = 0; t < w.k && lo < hi; t += most)
+      correlate<most>(std::min<int64_t>(most, w.k - t), g + lo * g_row * v, g_row, x + ((lo * w.stride - up) * x_row + t * w.dilation) * v,
                       w.stride * x_row, hi - lo, w.outputs(W), w.stride, w.dilation, out + (u * w.k + t) * v);
   }
 }
