@@ -243,7 +243,8 @@ def register_fused_ops():
         (*x.shape[:2], *((n + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1 for n in x.shape[2:])),
         dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
     library.register_fake("nas::depthwise_backward")(lambda g, x, weight, stride, padding, dilation, need_x, need_w: (
-        torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0), weight.new_empty(weight.shape if need_w else 0)))
+        torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0),
+        weight.new_empty(weight.shape if need_w else 0)))
 
     def small(x, shape): # what the kernels sum up is float32, or float64
         return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -321,7 +322,7 @@ def mixed_linear(x, W, bias, M, o, i):
 
 
 def depthwise(x, weight, stride, padding, dilation):
-    """A convolution of every channel by itself: x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H', W')."""
+    """A convolution of every channel by itself: x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H', W'), of the kernel channels_last."""
     if fused and x.is_cpu:
         if torch.is_autocast_enabled("cpu"):
             x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
