@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/Dispatch.h>
+#include <ATen/ops/conv2d.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -492,7 +493,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& g, const Ten
 
 // ---------------------------------------------------------------------------------------------------------------------------
 // y[b, c, i, j] = sum_uv w[c, u, v] x[b, c, i stride + u dilation - padding, j stride + v dilation - padding], zeros around x.
-// One vector of channels of one image at a time, copied to where its pixels are neighbours and its rows have the zeros at their ends.
+// Forward is PyTorch's own, which is as fast as the processor. Backward takes one vector of channels of one image at a time, copied to
+// where its pixels are neighbours and its rows have the zeros at their ends.
 
 struct Window {
   int64_t k, stride, padding, dilation;
@@ -500,7 +502,7 @@ struct Window {
   int64_t outputs(int64_t size) const { return (size + 2 * padding - reach() - 1) / stride + 1; }
 };
 
-// The pixels of a row of the output that read by the same taps, those that fall on zeros above and below left out.
+// The pixels of a row that read by the same taps, those that fall on zeros above and below left out.
 struct Tap {
   int64_t x, w; // where the first pixel reads, and the weight
 };
@@ -509,22 +511,8 @@ struct Line {
   std::vector<Tap> taps;
 };
 
-// A row is a line. Rows of x are `width` pixels apart, the zeros at their left included.
-std::vector<Line> forward_lines(const Window& w, int64_t H, int64_t W, int64_t width) {
-  std::vector<Line> lines;
-  for (int64_t i = 0; i < w.outputs(H); i++) {
-    lines.push_back({i * w.outputs(W), w.outputs(W), {}});
-    for (int64_t u = 0; u < w.k; u++) {
-      const int64_t y = i * w.stride + u * w.dilation - w.padding;
-      if (y < 0 || y >= H) continue;
-      for (int64_t v = 0; v < w.k; v++) lines.back().taps.push_back({y * width + v * w.dilation, u * w.k + v});
-    }
-  }
-  return lines;
-}
-
-// Of the gradient to x, every stride-th pixel of a row from r on is a line. It reads g, which has `left` zeros at the left.
-std::vector<Line> backward_lines(const Window& w, int64_t H, int64_t W, int64_t width, int64_t left) {
+// Of the gradient to x, every stride-th pixel of a row from r on is a line. It reads rows of g, `width` pixels with `left` zeros first.
+std::vector<Line> lines_of(const Window& w, int64_t H, int64_t W, int64_t width, int64_t left) {
   std::vector<Line> lines;
   for (int64_t i = 0; i < H; i++)
     for (int64_t r = 0; r < std::min(w.stride, W); r++) {
@@ -550,7 +538,9 @@ void pack(const scalar_t* x, int64_t C, int64_t n, int64_t H, int64_t W, int64_t
       const scalar_t* from = x + (i * W + j) * C;
       T* to = out + (i * width + left + j) * v;
       if (std::is_same_v<T, scalar_t> && n == v) std::memcpy(to, from, v * sizeof(T));
-      else for (int64_t c = 0; c < n; c++) to[c] = T(from[c]);
+      else
+#pragma GCC ivdep
+        for (int64_t c = 0; c < n; c++) to[c] = T(from[c]);
     }
 }
 
@@ -558,9 +548,9 @@ constexpr int most = vector_bytes == 64 ? 14 : 8; // sums in registers
 
 // R pixels of a line, or fewer: every weight is loaded once for all of them.
 template <int R, typename T>
-void pixels(int64_t count, const std::vector<Tap>& taps, const T* x, int64_t step, const T* w, T* out, int64_t out_step) {
+void pixels(int64_t count, const std::vector<Tap>& taps, const T* x, const T* w, T* out, int64_t out_step) {
   if constexpr (R > 1)
-    if (count < R) return pixels<R - 1>(count, taps, x, step, w, out, out_step);
+    if (count < R) return pixels<R - 1>(count, taps, x, w, out, out_step);
   using V = typename Vector<T>::type;
   constexpr int64_t v = Vector<T>::size;
   V sum[R];
@@ -570,7 +560,7 @@ void pixels(int64_t count, const std::vector<Tap>& taps, const T* x, int64_t ste
     const T* from = x + tap.x * v;
     const V weight = *reinterpret_cast<const V*>(w + tap.w * v);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) sum[r] += *reinterpret_cast<const V*>(from + r * step * v) * weight;
+    for (int r = 0; r < R; r++) sum[r] += *reinterpret_cast<const V*>(from + r * v) * weight;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) *reinterpret_cast<typename Vector<T>::anywhere*>(out + r * out_step) = sum[r];
@@ -578,21 +568,22 @@ void pixels(int64_t count, const std::vector<Tap>& taps, const T* x, int64_t ste
 
 // out: the first pixel of an image of C channels, of which n are written.
 template <typename T, typename scalar_t>
-void convolve(const std::vector<Line>& lines, const T* x, int64_t step, const T* w, scalar_t* out, int64_t C, int64_t out_step, int64_t n) {
+void convolve(const std::vector<Line>& lines, const T* x, const T* w, scalar_t* out, int64_t C, int64_t out_step, int64_t n) {
   constexpr int64_t v = Vector<T>::size;
   T values[most * v];
   for (const Line& line : lines)
     for (int64_t part = 0, parts = (line.pixels + most - 1) / most; part < parts; part++) { // of the same size, as far as that goes
       const int64_t from = part * line.pixels / parts, count = (part + 1) * line.pixels / parts - from;
-      const T* first = x + from * step * v;
+      const T* first = x + from * v;
       scalar_t* to = out + (line.first + from * out_step) * C;
       if constexpr (std::is_same_v<T, scalar_t>)
         if (n == v) {
-          pixels<most>(count, line.taps, first, step, w, to, out_step * C);
+          pixels<most>(count, line.taps, first, w, to, out_step * C);
           continue;
         }
-      pixels<most>(count, line.taps, first, step, w, values, v);
+      pixels<most>(count, line.taps, first, w, values, v);
       for (int64_t r = 0; r < count; r++)
+#pragma GCC ivdep
         for (int64_t c = 0; c < n; c++) to[r * out_step * C + c] = scalar_t(values[r * v + c]);
     }
 }
@@ -622,13 +613,13 @@ void correlate(int64_t count, const T* g, int64_t g_row, const T* x, int64_t x_r
 // out (k k, vector): the gradient to the weights of one vector of channels of one image.
 template <typename T>
 void weight_gradient(const Window& w, int64_t H, int64_t W, const T* g, int64_t g_row, const T* x, int64_t x_row, T* out) {
-  constexpr int64_t v = Vector<T>::size, some = std::min<int64_t>(most, 8);
+  constexpr int64_t v = Vector<T>::size;
   for (int64_t u = 0; u < w.k; u++) {
     const int64_t up = w.padding - u * w.dilation; // rows lo .. hi - 1 of g meet rows of x
     const int64_t lo = up > 0 ? (up + w.stride - 1) / w.stride : 0;
     const int64_t hi = std::min(w.outputs(H), H - 1 + up < 0 ? 0 : (H - 1 + up) / w.stride + 1);
-    for (int64_t t = 0; t < w.k && lo < hi; t += some)
-      correlate<some>(std::min(some, w.k - t), g + lo * g_row * v, g_row, x + ((lo * w.stride - up) * x_row + t * w.dilation) * v,
+    for (int64_t t = 0; t < w.k && lo < hi; t += most)
+      correlate<most>(std::min<int64_t>(most, w.k - t), g + lo * g_row * v, g_row, x + ((lo * w.stride - up) * x_row + t * w.dilation) * v,
                       w.stride * x_row, hi - lo, w.outputs(W), w.stride, w.dilation, out + (u * w.k + t) * v);
   }
 }
@@ -645,40 +636,9 @@ Tensor from_vectors(const Tensor& w, Sizes shape) {
   return w.transpose(1, 2).reshape({w.size(0) * w.size(2), w.size(1)}).narrow(0, 0, shape[0]).contiguous().view(shape);
 }
 
-void check_window(const Tensor& x, const Tensor& weight, const Window& w) {
-  TORCH_CHECK(weight.size(0) == x.size(1) && weight.size(1) == 1 && weight.size(3) == w.k, "a depthwise convolution of ", x.sizes(),
-              " takes weights of shape (", x.size(1), ", 1, k, k), not ", weight.sizes());
-  TORCH_CHECK(w.padding >= 0 && std::min(x.size(2), x.size(3)) + 2 * w.padding > w.reach(), "a kernel of ", w.k, " with dilation ",
-              w.dilation, " and padding ", w.padding, " does not fit in an image of ", x.size(2), " x ", x.size(3));
-}
-
 Tensor depthwise(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t dilation) {
-  const Window window{weight.size(2), stride, padding, dilation};
-  check_window(x, weight, window);
-  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3), OH = window.outputs(H), OW = window.outputs(W);
-  Tensor xc = x.contiguous(at::MemoryFormat::ChannelsLast);
-  Tensor y = at::empty({B, C, OH, OW}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
-  const int64_t width = std::max(padding + W, (OW - 1) * stride + window.reach() + 1);
-  const std::vector<Line> lines = forward_lines(window, H, W, width);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::depthwise", [&] {
-    using T = acc<scalar_t>;
-    constexpr int64_t v = Vector<T>::size;
-    Tensor w = to_vectors(small(weight, x), v);
-    const int64_t blocks = w.size(0), taps = w.size(1);
-    const scalar_t* px = xc.const_data_ptr<scalar_t>();
-    scalar_t* py = y.data_ptr<scalar_t>();
-    const T* pw = w.const_data_ptr<T>();
-    at::parallel_for(0, B * blocks, grain(OH * OW * taps * v), [&](int64_t begin, int64_t end) {
-      Tensor buffer = at::zeros({H * width * v}, acc_options(x));
-      T* pb = buffer.data_ptr<T>();
-      for (int64_t item = begin; item < end; item++) {
-        const int64_t b = item / blocks, k = item % blocks, n = std::min(v, C - k * v);
-        pack(px + b * H * W * C + k * v, C, n, H, W, width, padding, pb);
-        convolve(lines, pb, stride, pw + k * taps * v, py + b * OH * OW * C + k * v, C, 1, n);
-      }
-    });
-  });
-  return y;
+  const auto layout = at::MemoryFormat::ChannelsLast;
+  return at::conv2d(x.contiguous(layout), weight, {}, stride, padding, dilation, weight.size(0)).contiguous(layout);
 }
 
 // An empty tensor stands for a gradient that was not asked for.
@@ -693,7 +653,7 @@ std::tuple<Tensor, Tensor> depthwise_backward(const Tensor& g, const Tensor& x, 
   const int64_t x_width = std::max(padding + W, (OW - 1) * stride + window.reach() + 1);
   const int64_t left = std::max<int64_t>(0, (window.reach() - padding + stride - 1) / stride);
   const int64_t width = left + std::max(OW, (W - 1 + padding) / stride + 1);
-  const std::vector<Line> lines = need_x ? backward_lines(window, H, W, width, left) : std::vector<Line>();
+  const std::vector<Line> lines = need_x ? lines_of(window, H, W, width, left) : std::vector<Line>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::depthwise_backward", [&] {
     using T = acc<scalar_t>;
     constexpr int64_t v = Vector<T>::size;
@@ -712,7 +672,7 @@ std::tuple<Tensor, Tensor> depthwise_backward(const Tensor& g, const Tensor& x, 
         for (int64_t item = part * items / parts; item < (part + 1) * items / parts; item++) {
           const int64_t b = item / blocks, k = item % blocks, n = std::min(v, C - k * v);
           pack(pg + b * OH * OW * C + k * v, C, n, OH, OW, width, left, pgb);
-          if (need_x) convolve(lines, pgb, 1, pw + k * taps * v, pdx + b * H * W * C + k * v, C, stride, n);
+          if (need_x) convolve(lines, pgb, pw + k * taps * v, pdx + b * H * W * C + k * v, C, stride, n);
           if (!need_w) continue;
           pack(px + b * H * W * C + k * v, C, n, H, W, x_width, padding, pxb);
           weight_gradient(window, H, W, pgb + left * v, width, pxb, x_width, psums + (part * blocks + k) * taps * v);

@@ -347,7 +347,7 @@ def mixed_linear(x, W, bias, M, o, i):
 
 
 def depthwise(x, weight, stride, padding, dilation):
-    """A convolution of every channel by itself: x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H', W')."""
+    """A convolution of every channel by itself: x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H', W'), of the kernel channels_last."""
     if fused and x.is_cpu:
         if torch.is_autocast_enabled("cpu"):
             x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
