@@ -96,6 +96,13 @@ def test_operators_are_registered_right(seed):
         torch.library.opcheck(operator, inputs, test_utils=TESTS)
 
 
+@pytest.mark.parametrize("need_x, need_w", [(True, True), (True, False), (False, True)])
+def test_depthwise_backward_is_registered_right(need_x, need_w):
+    """Also the memory format of the gradient to x, whatever that of x is."""
+    x, weight, g = torch.randn(2, 5, 7, 8), torch.randn(5, 1, 3, 3), torch.randn(2, 5, 4, 4)
+    torch.library.opcheck(torch.ops.nas.depthwise_backward, (g, x, weight, 2, 1, 1, need_x, need_w), test_utils=TESTS[:3])
+
+
 def test_gradients_are_finite_differences():
     for reference, _, inputs in cases(5, torch.float64):
         inputs = [t[:1, :5].detach().requires_grad_() if isinstance(t, torch.Tensor) and t.dim() == 3 else t for t in inputs]
