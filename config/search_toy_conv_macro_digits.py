@@ -1,5 +1,5 @@
 # A conv-macro space of 256 networks on 8 x 8 digits, on a laptop: no download, no GPU.
-# python train_search.py config/search_toy_conv_macro_digits.py config/drnas.py
+# python train_search.py config/search_toy_conv_macro_digits.py config/drnas.py --benchmark=assets/conv_macro_digits.csv
 space = 'toy_conv_macro'
 out_dir = 'out/search_toy_conv_macro_digits'
 dataset = 'digits'
@@ -15,9 +15,9 @@ fc = 64
 he_init = True
 dropout = 0.2
 batch_size = 64
-max_iters = 500
-eval_interval = 100
+max_iters = 200
+eval_interval = 50
 learning_rate = 2e-3
 min_lr = 2e-4
-warmup_iters = 50
+warmup_iters = 20
 arch_learning_rate = 1e-2
