@@ -947,27 +947,33 @@ class EdgeCosts:
             self.base if base is None else base)
 
 
-class CellNetwork(nn.Module):
-    """What the networks have in common whose cells, in self.cells, have edges that choose their operations: cell.name is the choice, and
-    the places of cell.edges are its rows."""
+class ImageNetwork(nn.Module):
+    """What the networks of search_spaces/ have in common; each has its config, its choices and expected_cost(weights)."""
 
     def run(self, arch=None):
         """One image through it, of whatever content."""
         c = self.config
-        return self(self.classifier.weight.new_zeros(1, c.in_channels, c.img_size, c.img_size), None, arch)
+        return self(next(self.parameters()).new_zeros(1, c.in_channels, c.img_size, c.img_size), None, arch)
 
     def extract(self, arch):
         """The stand-alone network of an architecture, with the weights it has here."""
         arch = check_arch(self.choices, arch)
-        return extract(self, type(self)(self.config, arch).to(self.classifier.weight), lambda: self.run(arch))
+        return extract(self, type(self)(self.config, arch).to(next(self.parameters())), lambda: self.run(arch))
 
     def cost(self, arch=None):
         """{"params", "flops"} of an architecture: whole numbers, flops of one image; of weights: the differentiable expectations."""
-        if arch is None or not all(isinstance(w, torch.Tensor) for w in arch.values()):
-            return measure_cost(self, lambda: self.run(arch))
+        mixed = arch is not None and all(torch.is_tensor(w) for w in arch.values())
+        return self.expected_cost(arch) if mixed else measure_cost(self, lambda: self.run(arch))
+
+
+class CellNetwork(ImageNetwork):
+    """One whose cells, in self.cells, have edges that choose their operations: cell.name is the choice, and the places of cell.edges are
+    its rows."""
+
+    def expected_cost(self, weights):
         if not hasattr(self, "costs"):
             self.costs = EdgeCosts(self, self.edges(), self.run)
-        return dict(zip(("params", "flops"), self.costs(arch), strict=True))
+        return dict(zip(("params", "flops"), self.costs(weights), strict=True))
 
     def edges(self):
         """[(Edge, its choice, its row)]"""

@@ -14,8 +14,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import defaults
-from supernet import BatchNorm2d, Choice, Conv2d, Entangled, check_arch, check_entanglement, extract, measure_cost, options_of, prefixes
-from supernet import size_of, straight
+from supernet import BatchNorm2d, Choice, Conv2d, Entangled, ImageNetwork, check_arch, check_entanglement, options_of, prefixes, size_of
+from supernet import straight
 
 # -----------------------------------------------------------------------------
 channels = [8, 16, 24, 32, 40, 48, 56, 64] # of each stage
@@ -89,7 +89,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(F.avg_pool2d(x, 2, ceil_mode=True), i, o) + y
 
 
-class NATSSize(nn.Module):
+class NATSSize(ImageNetwork):
 
     def __init__(self, c, arch=None):
         super().__init__()
@@ -120,20 +120,7 @@ class NATSSize(nn.Module):
         logits = self.classifier(x, sizes[4]).flatten(1)
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
-    def run(self, arch=None):
-        """One image through it, of whatever content."""
-        c = self.config
-        return self(self.share.new_zeros(1, c.in_channels, c.img_size, c.img_size), None, arch)
-
-    def extract(self, arch):
-        """The stand-alone network of an architecture, with the weights it has here."""
-        arch = check_arch(self.choices, arch)
-        return extract(self, NATSSize(self.config, arch).to(self.share), lambda: self.run(arch))
-
-    def cost(self, arch=None):
-        """{"params", "flops"} of an architecture: whole numbers, flops of one image; of weights: the differentiable expectations."""
-        if arch is None or not isinstance(arch["channels"], torch.Tensor):
-            return measure_cost(self, lambda: self.run(arch))
+    def expected_cost(self, arch):
         c, w, n = self.config, arch["channels"].double().cpu(), torch.tensor(self.n).double()
         mean, square, side = w @ n, w @ n ** 2, c.img_size
         convolutions, norms = [(9 * c.in_channels * mean[0], side)], 2 * (mean[0] + mean[4])

@@ -7,6 +7,7 @@ The convolutional toy space of TangleNAS (Sukthanker et al. 2023): channels and 
 A list of channels or kernel sizes is a choice, a number is fixed. The genotype is [[channels of conv 1 to 4], [their kernels]].
 """
 import json
+import re
 from itertools import pairwise, product
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import defaults
-from supernet import Choice, Conv2d, Entangled, Linear, check_arch, check_entanglement, extract, measure_cost, options_of, prefixes, size_of
+from supernet import Choice, Conv2d, Entangled, ImageNetwork, Linear, check_arch, check_entanglement, options_of, prefixes, size_of
 
 # -----------------------------------------------------------------------------
 channels_1 = [8, 16, 32] # of the first convolution
@@ -33,11 +34,9 @@ entanglement = 'weights' # mixed weights; 'outputs': every combination of in, ou
 # -----------------------------------------------------------------------------
 
 CHANNELS = ("channels_1", "channels_2", "channels_3", "channels_4")
-PUBLISHED = {"channels_1": channels_1, "channels_2": channels_2, "channels_3": channels_3, "channels_4": channels_4}
-PUBLISHED = {name: Choice(tuple(n)) for name, n in PUBLISHED.items()} | {"kernel_size": Choice(tuple(kernel_size), repeat=4)}
 
 
-class ConvMacro(nn.Module):
+class ConvMacro(ImageNetwork):
 
     def __init__(self, c, arch=None):
         super().__init__()
@@ -97,20 +96,7 @@ class ConvMacro(nn.Module):
         logits = self.classifier(x)
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
-    def run(self, arch=None):
-        """One image through it, of whatever content."""
-        c = self.config
-        return self(self.classifier.weight.new_zeros(1, c.in_channels, c.img_size, c.img_size), None, arch)
-
-    def extract(self, arch):
-        """The stand-alone network of an architecture, with the weights it has here."""
-        arch = check_arch(self.choices, arch)
-        return extract(self, ConvMacro(self.config, arch).to(self.classifier.weight), lambda: self.run(arch))
-
-    def cost(self, arch=None):
-        """{"params", "flops"} of an architecture: whole numbers, flops of one image; of weights: the differentiable expectations."""
-        if arch is None or not isinstance(arch["kernel_size"], torch.Tensor):
-            return measure_cost(self, lambda: self.run(arch))
+    def expected_cost(self, arch):
         c, params, flops = self.config, 0, 0
 
         def mean(p, values):
@@ -137,14 +123,13 @@ def genotype(arch):
 
 
 def arch_of(text):
-    """The architecture of a genotype; SystemExit if it is none."""
-    try:
-        n, kernels = json.loads(text)
-        arch = dict(zip(CHANNELS, n, strict=True)) | {"kernel_size": kernels}
-    except (ValueError, TypeError):
+    """The architecture of a genotype, whose numbers build() compares with its options; SystemExit if it is none."""
+    four = r"\[\d+(, ?\d+){3}\]"
+    if not re.fullmatch(rf"\[{four}, ?{four}\]", text):
         raise SystemExit(f"'{text}' is no genotype of toy_conv_macro: write [[32, 64, 128, 128], [3, 7, 5, 7]], channels and kernels of 4 "
-                         "convolutions.") from None
-    return check_arch(PUBLISHED, arch)
+                         "convolutions.")
+    n, kernels = json.loads(text)
+    return dict(zip(CHANNELS, n, strict=True)) | {"kernel_size": kernels}
 
 
 def build(config, arch=None):

@@ -261,7 +261,7 @@ def test_what_is_no_genotype_of_nats_size(make, text):
                                   "{}", "7", "[[32, 64, 128, 128], [3, 7, 5]]", "__import__('os')", "[[[], 64, 128, 128], [3, 7, 5, 7]]"])
 def test_what_is_no_genotype_of_conv_macro(text):
     with pytest.raises(SystemExit) as error:
-        toy_conv_macro.arch_of(text)
+        toy_conv_macro.build({}, toy_conv_macro.arch_of(text))
     one_sentence(error)
 
 
