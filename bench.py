@@ -90,7 +90,7 @@ def contender(config, run, method=""):
     net = net.to(run.device)
     compiled = type(net).compile_parts if method and config.space == "gpt" else torch.compile
     c = SimpleNamespace(net=net, forward=compiled(net) if config.compile else net, optimizer=configure_optimizer(net, config, run),
-                        state=SimpleNamespace(step=0, skipped=0), method=method or "plain", splits={"train": tokens, "search": tokens},
+                        state=SimpleNamespace(step=0, skipped=0, stage=1), method=method or "plain", splits={"train": tokens, "search": tokens},
                         config=SimpleNamespace(**vars(config) | {"optimizer": method}), arch_step=None, seconds=[], ratios=[])
     c.step = lambda: train_step(net, c.forward, c.optimizer, tokens, config, run, c.state, config.learning_rate)
     if method:
@@ -200,7 +200,7 @@ def measure(config):
     run = setup(config)
     if config.space == "gpt":
         config.vocab_size = config.vocab_size or VOCAB_SIZE[config.dataset]
-    config.gradient_accumulation_steps = 1
+    config.gradient_accumulation_steps, config.arch_warmup_iters = 1, 0 # the alphas move in every iteration
     use_fused_ops(config.fused and run.device_type == "cpu")
     plain, *searches = (contender(config, run, method) for method in ("", *config.methods))
     interleave(plain, searches, config, run)

@@ -37,7 +37,7 @@ import model
 from configurator import defaults, given
 from prepare import Images, blocks, check_length, draw_index, get_batch, get_images, image_batches, load_images, load_meta, load_tokens
 from prepare import prepare, rng, write, write_json
-from supernet import measure_norms, use_fused_ops
+from supernet import batch_norms, measure_norms, use_fused_ops
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -503,9 +503,10 @@ def tally(net, batches, run):
 
 
 @torch.no_grad()
-def estimate(net, data, config, run, name, arch_of=None):
+def estimate(net, data, config, run, name, arch_of=None, own_norms=False):
     """{"loss"} over eval_iters batches of data, always the same ones, shared between the processes; of images also {"acc"}, in %.
-    FloatingPointError if the loss is not finite. arch_of(i): a supernet's third argument for batch i."""
+    FloatingPointError if the loss is not finite. arch_of(i): a supernet's third argument for batch i. own_norms: BatchNorms take the
+    statistics of each batch, as in training."""
     def batches():
         for i in range(run.rank, count, run.world):
             if images:
@@ -516,7 +517,8 @@ def estimate(net, data, config, run, name, arch_of=None):
     training, images = net.training, isinstance(data, Images)
     count = min(config.eval_iters, -(-len(data) // config.batch_size)) if images else config.eval_iters
     net.eval()
-    total, right, n = (sum(share(t, run)) for t in tally(net, batches(), run))
+    with batch_norms(net) if own_norms else contextlib.nullcontext():
+        total, right, n = (sum(share(t, run)) for t in tally(net, batches(), run))
     net.train(training)
     return {"loss": finite(total / n, f"the {name} loss"), **({"acc": 100 * right / n} if images else {})}
 

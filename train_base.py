@@ -13,6 +13,7 @@ Trains an architecture that a search found, from scratch, and measures its test 
 The last val_portion of the training data validates; val.bin, or val.npy, is read once, at the end. A network of search_spaces/ is
 that of the search, unless a key of its space says otherwise, such as the number of cells. Writes what train.py writes.
 """
+import contextlib
 import os
 import shutil
 
@@ -45,6 +46,7 @@ min_lr = 2e-4
 # -----------------------------------------------------------------------------
 
 LISTS, NUMBERS = ("n_head", "mlp_ratio"), ("n_layer", "n_embd")
+COLUMNS = ("test_acc", "test_loss", "train_loss", "params", "flops") # of a table, behind the architecture and the seed
 OPTIONAL = {name: type(getattr(GPTConfig, name)) for name in OPTIONS} # which older searches did not have
 
 
@@ -76,7 +78,7 @@ def read_arch(arch, arch_traj, genotype="", space="gpt"):
             key for key, of in fields.items() if not isinstance(inside.get(key), of) and (key in inside or key not in OPTIONAL)]
         if wrong:
             raise SystemExit(f"The architecture {path} is damaged: {wrong[0]} is missing or of the wrong type.")
-    return found
+    return found | {"space": space}
 
 
 def with_found(namespace):
@@ -85,28 +87,41 @@ def with_found(namespace):
     if not any(files) or "" not in files:
         return with_space(namespace)
     found = read_arch(*files)
+    if given("space") not in (None, found["space"]):
+        raise SystemExit(f"space='{given('space')}' is not {found['space']}, that of {files[0] or files[1]}: leave it out.")
     return with_space(namespace, found["space"], found["model"])
 
 
 def train_table(config):
     """Trains every architecture of the space once a seed, without a look at the test split before the end, into config["table"]."""
     path, module, config["dataset"] = config["table"], space_module(config["space"]), config["dataset"] or "digits"
+    if config["space"] == "gpt":
+        raise SystemExit(f"table='{path}' is for the spaces of search_spaces/: name one by --space.")
     choices = build(config).choices
     rows = [(module.columns(arch), arch, seed) for seed in config["seeds"] for arch in architectures(choices)]
-    done = [list(row.values()) for row in read_table(path)] if os.path.exists(path) else []
-    done = {tuple(row[:len(rows[0][0]) + 1]) for row in done}
+    head = [*rows[0][0], "seed", *COLUMNS]
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with contextlib.suppress(FileExistsError), open(path, "x") as f: # of several processes one writes the head
+            f.write(",".join(head) + "\n")
+    except OSError as e:
+        raise SystemExit(f"table='{path}' cannot be written ({e.strerror}): choose another --table.") from None
+    done = read_table(path)
+    if done and list(done[0]) != head:
+        raise SystemExit(f"table='{path}' has not the columns {','.join(head)} of this space: choose another --table.")
+    done = {tuple(row.values())[:len(rows[0][0]) + 1] for row in done}
     for columns, arch, seed in tqdm(rows, desc=path, unit=" networks"):
         if (*map(str, columns.values()), str(seed)) in done:
             continue
         job = {**config, "seed": seed, "out_dir": f"{path}.{os.getpid()}.run", "overwrite": True, "eval_interval": config["max_iters"]}
-        with aside():
-            result = train({**job, "data_dir": config["data_dir"] or "data"}, arch, test=True)
-        numbers = {key: round(result[key], 4) for key in ("test_acc", "test_loss", "train_loss", "params", "flops")}
-        row = {**columns, "seed": seed, **numbers}
-        new = not os.path.exists(path)
-        with open(path, "a", newline="") as f: # one write a row: several processes may take a seed each
-            f.write((",".join(row) + "\n" if new else "") + ",".join(f'"{v}"' if "," in str(v) else str(v) for v in row.values()) + "\n")
-        shutil.rmtree(job["out_dir"])
+        try:
+            with aside():
+                result = train({**job, "data_dir": config["data_dir"] or "data"}, arch, test=True)
+        finally:
+            shutil.rmtree(job["out_dir"], ignore_errors=True)
+        row = [*columns.values(), seed, *(round(result[key], 4) for key in COLUMNS)]
+        with open(path, "a") as f: # one write a row: several processes may take a seed each
+            f.write(",".join(f'"{v}"' if "," in str(v) else str(v) for v in row) + "\n")
 
 
 def train_found(config):

@@ -26,7 +26,7 @@ from model import OPTIONS
 from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, key_of, picked, random_search, rowwise
 from optim_nas import uniform, unrolled_gradient
 from prepare import rng, seal, unseal, write, write_json
-from supernet import batch_norms, extremes, use_fused_ops, widen
+from supernet import extremes, use_fused_ops, widen
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
 from train import Log, append, average, backward, begin, build, calibrate, check_split, configure_optimizer, cut, estimate, fault, get_lr
 from train import load_checkpoint, load_data, loop, main, micro_batches, resume, save, setup, share, signals, space_module, stop_if_told
@@ -160,8 +160,8 @@ def evaluate(net, forward, chooser, splits, config, run, state, log, table):
         arch = best_of(history)[1]
     else:
         arch = chooser.arch()
-    with batch_norms(net): # as in training: the architectures of a mixture have no statistics in common
-        mixture = estimate(forward, splits["search"], config, run, "search", lambda i: supernet_arch(chooser, config, run, i))
+    mixture = estimate(forward, splits["search"], config, run, "search", lambda i: supernet_arch(chooser, config, run, i),
+                       own_norms=True) # the architectures of a mixture have no statistics in common
     entropies = {name: h.tolist() for name, h in entropy(chooser.mean()).items()}
     weights = {name: w.tolist() for name, w in chooser.mean().items()}
     found, val = score(net, forward, arch, splits, config, run, ("search", "val"))
@@ -213,6 +213,9 @@ def check_stages(net, config):
     k = getattr(config, "partial_channels", 1)
     if config.widen_to and (not config.prune_keep or not 0 < config.widen_to <= k):
         raise SystemExit(f"widen_to={config.widen_to} needs prune_keep, and may be 1 to partial_channels={k}.")
+    if config.widen_to:
+        with torch.device("meta"):
+            build(vars(config) | {"partial_channels": config.widen_to}) # what it does not divide is told now, not after half of the steps
 
 
 def second_stage(net, optimizer, chooser, config, run):
@@ -256,6 +259,8 @@ def search(config):
     config = SimpleNamespace(**config)
     if config.order not in (1, 2) or (config.order == 2 and config.optimizer != "darts"):
         raise SystemExit(f"order={config.order} is for optimizer=darts alone (1 or 2); optimizer is {config.optimizer}.")
+    if config.compile and config.space != "gpt" and config.optimizer in ("gdas", "spos"):
+        raise SystemExit(f"compile=True would compile every architecture that {config.optimizer} draws in {config.space}: leave it out.")
     if config.arch_search not in ("evolution", "random"):
         raise SystemExit(f"arch_search='{config.arch_search}' is not 'evolution' or 'random'.")
     run = setup(config)
@@ -273,8 +278,6 @@ def search(config):
     if config.init_from != "scratch":
         net, optimizer = resume_search(net, optimizer, chooser, config, run, state)
     begin(config, run)
-    if config.compile and config.space != "gpt" and config.optimizer in ("gdas", "spos"):
-        raise SystemExit(f"compile=True would compile every architecture that {config.optimizer} draws in {config.space}: leave it out.")
     forward = (net.compile_parts() if config.space == "gpt" else torch.compile(net)) if config.compile else net
     log = Log(config, run, state.step)
     log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +

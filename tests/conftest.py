@@ -9,13 +9,24 @@ from pathlib import Path
 import pytest
 
 import supernet
+from prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_accumulation_steps=1, max_iters=4, eval_interval=2,
             eval_iters=2, log_interval=1, warmup_iters=1)
 TINY_SPACE = dict(n_layer=[1, 2], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
-TINY_SEARCH = TINY | TINY_SPACE | dict(arch_evals=6, population=4, parents=2)
+TINY_EVALS = dict(arch_evals=6, population=4, parents=2)
+TINY_SEARCH = TINY | TINY_SPACE | TINY_EVALS
+TINY_IMAGES = {key: value for key, value in TINY.items() if key != "block_size"} | dict(dataset="digits", batch_size=8, bn_batches=2)
+TINY_SPACES = {
+    "darts": dict(init_channels=4, n_layer=3, primitives=["none", "skip_connect", "sep_conv_3x3", "sep_conv_5x5"], auxiliary=0.0),
+    "nats_size": dict(channels=[4, 8]),
+    "nb201": dict(init_channels=4, n_cell=1),
+    "toy_cell": dict(init_channels=4),
+    "toy_conv_macro": dict(channels_1=[2, 4], channels_2=[2, 4], channels_3=[4, 8], channels_4=[4, 8], kernel_size=[3, 5],
+                           last_channels=8, last_kernel_size=3, last_padding=1, fc=16)}
+TINY_STAGES = dict(partial_channels=2, widen_to=1, prune_keep=2, arch_warmup_iters=1)
 
 
 def flags(options):
@@ -47,6 +58,14 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text(Path(inspect.getsourcefile(argparse)).read_text()[:60_000])
     succeeds("prepare.py", "--dataset=text", f"--path={folder}/text.txt", "--name=pydocs", f"--data_dir={folder}")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """Digits, prepared once."""
+    folder = tmp_path_factory.mktemp("digits")
+    prepare(dataset="digits", data_dir=str(folder))
     return str(folder)
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_SEARCH, flags, run, succeeds
+from conftest import ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, TINY_STAGES, flags, run, succeeds
+from test_vision import FOUR, search_config
 
 import configurator
 import train
 import train_base
 import train_search
-from model import build
-from optim_nas import space_size
+from optim_nas import space_size, uniform
+from prepare import rng
+from train import build, with_space
 
 SCRIPTS = ("train.py", "train_search.py", "train_base.py", "bench.py", "sample.py", "analyze.py", "prepare.py", "env.py", "train_rl.py")
 TINY_RL = dict(budget=12, updates=12, eval_interval=4, learning_starts=4, shards=3, entries=[5, 40], test_entries=10, block_size=16,
@@ -26,7 +28,7 @@ OPTIMIZERS = ("darts", "darts2", "drnas", "gdas", "spos")
 
 def commands(text):
     """The command lines in a text, without prompts, comments, and what follows # or two spaces on their line."""
-    found = re.findall(r"^[\s#]*((?:python|torchrun) .*?)(?:\s{2,}|\s+#|$)", text, re.M)
+    found = re.findall(r"^[\s#]*((?:python|torchrun) .*?)(?:[ \t]{2,}|[ \t]+#|$)", text, re.M)
     return [command.strip() for command in found if "x.py" not in command and "--help" not in command and "FILE" not in command]
 
 
@@ -41,12 +43,40 @@ def shown():
     return [(where, command) for command, where in seen.items()]
 
 
-def shrink(command, data_dir, finished, out):
+def space_of(words):
+    """The space that a command is about: of its --space, or of its config, or of the search that its --arch or config is named after."""
+    named = re.search(f"(?:search|base)_({'|'.join(TINY_SPACES)})", " ".join(words))
+    words = [str(ROOT / word) if word.startswith("config/") else word for word in words]
+    return configurator.given("space", words) or (named[1] if named else "gpt")
+
+
+def shrink_space(words, script, space, digits_dir, out):
+    """What makes the command of a space of search_spaces/ small."""
+    sizes = TINY_IMAGES | TINY_SPACES[space] | (TINY_EVALS if script in ("train_search.py", "bench.py") else {})
+    if "progressive" in " ".join(words):
+        sizes |= TINY_STAGES
+    if script == "bench.py":
+        sizes |= dict(rounds=2, warmup=1)
+    elif configurator.given("genotype", words): # of any operations
+        sizes.pop("primitives", None)
+    elif any("table" in word for word in words):
+        sizes |= FOUR | dict(seeds=[1])
+        words = [*words, f"--table={out}.csv"]
+    elif script == "train_base.py":
+        if not (out.parent / "s/arch.json").exists():
+            train_search.search(search_config(space, digits_dir, out.parent / "s"))
+        words = [f"--arch={out.parent}/s/arch.json" if word.startswith("--arch=") else word for word in words]
+    return words, [*([f"--data_dir={digits_dir}"] if script != "bench.py" else []), f"--out_dir={out}", *flags(sizes)]
+
+
+def shrink(command, data_dir, digits_dir, finished, out):
     """The same command on tiny data, in its own out_dir, on two local processes at the most."""
     words = shlex.split(command)
     script = next(word for word in words if word.endswith(".py") and not word.startswith("config"))
-    extra = [f"--data_dir={data_dir}", f"--out_dir={out}"]
-    if script == "train_search.py":
+    extra, space = [f"--data_dir={data_dir}", f"--out_dir={out}"], space_of(words)
+    if space != "gpt" and script != "analyze.py":
+        words, extra = shrink_space(words, script, space, digits_dir, out)
+    elif script == "train_search.py":
         extra += ["--dataset=pydocs", *flags(TINY_SEARCH)]
     elif script == "bench.py":
         tiny = TINY_SEARCH | dict(rounds=2, warmup=1, dataset="pydocs", head_size=4 if "head_size" in command else 0, growth_options=[2],
@@ -98,22 +128,24 @@ def distinct_runs(cases):
         options = tuple(sorted(word.split("=")[0] for word in words if word.startswith("--") and not word.startswith("--seed=")))
         optimizer = next((word for word in words if Path(word).stem in OPTIMIZERS), "")
         script = next(word for word in words if word.endswith(".py") and not word.startswith("config"))
-        roads.setdefault((script, words[0], options, optimizer if words[0] == "python" else ""), (where, command))
+        images, kind = space_of(words) != "gpt" and script != "analyze.py", re.search("table|progressive", command)
+        optimizer = optimizer if words[0] == "python" and not images else "" # test_vision.py has every method in every space
+        roads.setdefault((script, words[0], options, optimizer, images, kind and kind[0]), (where, command))
     return list(roads.values())
 
 
 @pytest.mark.parametrize("where, command", distinct_runs(LOCAL))
-def test_shown_command_runs(where, command, data_dir, finished, tmp_path):
-    succeeds(*shrink(command, data_dir, finished, tmp_path / "out"))
+def test_shown_command_runs(where, command, data_dir, digits_dir, finished, tmp_path):
+    succeeds(*shrink(command, data_dir, digits_dir, finished, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("where, command", TWO_NODES)
-def test_two_node_command_runs(where, command, data_dir, finished, tmp_path):
+def test_two_node_command_runs(where, command, data_dir, digits_dir, finished, tmp_path):
     """Both nodes on this machine, one process each; rank 0 writes the result."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    words = [word for word in shrink(command, data_dir, finished, tmp_path / "out") if not word.startswith("--master_port")]
+    words = [word for word in shrink(command, data_dir, digits_dir, finished, tmp_path / "out") if not word.startswith("--master_port")]
     assert words[0] == "torchrun"
     nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", f"--master_port={port}",
                                *(word.replace("--node_rank=0", f"--node_rank={rank}") for word in words[1:])],
@@ -138,13 +170,20 @@ def test_config_keys_are_real_and_its_network_builds(path):
         config = configurator.configure(dict(vars(train_search)), ["config/search_pydocs.py", str(path)])
         assert config["out_dir"] == f"out/search_pydocs_{stem}" and config["optimizer"] == stem.rstrip("2")
         return
-    module = {"search": train_search, "base": train_base, "train": train}[stem.split("_")[0]]
-    config = configurator.configure(dict(vars(module)), [str(path)])
-    assert config["out_dir"] == f"out/{stem}"
-    if module is not train_base:
+    kind, name = stem.split("_", 1)
+    module, space = {"search": train_search, "base": train_base, "table": train_base, "train": train}[kind], space_of([str(path)])
+    assert (configurator.given("space", [str(path)]) or "gpt") == ("gpt" if kind == "base" else space) # that of base is the search's
+    config = configurator.configure(with_space(dict(vars(module)), space), [str(path)])
+    assert config["table"] == f"assets/{name}.csv" if kind == "table" else config["out_dir"] == f"out/{stem}"
+    size, channels = {"digits": (8, 1), "fashion_mnist": (28, 1)}.get(config["dataset"], (32, 3))
+    facts = {"vocab_size": 50304, "img_size": size, "in_channels": channels, "num_classes": 10}
+    if kind != "base" or space != "gpt":
         with torch.device("meta"):
-            net = build(config | {"vocab_size": 50304})
-        assert bool([c for c in net.choices.values() if len(c.options) > 1]) == (module is train_search)
+            net = build(config | facts)
+        arch = uniform(net.choices, rng(0))
+        with torch.device("meta"):
+            build(config | facts, arch)
+        assert bool([c for c in net.choices.values() if len(c.options) > 1]) == (kind != "train")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -153,6 +192,12 @@ def test_help_lists_every_key(script):
     assert f"python {script}" in out
     for key, value in configurator.defaults(vars(importlib.import_module(Path(script).stem))).items():
         assert re.search(rf"{key}\b.*{re.escape(str(value))}", out), key
+
+
+@pytest.mark.parametrize("script", ["train_search.py", "bench.py"])
+def test_help_of_a_space_lists_its_keys(script):
+    out = succeeds(script, "--space=nb201", "--help")
+    assert "space = 'nb201'" in out and re.search(r"n_cell = 5 +# cells a third", out) and "n_head = " not in out
 
 
 def test_python_of_the_readme_runs():

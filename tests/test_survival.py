@@ -31,7 +31,8 @@ def state_of(out_dir):
     for key in ("config", "sha256", "logs"):
         checkpoint.pop(key)
     checkpoint["state"].pop("seconds")
-    logs = [{k: v for k, v in line.items() if k not in ("ms", "tokens_per_s")} for line in read_lines(Path(out_dir) / "log.jsonl")]
+    times = ("ms", "tokens_per_s", "images_per_s")
+    logs = [{k: v for k, v in line.items() if k not in times} for line in read_lines(Path(out_dir) / "log.jsonl")]
     files = {name: (Path(out_dir) / name).read_bytes() for name in ("arch.json", "arch_traj.jsonl", "arch_search.jsonl")
              if (Path(out_dir) / name).exists()}
     return train.fingerprint(checkpoint), [line for line in logs if line.get("step")], files

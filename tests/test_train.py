@@ -188,9 +188,9 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
         batches.append(split_of[len(tokens)])
         return real_batches(tokens, *args)
 
-    def spy_estimate(net, tokens, *args):
+    def spy_estimate(net, tokens, *args, **rest):
         evaluated.append(split_of[len(tokens)])
-        return real_estimate(net, tokens, *args)
+        return real_estimate(net, tokens, *args, **rest)
 
     def spy_backward(net, *args):
         frozen.append(not any(p.requires_grad for p in net.parameters()))
