@@ -350,6 +350,10 @@ def finish(net, config, run, state, table):
     if run.master:
         write_json(os.path.join(config.out_dir, "result.json"), result)
         print(f"found: {text_of(state.best_arch, config)}, {result['params']:,} parameters, loss {state.best_loss:.4f} with shared weights")
+        if table:
+            draws = ", ".join(f"of {n} {table.random_best(n):.2f}%" for n in (1, 10, 100))
+            print(f"in the table: {result['table_accuracy']:.2f}%, rank {result['table_rank']} of {result['table_of']}; the best of random "
+                  f"draws, in the mean: {draws}")
         print(f"figure: {search_figure(config.out_dir)}")
         print(f"next: python train_base.py --arch={os.path.join(config.out_dir, 'arch.json')}")
     return result
