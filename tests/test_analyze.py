@@ -192,7 +192,7 @@ def test_the_curves_are_the_logged_losses_once_a_step(tmp_path, drawn):
     jsonl(tmp_path / "arch_traj.jsonl", traj[:3] + traj[1:]) # as after a resume from the second evaluation
     search_figure(tmp_path)
     curves = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].lines}
-    for label, key in [("supernet", "mixture_loss"), ("architecture", "arch_loss"), ("architecture, val.bin", "val_arch_loss")]:
+    for label, key in [("supernet", "mixture_loss"), ("architecture", "arch_loss"), ("architecture, val", "val_arch_loss")]:
         assert curves[label] == [[line["step"], line[key]] for line in traj]
 
 
