@@ -59,6 +59,8 @@ def shrink_space(words, script, space, digits_dir, out):
         sizes |= dict(rounds=2, warmup=1)
     elif configurator.given("genotype", words): # of any operations
         sizes.pop("primitives", None)
+    elif configurator.given("benchmark", words): # of the networks that are in the table
+        sizes = {key: value for key, value in sizes.items() if key not in TINY_SPACES[space]}
     elif any("table" in word for word in words):
         sizes |= FOUR | dict(seeds=[1])
         words = [*words, f"--table={out}.csv"]
