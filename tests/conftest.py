@@ -12,7 +12,7 @@ import supernet
 from prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1") # the tests run in two processes
 TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_accumulation_steps=1, max_iters=4, eval_interval=2,
             eval_iters=2, log_interval=1, warmup_iters=1)
 TINY_SPACE = dict(n_layer=[1, 2], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
