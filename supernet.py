@@ -721,18 +721,30 @@ class SepConv(nn.Module):
 
 
 class Pool(nn.Module):
-    """Over 3 x 3; an average leaves out the padding. norm: a BatchNorm behind it."""
+    """Over 3 x 3; an average leaves out the padding. norm: a BatchNorm behind it. Pools of the same node compute the same: shared, a
+    dict of the node, keeps it for the next."""
     def __init__(self, pool, C, stride=1, norm=False):
         super().__init__()
         self.pool, self.stride = pool, stride
         self.norm = BatchNorm2d(C, affine=False) if norm else None
 
-    def forward(self, x, r, k=None, scale=None):
+    def forward(self, x, r, k=None, scale=None, shared=None):
+        if shared is None or not (self.norm is None or self.norm.training): # in evaluation each norm has its own statistics
+            return scaled(self.pooled(x), scale)
+        if (self.pool, self.stride) not in shared:
+            shared[self.pool, self.stride] = self.pooled(x), self.norm
+        y, norm = shared[self.pool, self.stride]
+        if norm is not self.norm:
+            self.norm.running_mean.data.copy_(norm.running_mean) # autograd must not mind: training reads neither
+            self.norm.running_var.data.copy_(norm.running_var)
+        return scaled(y, scale)
+
+    def pooled(self, x):
         if self.pool == "avg":
-            x = F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False)
+            y = F.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False)
         else:
-            x = F.max_pool2d(x, 3, self.stride, 1)
-        return scaled(x, scale) if self.norm is None else self.norm(x, None, scale)
+            y = F.max_pool2d(x, 3, self.stride, 1)
+        return y if self.norm is None else self.norm(y)
 
 
 class Skip(nn.Module):
@@ -787,18 +799,23 @@ class Edge(nn.Module):
         self.ops = nn.ModuleDict({name: ops[kernel_of(primitives[places[0]])[0]](tuple(kernels), stride)
                                   for name, (places, kernels) in self.groups.items() if name != "none"})
 
-    def forward(self, x, r, w=None):
-        """x: (B, C, H, W), r: its ReLU. w: None where there is one operation, an operation, one and its weight, or weights (K,)."""
+    def forward(self, x, r, w=None, shared=None):
+        """x: (B, C, H, W), r: its ReLU. w: None where there is one operation, an operation, one and its weight, or weights (K,). shared:
+        a dict for what the edges from x have in common."""
         k, n = self.partial_channels, x.shape[1] // self.partial_channels
         if k == 1:
-            return self.operate(x, r, w)
-        y, rest = self.operate(x[:, :n], r[:, :n], w), x[:, n:]
+            return self.operate(x, r, w, shared)
+        y, rest = self.operate(x[:, :n], r[:, :n], w, shared), x[:, n:]
         y = torch.cat((y, rest if self.stride == 1 else F.max_pool2d(rest, 2, ceil_mode=True)), 1)
         return y.unflatten(1, (k, n)).transpose(1, 2).flatten(1, 2)
 
-    def operate(self, x, r, w):
+    def run(self, name, x, r, k, scale, shared):
+        op = self.ops[name]
+        return op(x, r, k, scale, shared) if isinstance(op, Pool) else op(x, r, k, scale)
+
+    def operate(self, x, r, w, shared=None):
         if isinstance(w, torch.Tensor):
-            return self.mixture(x, r, w)
+            return self.mixture(x, r, w, shared)
         primitive, p = w if isinstance(w, tuple) else (w or self.primitives[0], None)
         if primitive == "none":
             return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
@@ -806,19 +823,20 @@ class Edge(nn.Module):
         if self.groups[name][1] == [kernel]:
             kernel = None # there is no other
         mixing = kernel and p is not None and self.entanglement == "weights"
-        return straight(self.ops[name](x, r, (kernel, p) if mixing else kernel), None if mixing and not self.group_weight else p)
+        y = self.run(name, x, r, (kernel, p) if mixing else kernel, None, shared)
+        return straight(y, None if mixing and not self.group_weight else p)
 
-    def mixture(self, x, r, w):
+    def mixture(self, x, r, w, shared):
         y = 0
         for name, (places, kernels) in self.groups.items():
-            op, p = self.ops[name] if name != "none" else None, w[places]
-            if op and self.entanglement == "weights" and len(kernels) > 1:
-                total = p.sum()
-                y = y + op(x, r, p, total if self.group_weight else (total > 0).to(total.dtype)) # a norm of 0 is not 0
-            elif op:
+            if name != "none" and self.entanglement == "weights" and len(kernels) > 1:
+                p, total = w[places], w[places].sum()
+                scale = total if self.group_weight else (total > 0).to(total.dtype) # a norm of 0 is not 0
+                y = y + self.run(name, x, r, p, scale, shared)
+            elif name != "none":
                 for place, kernel in zip(places, kernels, strict=True):
                     if place not in self.pruned:
-                        y = y + op(x, r, kernel if len(kernels) > 1 else None, w[place])
+                        y = y + self.run(name, x, r, kernel if len(kernels) > 1 else None, w[place], shared)
         return y
 
     def prune(self, mask):
@@ -849,16 +867,16 @@ def nodes(states, edges, w, drop=0.0):
     states: the cell's inputs, (B, C, H, W) each; edges: of the first node, of the second, ..., an Edge or None; w: what each runs
     with. drop: the probability of drop_path() for all edges but identities, in networks without a choice.
     """
-    states, edges, inputs, i = [(x, F.relu(x)) for x in states], list(edges), len(states), 0
+    states, edges, inputs, i = [(x, F.relu(x), {}) for x in states], list(edges), len(states), 0
     while i < len(edges):
         y = 0
-        for edge, state, choice in zip(edges[i:], states, w[i:], strict=False): # as many as there are states
+        for edge, (x, r, shared), choice in zip(edges[i:], states, w[i:], strict=False): # as many as there are states
             if edge is not None:
-                term = edge(*state, choice)
+                term = edge(x, r, choice, shared)
                 y = y + (drop_path(term, drop) if drop and not edge.identity else term)
         i += len(states)
-        states.append((y, F.relu(y)))
-    return [x for x, _ in states[inputs:]]
+        states.append((y, F.relu(y), {}))
+    return [x for x, *_ in states[inputs:]]
 
 
 def each_read(net, run, visit):

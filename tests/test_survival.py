@@ -194,7 +194,8 @@ def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path):
     train.train(config)
     shutil.copytree(tmp_path / "t", tmp_path / "whole")
     damaged = bytearray((tmp_path / "t/ckpt.pt").read_bytes())
-    damaged[len(damaged) // 2] ^= 1
+    for i in range(len(damaged) // 2, len(damaged) // 2 + 256): # more than the padding between two tensors
+        damaged[i] ^= 1
     (tmp_path / "t/ckpt.pt").write_bytes(damaged)
     with pytest.raises(SystemExit, match="--init_from=previous"):
         train.train(config | {"init_from": "resume"})

@@ -315,7 +315,7 @@ def test_learning_rate_schedule():
 
 def test_optimizer_decays_matrices_alone():
     net = build(dict(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=8, bias=True))
-    config = SimpleNamespace(weight_decay=0.1, learning_rate=1e-3, beta1=0.9, beta2=0.99, zero_stage=0)
+    config = SimpleNamespace(weight_decay=0.1, learning_rate=1e-3, beta1=0.9, beta2=0.99, zero_stage=0, weight_optimizer="adamw")
     groups = train.configure_optimizer(net, config, SimpleNamespace(device_type="cpu")).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     for name, p in net.named_parameters():
