@@ -2,14 +2,15 @@
 Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) or by sampling (SPOS) and reads it off.
 
     python train_search.py                                      # a laptop: the quick search on pydocs, some minutes
+    python train_search.py config/search_toy_cell_digits.py config/drnas.py     # a laptop: a space of search_spaces/, on images
     python train_search.py config/search_shakespeare_char.py config/drnas.py                         # one GPU
     torchrun --standalone --nproc_per_node=4 train_search.py config/search_tinystories.py config/drnas.py    # one node of 4 GPUs
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/search_owt.py
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/search_owt.py
     python train_search.py --help                               # every key with its default
 
-A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the first train_portion of train.bin, the alphas on the
-rest; val.bin is only reported. Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at every evaluation),
+A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the first train_portion of the training data, the alphas on
+the rest; val is only reported. Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at every evaluation),
 arch.json (the best of them by the loss on the alphas' part, all that train_base.py needs), ckpt.pt, result.json and search.png.
 """
 import json
