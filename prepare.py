@@ -510,13 +510,12 @@ def write(path, save):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except BaseException as error:
-        with suppress(OSError):
-            os.remove(tmp)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch.save turns a full disk into a RuntimeError
-            raise
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise SystemExit(f"{path} cannot be written ({getattr(error, 'strerror', None) or 'the disk is full?'}): "
                          "make room or choose another folder; what was there before is whole") from None
+    finally:
+        with suppress(OSError):  # of a whole one the name is gone
+            os.remove(tmp)
 
 
 def seal(data):
