@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -219,24 +220,27 @@ def compile_fused_ops():
     with open(file) as f: # a build is for one source, one PyTorch and one kind of processor
         identity = repr((f.read(), FLAGS, torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), processor()))
     name, start = "nas_" + hashlib.sha256(identity.encode()).hexdigest()[:12], time.perf_counter()
-    folder = os.path.join(cpp_extension.get_default_build_root(), name)
-    built = os.path.exists(os.path.join(folder, f"{name}.so"))
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    library = os.path.join(root, f"{name}.so")
 
     def say(line):
         if os.environ.get("RANK", "0") == "0": # once, not by every process of torchrun
             print(line, flush=True)
 
-    if not built:
-        say("compiling fused_ops.cpp, once on this machine, about 15 s ...")
     try:
-        os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable) # ninja, of a virtual environment that is not activated
-        os.makedirs(folder, exist_ok=True)
-        cpp_extension.load(name, [file], extra_cflags=FLAGS, build_directory=folder, is_python_module=False)
+        if os.path.exists(library):
+            torch.ops.load_library(library)
+        else: # in a folder of its own: PyTorch's lock on a shared one outlives a process that is killed, and all later ones wait for it
+            say("compiling fused_ops.cpp, once on this machine, about 15 s ...")
+            os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable) # ninja, of a virtual environment that is not activated
+            os.makedirs(root, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
+                cpp_extension.load(name, [file], extra_cflags=FLAGS, build_directory=folder, is_python_module=False)
+                os.replace(os.path.join(folder, f"{name}.so"), library)
+            say(f"compiled fused_ops.cpp in {time.perf_counter() - start:.0f} s")
     except (RuntimeError, OSError, ImportError, SystemError) as e: # no compiler, no ninja, no room, a library that does not load
         say(f"fused_ops.cpp is not in use, PyTorch computes the same more slowly ({str(e).strip().splitlines()[0]}).")
         return False
-    if not built:
-        say(f"compiled fused_ops.cpp in {time.perf_counter() - start:.0f} s")
     register_fused_ops()
     return True
 

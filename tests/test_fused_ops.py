@@ -1,7 +1,13 @@
 """The kernels of fused_ops.cpp are what their PyTorch references compute: values and gradients, all types, strides and shapes."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
-from conftest import TINY_SEARCH, flags, succeeds, turn_kernels_on
+from conftest import ROOT, TINY_SEARCH, flags, succeeds, turn_kernels_on
 
 import supernet
 from model import build
@@ -210,6 +216,21 @@ def test_without_a_compiler_the_search_says_so_and_runs(data_dir, tmp_path):
     assert len(said) == 1 and "found:" in out
     out = succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/t", "--fused=False", *flags(TINY_SEARCH))
     assert "fused_ops.cpp" not in out.replace("fused: True", "")
+
+
+def test_a_killed_compilation_does_not_hold_up_the_next(tmp_path):
+    command = [sys.executable, "-c", "import supernet; supernet.use_fused_ops(); print(supernet.fused)"]
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    killed = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert "compiling" in killed.stdout.readline()
+    while not list(tmp_path.glob("*/*")): # the build has begun
+        assert killed.poll() is None, "compiled before it could be killed"
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    for compiles in (True, False):
+        out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200).stdout
+        assert out.splitlines()[-1] == "True" and ("compiled" in out) == compiles, out
 
 
 def test_compiled_parts_do_not_recompile():
