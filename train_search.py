@@ -11,7 +11,8 @@ Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) o
 
 A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the first train_portion of the training data, the alphas on
 the rest; val is only reported. Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at every evaluation),
-arch.json (the best of them by the loss on the alphas' part, all that train_base.py needs), ckpt.pt, result.json and search.png.
+arch.json (the best of them by the loss on the alphas' part, all that train_base.py needs), ckpt.pt, result.json and search.png; of
+--optimizer=spos also arch_search.jsonl (what it evaluated with inherited weights), and with --arch_search=pareto pareto.json.
 """
 import json
 import math
@@ -24,8 +25,8 @@ from tqdm import tqdm
 from analyze import Benchmark, describe, read_lines, search_figure
 from configurator import defaults
 from model import OPTIONS
-from optim_nas import ArchOptimizer, best_of, entropy, evolutionary_search, key_of, picked, random_search, rowwise
-from optim_nas import uniform, unrolled_gradient
+from optim_nas import ArchOptimizer, Budget, best_of, by_front, entropy, evolutionary_search, fronts, key_of, picked, random_search
+from optim_nas import rowwise, uniform, unrolled_gradient
 from prepare import rng, seal, unseal, write, write_json
 from supernet import extremes, use_fused_ops, widen
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
@@ -52,7 +53,8 @@ normalize = 'softmax' # of darts: or 'sparsemax'
 regularizer = 'l2' # of drnas: or 'kl', to Dirichlet(1)
 tau_max = 10.0 # gdas: the temperature falls linearly to
 tau_min = 0.1
-arch_search = 'evolution' # after spos: over the inherited weights, or 'random'
+arch_search = 'evolution' # after spos: over the inherited weights; 'random'; or 'pareto', by evolution towards small loss and small
+pareto_cost = 'params' # or 'flops', 'latency'
 arch_evals = 200 # architectures that it evaluates
 population = 50
 parents = 10
@@ -61,6 +63,9 @@ depth_mutate_prob = 0.4 # of the other choices
 prune_keep = 0 # progressive search (DrNAS): from half of the steps on every row of a cell keeps so many operations; 0: all
 widen_to = 0 # and its edges compute 1 / widen_to of the channels, in the place of 1 / partial_channels; 0: as before
 arch_warmup_iters = 0 # steps at the start, and after the half of a progressive search, in which the alphas rest
+target_params = 0 # a budget for the architecture that is found: never more, within 5 % less where there is one; 0: none
+target_flops = 0 # of a forward pass of one sequence of block_size tokens, or of one image; 2 a multiply-add
+budget_penalty = 1.0 # weight of log(expected cost / target)^2 in the alphas' loss
 benchmark = '' # a table of the space's trained architectures, .csv, .json or an official file: logs accuracy, rank and regret
 # the quick search on pydocs
 eval_interval = 100
@@ -157,7 +162,7 @@ def evaluate(net, forward, chooser, splits, config, run, state, log, table):
     """The losses of the supernet and of the architecture read off it, with inherited weights; logs, and keeps the best."""
     if config.optimizer == "spos": # no alphas to read: the best of a few draws
         history = random_search(net.choices, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
-                                rng(config.seed, "spos", state.step))
+                                rng(config.seed, "spos", state.step), chooser.budget)
         arch = best_of(history)[1]
     else:
         arch = chooser.arch()
@@ -255,6 +260,12 @@ def load_table(net, config):
     return table
 
 
+def make_budget(net, config):
+    """The Budget that config's targets say, or None."""
+    targets = {name: getattr(config, f"target_{name}") for name in ("params", "flops") if getattr(config, f"target_{name}")}
+    return Budget(net.choices, net.cost, targets, config.budget_penalty) if targets else None
+
+
 def search(config):
     """Runs the search of config (a dict); returns what it writes to result.json."""
     config = SimpleNamespace(**config)
@@ -262,8 +273,9 @@ def search(config):
         raise SystemExit(f"order={config.order} is for optimizer=darts alone (1 or 2); optimizer is {config.optimizer}.")
     if config.compile and config.space != "gpt" and config.optimizer in ("gdas", "spos"):
         raise SystemExit(f"compile=True would compile every architecture that {config.optimizer} draws in {config.space}: leave it out.")
-    if config.arch_search not in ("evolution", "random"):
-        raise SystemExit(f"arch_search='{config.arch_search}' is not 'evolution' or 'random'.")
+    for key, allowed in (("arch_search", ("evolution", "random", "pareto")), ("pareto_cost", ("params", "flops"))):
+        if getattr(config, key) not in allowed:
+            raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
     run = setup(config)
     if config.order == 2 and run.scaler.is_enabled():
         raise SystemExit("order=2 differentiates through the gradient, which dtype=float16 scales: use --dtype=bfloat16 or float32.")
@@ -273,7 +285,8 @@ def search(config):
     check_stages(net, config)
     table = load_table(net, config)
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
-                            tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer)
+                            tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
+                            budget=make_budget(net, config))
     optimizer = configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1)
     if config.init_from != "scratch":
@@ -304,12 +317,13 @@ def search(config):
         loop(config, run, state, log, net.cost(chooser.mean())["flops"].item(), step,
              lambda: evaluate(net, forward, chooser, splits, config, run, state, log, table), checkpoint, undecided)
         if config.optimizer == "spos":
-            search_inherited(net, forward, splits, config, run, state, log, table)
+            search_inherited(net, forward, chooser.budget, splits, config, run, state, log, table)
     return finish(net, config, run, state, table)
 
 
-def search_inherited(net, forward, splits, config, run, state, log, table):
-    """Evolutionary or random search, by the loss on the search split with the supernet's weights.
+def search_inherited(net, forward, budget, splits, config, run, state, log, table):
+    """Evolutionary or random search, by the loss on the search split with the supernet's weights; for both loss and cost, pareto.json
+    is what no other architecture is better than in both.
 
     arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
     path, lines, losses = os.path.join(config.out_dir, "arch_search.jsonl"), [], []
@@ -334,10 +348,21 @@ def search_inherited(net, forward, splits, config, run, state, log, table):
 
     generator = rng(config.seed, "arch_search")
     if config.arch_search == "random":
-        history = random_search(net.choices, evaluate, config.arch_evals, generator)
+        history = random_search(net.choices, evaluate, config.arch_evals, generator, budget)
     else:
+        costs = {}
+
+        def cost(arch):
+            if key_of(arch) not in costs:
+                costs[key_of(arch)] = net.cost(arch)[config.pareto_cost]
+            return costs[key_of(arch)]
+        rank = (lambda history: by_front(history, cost)) if config.arch_search == "pareto" else None
         history = evolutionary_search(net.choices, evaluate, config.arch_evals, generator, config.population, config.parents,
-                                      config.mutate_prob, config.depth_mutate_prob)
+                                      config.mutate_prob, config.depth_mutate_prob, budget, rank)
+        if rank and run.master:
+            front = [history[i] for i in fronts([(loss, cost(arch)) for loss, arch in history])[0]]
+            front = sorted(({"arch": arch, "loss": loss, **net.cost(arch)} for loss, arch in front), key=lambda point: point["loss"])
+            write_json(os.path.join(config.out_dir, "pareto.json"), {"space": config.space, "cost": config.pareto_cost, "front": front})
     found, val = score(net, forward, best_of(history)[1], splits, config, run, ("search", "val"))
     record(net, best_of(history)[1], found, sum(losses) / len(losses), val, config, run, state, log, table)
 

@@ -1,0 +1,158 @@
+"""A budget: never more, within 5 % less, for every target, optimizer and space; and what is best for its cost."""
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_EVALS, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
+
+from model import build
+from optim_nas import ArchOptimizer, Budget, architectures, by_front, fronts, likelihood, likeliest, one_hot, random_search, uniform
+from train import space_module
+
+CHARS = build(dict(n_layer=[4, 5, 6], n_head=[2, 4, 6], n_embd=[96, 192, 384], mlp_ratio=[2, 3, 4], bias=False, vocab_size=65,
+                   block_size=256))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def drawn(choices, seed):
+    """Weights of a decided search."""
+    g = generator(seed)
+    return {name: (2 * torch.randn(c.shape, generator=g)).softmax(-1) for name, c in choices.items()}
+
+
+@pytest.mark.parametrize("name, targets", [("params", (0.6e6, 1.6e6, 2.5e6, 5.5e6, 9e6)), ("flops", (0.5e9, 1.2e9, 1.7e9, 4e9, 6e9))])
+def test_five_targets_of_each_kind(name, targets):
+    for target in targets:
+        budget = Budget(CHARS.choices, CHARS.cost, {name: target})
+        for seed in range(3):
+            for arch in (budget.project(drawn(CHARS.choices, seed)), budget.fit(uniform(CHARS.choices, generator(seed)), generator(seed))):
+                assert 0.95 * target <= CHARS.cost(arch)[name] <= target, (target, arch)
+
+
+def test_the_projection_is_likely_among_all_that_fit():
+    """By exhaustion: the likeliest of what fits in half of the cases, and one of the likeliest 5 % in the mean."""
+    net = build(dict(n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[16, 32], mlp_ratio=[1, 2, 4], vocab_size=65, block_size=16))
+    everything, ranks = list(architectures(net.choices)), []
+    for seed in range(12):
+        weights = drawn(net.choices, seed)
+        logs = {name: w.log().view(-1, w.shape[-1]).tolist() for name, w in weights.items()}
+        target = net.cost(uniform(net.choices, generator(seed)))["params"]
+        budget = Budget(net.choices, net.cost, {"params": target})
+
+        def likely(arch, logs=logs, weights=weights, budget=budget):
+            return likelihood(net.choices, budget.whole(arch, weights), logs)
+        fitting = torch.tensor([likely(arch) for arch in everything if 0.95 * target <= net.cost(arch)["params"] <= target])
+        ranks.append((fitting > likely(budget.project(weights)) + 1e-6).double().mean())
+    assert sum(rank == 0 for rank in ranks) >= 6 and sum(ranks) / len(ranks) < 0.05, ranks
+
+
+def test_what_is_in_the_budget_anyway_stays():
+    weights = drawn(CHARS.choices, 0)
+    arch = likeliest(CHARS.choices, weights)
+    budget = Budget(CHARS.choices, CHARS.cost, {"params": 1.02 * CHARS.cost(arch)["params"]})
+    assert budget.project(weights) == arch and budget.fit(arch, generator()) == arch
+
+
+def test_several_targets_hold_together():
+    largest = CHARS.cost(dict(n_layer=6, n_embd=384, n_head=[6] * 6, mlp_ratio=[4] * 6))
+    targets = {"params": 0.8 * largest["params"], "flops": 0.7 * largest["flops"]}
+    cost = CHARS.cost(Budget(CHARS.choices, CHARS.cost, targets).project(drawn(CHARS.choices, 1)))
+    assert cost["params"] <= targets["params"] and 0.95 * targets["flops"] <= cost["flops"] <= targets["flops"]
+
+
+@pytest.mark.parametrize("target", [300_000, 12_000_000])
+def test_a_target_out_of_reach_names_the_smallest_and_the_largest(target):
+    with pytest.raises(SystemExit, match=r"target_params=\d\d?[\d,]+ is out of reach: .* 326,592 to 10,745,088"):
+        Budget(CHARS.choices, CHARS.cost, {"params": target})
+
+
+@pytest.mark.parametrize("space", sorted(TINY_SPACES))
+def test_every_space_takes_a_budget(space):
+    config = TINY_IMAGES | TINY_SPACES[space] | dict(img_size=8, in_channels=1, num_classes=10)
+    net = space_module(space).build(config)
+    for seed in range(3):
+        target = net.cost(uniform(net.choices, generator(seed)))["params"]
+        budget = Budget(net.choices, net.cost, {"params": target})
+        arch = budget.project(drawn(net.choices, seed))
+        used = net.cost(arch)["params"] / target
+        assert budget.floor <= used + 1e-9 and used <= 1, (space, target, used)
+        (_, drawn_arch), = random_search(net.choices, lambda arch: 0.0, 1, generator(seed), budget)
+        assert net.cost(drawn_arch)["params"] <= target
+
+
+def test_the_penaltys_gradient_by_finite_differences():
+    budget = Budget(CHARS.choices, CHARS.cost, {"params": 3e6, "flops": 4e9}, strength=0.7)
+    weights = {name: w.double() for name, w in drawn(CHARS.choices, 3).items()}
+
+    def penalty(name, index, step):
+        w = weights[name].clone()
+        w[index] += step
+        cost = CHARS.cost(weights | {name: w})
+        return 0.7 * (math.log(cost["params"] / 3e6) ** 2 + math.log(cost["flops"] / 4e9) ** 2)
+    gradient = budget.gradient(weights)
+    for name, index in (("n_embd", (1,)), ("n_layer", (0,)), ("n_head", (2, 1)), ("mlp_ratio", (5, 2))):
+        slope = (penalty(name, index, 1e-6) - penalty(name, index, -1e-6)) / 2e-6
+        assert gradient[name][index].item() == pytest.approx(slope, rel=1e-5, abs=1e-9), name
+
+
+def test_the_penalty_alone_leads_the_alphas_to_the_target():
+    for target in (1e6, 8e6):
+        chooser = ArchOptimizer("darts", CHARS.choices, generator(), 0.1, 0.0, budget=Budget(CHARS.choices, CHARS.cost, {"params": target}))
+        for _ in range(150):
+            weights = chooser.sample(0.0, generator())
+            chooser.step(weights, {name: torch.full_like(w, 1e-12) for name, w in weights.items()})
+        assert CHARS.cost(chooser.mean())["params"].item() == pytest.approx(target, rel=0.1)
+
+
+def test_fronts_by_exhaustion():
+    points = [tuple(row) for row in torch.randint(8, (60, 2), generator=generator()).tolist()]
+
+    def beaten(i, by):
+        return any(points[j] != points[i] and all(a <= b for a, b in zip(points[j], points[i], strict=True)) for j in by)
+    layers = fronts(points)
+    assert sorted(itertools.chain(*layers)) == list(range(60))
+    for n, layer in enumerate(layers):
+        assert not any(beaten(i, list(itertools.chain(*layers[n:]))) for i in layer)
+        assert all(beaten(i, layers[n - 1]) for i in layer) or n == 0
+    history = [(float(loss), cost) for loss, cost in points]
+    ranked = by_front(history, lambda cost: cost)
+    assert sorted(ranked) == sorted(history) and {min(p[0] for p in points), min(p[1] for p in points)} >= {min(h[1] for h in ranked[:2])}
+
+
+@pytest.mark.parametrize("optimizer", ["darts", "drnas", "gdas", "spos"])
+def test_a_search_ends_in_its_budget(optimizer, data_dir, tmp_path):
+    net = build(TINY_SEARCH | dict(vocab_size=100))
+    costs = sorted(net.cost(arch)["flops"] for arch in architectures(net.choices))
+    target, options = costs[len(costs) // 2] + 10, TINY_SEARCH | dict(optimizer=optimizer, data_dir=data_dir, out_dir=tmp_path)
+    vocab_size = json.loads((Path(data_dir) / "pydocs/meta.json").read_text())["vocab_size"]
+    target += 2 * 16 * 16 * (vocab_size - 100)
+    succeeds("train_search.py", *flags(options), f"--target_flops={target}")
+    for line in (tmp_path / "arch_traj.jsonl").read_text().splitlines():
+        assert 0.9 * target <= json.loads(line)["cost"]["flops"] <= target
+
+
+def test_evolution_towards_small_loss_and_small_cost(data_dir, tmp_path):
+    options = TINY_SEARCH | TINY_EVALS | dict(optimizer="spos", arch_search="pareto", arch_evals=12, data_dir=data_dir, out_dir=tmp_path)
+    succeeds("train_search.py", *flags(options))
+    tried = [json.loads(line) for line in (tmp_path / "arch_search.jsonl").read_text().splitlines()]
+    front = json.loads((tmp_path / "pareto.json").read_text())["front"]
+    assert len(tried) == 12 and min(line["loss"] for line in tried) == front[0]["loss"]
+    for a in front:
+        assert not any(b["loss"] <= a["loss"] and b["params"] <= a["params"] and b != a for b in front)
+
+
+def test_a_budget_out_of_reach_stops_a_search(data_dir, tmp_path):
+    said = fails("train_search.py", *flags(TINY_SEARCH | dict(data_dir=data_dir, out_dir=tmp_path)), "--target_params=10")
+    assert "target_params=10 is out of reach" in said
+
+
+def test_one_hot_cost_is_the_cost():
+    for seed in range(5):
+        arch = uniform(CHARS.choices, generator(seed))
+        assert {k: v.item() for k, v in CHARS.cost(one_hot(CHARS.choices, arch)).items()} == CHARS.cost(arch)
