@@ -371,6 +371,9 @@ class Budget:
             for price in (1, 8, 64, 512, 4096) if len(shared) < len(self.choices) else ():
                 new = self.climb(new, lambda a, cost, price=price: likely(a) - price * self.miss(cost), frozen=shared)
             add(new)
+        if min(found.values(), key=lambda entry: entry[:2])[0] > 0: # single changes led nowhere: from where the budget is met
+            start = self.whole(self.fit(arch, torch.Generator().manual_seed(0)), weights)
+            add(self.climb(start, lambda a, cost: likely(a) - 4096 * self.miss(cost)))
         return check_arch(self.choices, min(found.values(), key=lambda entry: entry[:2])[2])
 
 
