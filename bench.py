@@ -157,7 +157,7 @@ def parts(c, config, run):
 def inputs(c, config, run, i):
     """x, y and a supernet's third argument, as in a weight step."""
     x, y = draw(c.splits["train"], config, run, "train", i)
-    return x, y, () if c.method == "plain" else (weight_arch(c.net, c.chooser, c.config, run, i / REPEATS, i),)
+    return x, y, () if c.method == "plain" else (weight_arch(c.net, c.chooser, c.config, run, i / REPEATS, rng(config.seed, i)),)
 
 
 def memory(c, config, run):

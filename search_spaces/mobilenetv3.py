@@ -27,7 +27,7 @@ expand = [3, 4, 6] # of each block: the channels in its middle over those that c
 width_mult = 1.0 # published: 1.0 and 1.2
 kernel_transform = True # learned matrices between a kernel and the centre of the next larger one; False: the centre as it is
 stem_channels = 16 # also of the fixed block behind it
-stem_stride = 2
+stem_stride = 2 # images of 32 pixels and less need 1
 widths = [24, 40, 80, 112, 160] # of each stage; its length is the number of stages
 strides = [2, 2, 2, 1, 2] # of each stage's first block
 se = [0, 1, 0, 1, 1] # of each stage: 1 for squeeze-and-excitation (Hu et al. 2018)
@@ -218,20 +218,21 @@ class MobileNetV3(ImageNetwork):
                 x = block(x, k, e)
                 out = out + x * d[depths.index(n)].to(x.dtype) if n in depths else out
             return out
-        d, p = d # the norm that follows hides the scale of x_d, so that the other depths must have gradients too, or none would learn
+        (d, p), chosen = d, None # the norm that follows hides the scale of x_d: the other depths must have gradients too, or none learns
         for n, (block, k, e) in enumerate(blocks, 1):
             with torch.set_grad_enabled(torch.is_grad_enabled() and n <= d):
                 x = block(x, k, e)
-            chosen = x if n == d else chosen if n > d else None
+            chosen = x if n == d else chosen
             if n in depths:
                 weight = p[depths.index(n)].to(x.dtype)
                 out = out + x.detach() * (weight - weight.detach())
         return chosen + out
 
-    def sort_channels(self, trained):
-        """Block.sort_channels() of all stages. trained: expansions."""
-        for block in (block for blocks in self.stages for block in blocks):
-            block.sort_channels(trained)
+    def unlock(self, old, new):
+        """Before the options of the choices `old` become those of `new`: the channels of smaller expansions will be those that matter."""
+        for s, blocks in enumerate(self.stages, 1):
+            for block in blocks if old[f"expand_{s}"] != new[f"expand_{s}"] else ():
+                block.sort_channels(old[f"expand_{s}"].options)
 
     def cost(self, arch=None):
         if arch is None or torch.is_tensor(arch["depth_1"]):
@@ -252,11 +253,10 @@ class MobileNetV3(ImageNetwork):
 
         def add_block(block, used, k, e):
             nonlocal side
-            i, o, inside = block.project.out_channels if block.expand is None else block.expand.in_channels, block.project.out_channels, side
+            n, o, inside = mean(e, block.mid), block.project.out_channels, side
             side = -(-side // block.depthwise.stride[0])
-            n = mean(e, block.mid)
             if block.expand is not None:
-                add(i * n, used, inside, 2 * n)
+                add(block.expand.in_channels * n, used, inside, 2 * n)
             add(mean(k, [k * k for k in block.depthwise.kernels]) * n, used, side, 2 * n) # independent: a product of means
             if block.se is not None:
                 both = 2 * mean(e, [n * r for n, r in zip(block.mid, block.reduced, strict=True)])
