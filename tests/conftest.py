@@ -28,6 +28,7 @@ TINY_SPACES = {
     "toy_cell": dict(init_channels=4),
     "toy_conv_macro": dict(channels_1=[2, 4], channels_2=[2, 4], channels_3=[4, 8], channels_4=[4, 8], kernel_size=[3, 5],
                            last_channels=8, last_kernel_size=3, last_padding=1, fc=16)}
+TINY_LARGEST = dict(depth=2, kernel_size=5, expand=3) # of mobilenetv3
 TINY_STAGES = dict(partial_channels=2, widen_to=1, prune_keep=2, arch_warmup_iters=1)
 
 
