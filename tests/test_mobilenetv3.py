@@ -232,8 +232,9 @@ def shrink_config(digits_dir, out_dir, largest, **rest):
 
 def test_phases_draw_only_what_they_unlocked(digits_dir, tmp_path, largest, monkeypatch):
     """In 8 steps of shares 1, 0.5 and 2.5: steps 0 and 1, step 2, the other five with two draws each; with the schedule of each."""
-    drawn, real = [], train_search.weight_arch
+    (drawn, real), (unlocked, unlock) = ([], train_search.weight_arch), ([], mobilenetv3.MobileNetV3.unlock)
     monkeypatch.setattr(train_search, "weight_arch", lambda *args: drawn.append(real(*args)) or drawn[-1])
+    monkeypatch.setattr(mobilenetv3.MobileNetV3, "unlock", lambda *args: unlocked.append((len(drawn), *args[1:])) or unlock(*args))
     train_search.search(shrink_config(digits_dir, tmp_path / "s", largest, log_interval=1))
     assert len(drawn) == 3 + 2 * 5
 
@@ -243,6 +244,8 @@ def test_phases_draw_only_what_they_unlocked(digits_dir, tmp_path, largest, monk
     for archs, d, e in ((drawn[:2], {2}, {3}), (drawn[2:3], {1, 2}, {3}), (drawn[3:], {1, 2}, {2, 3})):
         assert seen(archs, "kernel_size") <= {3, 5} and seen(archs, "depth") <= d and seen(archs, "expand") <= e
     assert seen(drawn, "kernel_size") == {3, 5} and seen(drawn, "depth") == {1, 2} and seen(drawn, "expand") == {2, 3}
+    expansions = [(draws, old["expand_1"].options, new["expand_1"].options) for draws, old, new in unlocked]
+    assert expansions == [(0, (3,), (3,)), (2, (3,), (3,)), (3, (3,), (2, 3))]
     rates = [line["lr"] for line in read_lines(tmp_path / "s/log.jsonl") if "lr" in line]
     assert rates[:4] == pytest.approx([0.05, 0.1, 0.05, 0.05]) # warmup of one step, then cosines from where each phase starts
     evaluated = [line["arch"] for line in read_lines(tmp_path / "s/arch_traj.jsonl")][:2]
