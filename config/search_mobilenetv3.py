@@ -10,6 +10,7 @@ train_portion = 0.9922 # 10,000 images for the alphas
 max_iters = 313400
 eval_interval = 6206
 eval_iters = 40
+bn_batches = 8 # 2,048 images
 flip = True
 weight_optimizer = 'sgd'
 nesterov = True

@@ -23,6 +23,7 @@ population = 100
 parents = 25
 mutate_prob = 0.1
 depth_mutate_prob = 0.1
+bn_batches = 32 # 2,048 images
 flip = True
 weight_optimizer = 'sgd'
 nesterov = True

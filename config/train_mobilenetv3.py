@@ -12,6 +12,7 @@ val_portion = 0.0079 # what the search keeps for itself
 max_iters = 111700
 eval_interval = 3103
 eval_iters = 150
+bn_batches = 32 # 2,048 images
 flip = True
 weight_optimizer = 'sgd'
 nesterov = True

@@ -5,7 +5,7 @@ Once-for-all's MobileNetV3 space (Cai et al. 2020): kernel and expansion of ever
     block: 1 x 1 convolution to in * expand channels, k x k depthwise, squeeze-and-excitation where the stage has it, 1 x 1 to out
 
 Smaller options are entangled in the largest: the first channels of the middle, the first blocks of a stage, and of a kernel the centre of
-the next larger one, times a matrix that learns with the weights (its equation 2 has none, its code one a block, for all channels).
+the next larger one, times a matrix that learns with the weights, one a block for all its channels.
 Stage s chooses depth_s, and that many entries of kernel_size_s and expand_s. The genotype is a list of [kernel, expand] a block, for
 each stage: [[[3, 6], [7, 4]], ...].
 """
@@ -95,8 +95,8 @@ class Block(nn.Module):
     def __init__(self, i, o, kernels, expands, stride, se, hswish, transform):
         super().__init__()
         self.expands, self.skip, self.act = expands, stride == 1 and i == o, F.hardswish if hswish else F.relu
-        self.mid = [divisible(round(i * e)) for e in expands] # channels of each option
-        self.reduced = [divisible(n // 4) for n in self.mid] # and of its squeeze
+        self.mid = tuple(divisible(round(i * e)) for e in expands) # channels of each option
+        self.reduced = tuple(divisible(n // 4) for n in self.mid) # and of its squeeze
         n = self.mid[-1]
         self.register_buffer("share", prefixes(self.mid, n), persistent=False) # (expands, n)
         self.register_buffer("share_of_reduced", prefixes(self.reduced, self.reduced[-1]), persistent=False)
@@ -133,10 +133,10 @@ class Block(nn.Module):
         expansions in `trained`, the largest among them, compute what they did before: each keeps its channels."""
         places = [place for place, e in enumerate(self.expands) if e in trained]
 
-        def order(weight, ends): # weight: (out, n, ...)
-            norms = weight.abs().flatten(2).sum((0, 2)) if weight.dim() > 2 else weight.abs().sum(0)
+        def order(weight, ends): # weight: (out, n)
+            norms = weight.abs().sum(0)
             return torch.cat([start + norms[start:end].argsort(descending=True, stable=True) for start, end in pairwise([0, *ends])])
-        mid = order(self.project.weight, [self.mid[place] for place in places])
+        mid = order(self.project.weight.flatten(1), [self.mid[place] for place in places])
         rows = [self.expand.weight, self.depthwise.weight]
         for norm in (self.expand_norm, self.depthwise_norm):
             rows += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
