@@ -6,6 +6,7 @@ Measures what one search iteration costs against two plain training steps of the
     python bench.py config/search_shakespeare_char.py --batch_size=16 --dropout=0.0 --compile=False --head_size=64
     python bench.py config/search_tinystories.py --device=cuda --dtype=bfloat16             # one GPU, compiled
     python bench.py --space=toy_cell --batch_size=64            # a space of search_spaces/, on random images of its usual size
+    python bench.py --space=mobilenetv3 --img_size=128 --batch_size=8
     python bench.py --growth=True                               # how the ratio grows with the options and the layers, as a figure
     python bench.py --help                                      # every key with its default
 
@@ -44,6 +45,7 @@ growth = False # instead: how DrNAS' ratio grows with
 growth_options = [2, 3, 5, 9] # so many options of each choice, at most 9
 growth_layers = [6, 12, 24]
 vocab_size = 0 # 0: the dataset's
+img_size = 0 # pixels a side, in a space of search_spaces/; 0: the space's usual size
 out_dir = 'out/bench'
 overwrite = True
 # the TinyStories space
@@ -155,7 +157,7 @@ def parts(c, config, run):
 def inputs(c, config, run, i):
     """x, y and a supernet's third argument, as in a weight step."""
     x, y = draw(c.splits["train"], config, run, "train", i)
-    return x, y, () if c.method == "plain" else (weight_arch(c.net, c.chooser, c.config, run, i / REPEATS, i),)
+    return x, y, () if c.method == "plain" else (weight_arch(c.net, c.chooser, c.config, run, i / REPEATS, rng(config.seed, i)),)
 
 
 def memory(c, config, run):
@@ -201,6 +203,8 @@ def measure(config):
     run = setup(config)
     if config.space == "gpt":
         config.vocab_size = config.vocab_size or VOCAB_SIZE[config.dataset]
+    if not config.img_size:
+        del config.img_size
     config.gradient_accumulation_steps, config.arch_warmup_iters = 1, 0 # the alphas move in every iteration
     use_fused_ops(config.fused and run.device_type == "cpu")
     plain, *searches = (contender(config, run, method) for method in ("", *config.methods))

@@ -127,13 +127,14 @@ class ArchOptimizer:
                        for key, choice in choices.items() if len(choice.options) > 1 and name != "spos"}
         self.optimizer = torch.optim.Adam(self.alphas.values(), lr=learning_rate, betas=betas,
                                           weight_decay=0.0 if self.kl_scale else weight_decay) if self.alphas else None
+        self.open = choices # of spos: those that it draws from, perhaps with fewer options
         self.idle = {} # choice -> steps in a row without a gradient
         self.mask = {} # choice -> (..., K), True for what prune() took out: its alpha and its weight are 0
 
     def sample(self, progress, generator):
         """What the network runs with in one step: weights, or for spos an arch. progress: 0 at the start, 1 at the end."""
         if self.name == "spos":
-            return uniform(self.choices, generator)
+            return uniform(self.open, generator)
         if self.name == "darts":
             return self.mean()
         if self.name == "drnas":

@@ -421,11 +421,12 @@ def average(tensors, run):
 
 
 def backward(net, batches, run, arch=()):
-    """Adds the gradient of the mean loss over this process's micro-batches to .grad; returns that loss, a tensor."""
+    """Adds the gradient of the mean loss over this process's micro-batches, (x, y) or (x, y, a supernet's third argument), to .grad;
+    returns that loss, a tensor."""
     total, batches = 0.0, list(batches)
-    for x, y in batches:
+    for x, y, *third in batches:
         with run.amp:
-            loss = net(x, y, *arch)[1] / len(batches)
+            loss = net(x, y, *third, *arch)[1] / len(batches)
         run.scaler.scale(loss).backward()
         total = total + loss.detach()
     return total
@@ -464,10 +465,12 @@ def fault(what, config, state):
 
 
 def train_step(net, forward, optimizer, tokens, config, run, state, lr, arch=()):
-    """One step of the weights; returns this process's loss. arch: () or (a supernet's third argument,)."""
+    """One step of the weights; returns this process's loss. arch: () or a supernet's third arguments, whose gradients are averaged."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    loss = backward(forward, micro_batches(tokens, config, run, "train", state.step), run, arch)
+    thirds = [(one,) for one in arch] or [()]
+    batches = [(*batch, *third) for batch in micro_batches(tokens, config, run, "train", state.step) for third in thirds]
+    loss = backward(forward, batches, run)
     update(net, optimizer, loss, config, run, state)
     return loss
 
@@ -630,11 +633,11 @@ def stop_if_told(run, checkpoint, due=False):
     return max(words) >= 256
 
 
-def loop(config, run, state, log, flops, step, evaluate, checkpoint, line=dict):
+def loop(config, run, state, log, flops, step, evaluate, checkpoint, line=dict, schedule=get_lr):
     """The steps from state.step to max_iters, with evaluations, checkpoints and log lines in between.
 
     step(lr) -> loss: one step. evaluate() -> whether to stop early. checkpoint(): saves everything. flops: of one sequence,
-    forward. line() -> more values of a log line.
+    forward. line() -> more values of a log line. schedule(step, config) -> the learning rate.
     """
     clock, timed, saved = time.perf_counter(), 0, time.perf_counter()
     while True:
@@ -648,7 +651,7 @@ def loop(config, run, state, log, flops, step, evaluate, checkpoint, line=dict):
         if done or state.stop:
             break
         torch.manual_seed(rng(config.seed, "dropout", state.step, run.rank).initial_seed())
-        lr = get_lr(state.step, config)
+        lr = schedule(state.step, config)
         loss = step(lr)
         state.step, timed = state.step + 1, timed + 1
         log.bar.update()

@@ -4,22 +4,28 @@ Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) o
     python train_search.py                                      # a laptop: the quick search on pydocs, some minutes
     python train_search.py config/search_toy_cell_digits.py config/drnas.py     # a laptop: a space of search_spaces/, on images
     python train_search.py config/search_shakespeare_char.py config/drnas.py                         # one GPU
+    python train_search.py config/shrink_mobilenetv3_digits.py  # progressive shrinking of a network that config/ tells how to train
     torchrun --standalone --nproc_per_node=4 train_search.py config/search_tinystories.py config/drnas.py    # one node of 4 GPUs
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/search_owt.py
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/search_owt.py
     python train_search.py --help                               # every key with its default
 
 A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the first train_portion of the training data, the alphas on
-the rest; val is only reported. Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at every evaluation),
-arch.json (the best of them by the loss on the alphas' part, all that train_base.py needs), ckpt.pt, result.json and search.png; of
---optimizer=spos also arch_search.jsonl (what it evaluated with inherited weights), and with --arch_search=pareto pareto.json.
+the rest; val is only reported. Progressive shrinking starts with the largest network and unlocks smaller options phase by phase, each with
+a schedule of its own and, where it says so, other settings: 'kernel_size=3, depth=3 share=0.2 learning_rate=2e-3, depth=2'.
+Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at every evaluation), arch.json (the best of them by the loss
+on the alphas' part, all that train_base.py needs), ckpt.pt, result.json and search.png; of --optimizer=spos also arch_search.jsonl (what it
+evaluated with inherited weights), and with --arch_search=pareto pareto.json.
 """
 import json
 import math
 import os
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from analyze import Benchmark, describe, read_lines, search_figure
@@ -31,8 +37,8 @@ from prepare import rng, seal, unseal, write, write_json
 from supernet import extremes, use_fused_ops, widen
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
 from train import Log, append, average, backward, begin, build, calibrate, check_split, configure_optimizer, cut, estimate, fault, get_lr
-from train import load_checkpoint, load_data, loop, main, micro_batches, resume, save, setup, share, signals, space_module, stop_if_told
-from train import train_step, with_space
+from train import load_checkpoint, load_data, load_model, loop, main, micro_batches, resume, save, setup, share, signals, space_module
+from train import stop_if_told, train_step, with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -66,6 +72,11 @@ arch_warmup_iters = 0 # steps at the start, and after the half of a progressive 
 target_params = 0 # a budget for the architecture that is found: never more, within 5 % less where there is one; 0: none
 target_flops = 0 # of a forward pass of one sequence of block_size tokens, or of one image; 2 a multiply-add
 budget_penalty = 1.0 # weight of log(expected cost / target)^2 in the alphas' loss
+shrink = '' # progressive shrinking (spos): 'kernel_size=3, depth=2, expand=3', phases that each go down to an option; '': all at once
+subnets_per_step = 1 # draws whose gradients a step of the weights averages
+inherit = '' # the out_dir of a training of the largest network, whose weights the supernet starts with
+teacher = '' # such an out_dir: the weights are also trained towards what its network answers,
+distill = 1.0 # by the cross-entropy to that, times this
 benchmark = '' # a table of the space's trained architectures, .csv, .json or an official file: logs accuracy, rank and regret
 # the quick search on pydocs
 eval_interval = 100
@@ -73,6 +84,8 @@ max_iters = 500
 learning_rate = 2e-3
 min_lr = 2e-4
 # -----------------------------------------------------------------------------
+
+PHASE_KEYS = {"share": float, "learning_rate": float, "warmup_iters": int, "subnets_per_step": int} # a phase may have its own
 
 
 def split_data(config, run):
@@ -121,19 +134,95 @@ def arch_step(net, forward, chooser, splits, config, run, state):
         fault(f"in the gradient to the weights of {', '.join(sick)}", config, state)
 
 
-def bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, lr):
+def bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, lr, teacher=None):
     """One iteration: the alphas on the search split, then the weights on the train split. Returns the weights' loss."""
     start = config.max_iters // 2 if state.stage == 2 else 0
     if chooser.alphas and state.step >= start + config.arch_warmup_iters:
         arch_step(net, forward, chooser, splits, config, run, state)
-    arch = weight_arch(net, chooser, config, run, state.step / config.max_iters, state.step)
-    return train_step(net, forward, optimizer, splits["train"], config, run, state, lr, (arch,))
+    generator = rng(config.seed, "sample", "weights", state.step)
+    archs = [weight_arch(net, chooser, config, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
+    forward = taught(forward, teacher, config.distill) if teacher else forward
+    return train_step(net, forward, optimizer, splits["train"], config, run, state, lr, archs)
 
 
-def weight_arch(net, chooser, config, run, progress, step):
+def weight_arch(net, chooser, config, run, progress, generator):
     """What the weights are trained as in a step: the weights of a mixture; for gdas and spos the architecture drawn."""
-    sampled = chooser.sample(progress, rng(config.seed, "sample", "weights", step))
+    sampled = chooser.sample(progress, generator)
     return rowwise(net.choices, sampled) if config.optimizer == "gdas" else to_device(sampled, run)
+
+
+def taught(forward, teacher, distill):
+    """forward(x, y, arch), to whose loss distill * cross-entropy to the teacher's answers is added (Hinton et al. 2015)."""
+    known, answers = None, None # the teacher answers once for all architectures of a batch
+
+    def loss_of(x, y, arch):
+        nonlocal known, answers
+        if known is not x:
+            with torch.no_grad():
+                known, answers = x, teacher(x)[0].softmax(-1)
+        logits, loss = forward(x, y, arch)
+        return logits, loss + distill * F.cross_entropy(logits, answers)
+    return loss_of
+
+
+def trained(out_dir, key, config, run):
+    """The network of a finished training, for evaluation; SystemExit if it is one for other data. key: that names it."""
+    path = os.path.join(out_dir, "best.pt")
+    checkpoint = load_checkpoint(path, run.device)
+    for name in ("space", "in_channels", "num_classes"):
+        theirs = checkpoint["config"].get(name)
+        if theirs != getattr(config, name):
+            raise SystemExit(f"{key}='{out_dir}' has {name}={theirs}, and this search {getattr(config, name)}: name a training of the "
+                             "search's space, on its data.")
+    return load_model(build(checkpoint["config"], checkpoint["arch"]).to(run.device), checkpoint, path).eval()
+
+
+def inherit_weights(net, config, run):
+    """Fills the supernet from config.inherit; what that does not have, such as matrices between kernels, stays."""
+    theirs, own = trained(config.inherit, "inherit", config, run).state_dict(), net.state_dict()
+    wrong = [name for name, t in theirs.items() if name not in own or own[name].shape != t.shape]
+    if wrong:
+        raise SystemExit(f"inherit='{config.inherit}' is not the largest network of this space, in its {wrong[0]}: train that one, with "
+                         "the largest option of everything.")
+    net.load_state_dict(theirs, strict=False)
+
+
+def read_phases(choices, config):
+    """The phases of progressive shrinking (Cai et al. 2020), or one of the whole run: each one's first step, its choices and those of the
+    phase before, and its config. SystemExit if config.shrink says none."""
+    if not config.shrink:
+        return [SimpleNamespace(start=0, old=choices, choices=choices, config=config)]
+    if config.optimizer != "spos":
+        raise SystemExit(f"shrink='{config.shrink}' says what is drawn, and optimizer={config.optimizer} draws no architectures: use spos.")
+    low, phases, total = {name: len(c.options) - 1 for name, c in choices.items()}, [], 0.0 # low: the place of the first option drawn
+
+    def drawn():
+        return {name: replace(c, options=c.options[low[name]:]) for name, c in choices.items()}
+    for text in config.shrink.split(","):
+        old, keys = drawn(), {"share": 1.0}
+        for part in text.split():
+            key, _, value = part.partition("=")
+            names = [name for name in choices if key in (name, re.sub(r"_\d+$", "", name))]
+            try:
+                for name in names:
+                    low[name] = [str(o) for o in choices[name].options].index(value)
+                if not names:
+                    keys[key] = PHASE_KEYS[key](value)
+                    if keys[key] < 0 or (keys[key] == 0 and key != "warmup_iters"):
+                        raise ValueError
+            except (KeyError, ValueError):
+                raise SystemExit(f"shrink='{config.shrink}' has '{part}', which is no option of a choice, such as kernel_size=3, and no "
+                                 f"positive number for one of {', '.join(PHASE_KEYS)}.") from None
+        phases.append(SimpleNamespace(start=total, old=old, choices=drawn(), config=keys))
+        total += keys["share"]
+    for phase, end in zip(phases, [*(phase.start for phase in phases[1:]), total], strict=True):
+        phase.start, end = (round(config.max_iters * share / total) for share in (phase.start, end))
+        phase.config = SimpleNamespace(**vars(config) | phase.config | {"max_iters": end - phase.start, "lr_decay_iters": 0})
+    return phases
+
+
+def phase_of(phases, step):
+    return [phase for phase in phases if phase.start <= step][-1]
 
 
 def to_device(weights, run, requires_grad=False):
@@ -161,7 +250,7 @@ def score(net, forward, arch, splits, config, run, names=("search",)):
 def evaluate(net, forward, chooser, splits, config, run, state, log, table):
     """The losses of the supernet and of the architecture read off it, with inherited weights; logs, and keeps the best."""
     if config.optimizer == "spos": # no alphas to read: the best of a few draws
-        history = random_search(net.choices, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
+        history = random_search(chooser.open, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
                                 rng(config.seed, "spos", state.step), chooser.budget)
         arch = best_of(history)[1]
     else:
@@ -266,9 +355,8 @@ def make_budget(net, config):
     return Budget(net.choices, net.cost, targets, config.budget_penalty) if targets else None
 
 
-def search(config):
-    """Runs the search of config (a dict); returns what it writes to result.json."""
-    config = SimpleNamespace(**config)
+def check(config):
+    """SystemExit where the keys of a search do not go together."""
     if config.order not in (1, 2) or (config.order == 2 and config.optimizer != "darts"):
         raise SystemExit(f"order={config.order} is for optimizer=darts alone (1 or 2); optimizer is {config.optimizer}.")
     if config.compile and config.space != "gpt" and config.optimizer in ("gdas", "spos"):
@@ -276,6 +364,16 @@ def search(config):
     for key, allowed in (("arch_search", ("evolution", "random", "pareto")), ("pareto_cost", ("params", "flops"))):
         if getattr(config, key) not in allowed:
             raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
+    if config.subnets_per_step < 1:
+        raise SystemExit(f"subnets_per_step={config.subnets_per_step} must be 1 or more.")
+    if config.space == "gpt" and (config.teacher or config.inherit):
+        raise SystemExit("teacher and inherit are for the spaces of search_spaces/; space is gpt.")
+
+
+def search(config):
+    """Runs the search of config (a dict); returns what it writes to result.json."""
+    config = SimpleNamespace(**config)
+    check(config)
     run = setup(config)
     if config.order == 2 and run.scaler.is_enabled():
         raise SystemExit("order=2 differentiates through the gradient, which dtype=float16 scales: use --dtype=bfloat16 or float32.")
@@ -287,11 +385,17 @@ def search(config):
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
                             budget=make_budget(net, config))
+    phases, teacher = read_phases(net.choices, config), None
+    if config.inherit and config.init_from == "scratch":
+        inherit_weights(net, config, run)
+    if config.teacher:
+        teacher = trained(config.teacher, "teacher", config, run)
     optimizer = configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1)
     if config.init_from != "scratch":
         net, optimizer = resume_search(net, optimizer, chooser, config, run, state)
     begin(config, run)
+    chooser.open = phase_of(phases, max(0, state.step - 1)).choices
     forward = (net.compile_parts() if config.space == "gpt" else torch.compile(net)) if config.compile else net
     log = Log(config, run, state.step)
     log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +
@@ -304,7 +408,17 @@ def search(config):
             state.stage, state.best_loss = 2, math.inf # the architectures of before may be out of reach
             net, optimizer = second_stage(net, optimizer, chooser, config, run)
             forward = torch.compile(net) if config.compile else net
-        return bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, lr)
+        phase = phase_of(phases, state.step)
+        chooser.open = phase.choices
+        if config.shrink and state.step == phase.start:
+            if hasattr(net, "unlock"):
+                net.unlock(phase.old, phase.choices)
+            optimizer = configure_optimizer(net, config, run)
+        return bilevel_step(net, forward, chooser, optimizer, splits, phase.config, run, state, lr, teacher)
+
+    def schedule(step, config):
+        phase = phase_of(phases, step)
+        return get_lr(step - phase.start, phase.config)
 
     def undecided():
         rows = torch.cat([h.reshape(-1) for h in entropy(chooser.mean()).values()] or [torch.zeros(1)])
@@ -315,7 +429,8 @@ def search(config):
 
     with signals(run):
         loop(config, run, state, log, net.cost(chooser.mean())["flops"].item(), step,
-             lambda: evaluate(net, forward, chooser, splits, config, run, state, log, table), checkpoint, undecided)
+             lambda: evaluate(net, forward, chooser, splits, config, run, state, log, table), checkpoint, undecided,
+             schedule)
         if config.optimizer == "spos":
             search_inherited(net, forward, chooser.budget, splits, config, run, state, log, table)
     return finish(net, config, run, state, table)

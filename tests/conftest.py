@@ -21,11 +21,14 @@ TINY_SEARCH = TINY | TINY_SPACE | TINY_EVALS
 TINY_IMAGES = {key: value for key, value in TINY.items() if key != "block_size"} | dict(dataset="digits", batch_size=8, bn_batches=2)
 TINY_SPACES = {
     "darts": dict(init_channels=4, n_layer=3, primitives=["none", "skip_connect", "sep_conv_3x3", "sep_conv_5x5"], auxiliary=0.0),
+    "mobilenetv3": dict(depth=[1, 2], kernel_size=[3, 5], expand=[2, 3], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[2, 1],
+                        se=[0, 1], hswish=[0, 1], last_channels=16, mix_channels=16),
     "nats_size": dict(channels=[4, 8]),
     "nb201": dict(init_channels=4, n_cell=1),
     "toy_cell": dict(init_channels=4),
     "toy_conv_macro": dict(channels_1=[2, 4], channels_2=[2, 4], channels_3=[4, 8], channels_4=[4, 8], kernel_size=[3, 5],
                            last_channels=8, last_kernel_size=3, last_padding=1, fc=16)}
+TINY_LARGEST = dict(depth=2, kernel_size=5, expand=3) # of mobilenetv3
 TINY_STAGES = dict(partial_channels=2, widen_to=1, prune_keep=2, arch_warmup_iters=1)
 
 

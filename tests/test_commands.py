@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, TINY_STAGES, flags, run, succeeds
-from test_vision import FOUR, search_config
+from conftest import ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH, TINY_SPACES, TINY_STAGES, flags, run, succeeds
+from test_vision import FOUR, search_config, space_config
 
 import configurator
 import train
@@ -57,6 +57,13 @@ def shrink_space(words, script, space, digits_dir, out):
         sizes |= TINY_STAGES
     if script == "bench.py":
         sizes |= dict(rounds=2, warmup=1)
+        sizes |= dict(img_size=8) if configurator.given("img_size", words) else {}
+    elif script == "train.py":
+        sizes |= TINY_LARGEST
+    elif "shrink" in " ".join(words):
+        largest = out.parent / "largest"
+        train.train(space_config(train, space, digits_dir, largest, **TINY_LARGEST))
+        sizes |= dict(shrink="kernel_size=3,depth=1,expand=2", inherit=largest, teacher=largest)
     elif configurator.given("genotype", words): # of any operations
         sizes.pop("primitives", None)
     elif configurator.given("benchmark", words): # of the networks that are in the table
@@ -130,7 +137,7 @@ def distinct_runs(cases):
         options = tuple(sorted(word.split("=")[0] for word in words if word.startswith("--") and not word.startswith("--seed=")))
         optimizer = next((word for word in words if Path(word).stem in OPTIMIZERS), "")
         script = next(word for word in words if word.endswith(".py") and not word.startswith("config"))
-        images, kind = space_of(words) != "gpt" and script != "analyze.py", re.search("table|progressive", command)
+        images, kind = space_of(words) != "gpt" and script != "analyze.py", re.search("table|progressive|shrink", command)
         optimizer = optimizer if words[0] == "python" and not images else "" # test_vision.py has every method in every space
         roads.setdefault((script, words[0], options, optimizer, images, kind and kind[0]), (where, command))
     return list(roads.values())
@@ -173,7 +180,8 @@ def test_config_keys_are_real_and_its_network_builds(path):
         assert config["out_dir"] == f"out/search_pydocs_{stem}" and config["optimizer"] == stem.rstrip("2")
         return
     kind, name = stem.split("_", 1)
-    module, space = {"search": train_search, "base": train_base, "table": train_base, "train": train}[kind], space_of([str(path)])
+    module = {"search": train_search, "shrink": train_search, "base": train_base, "table": train_base, "train": train}[kind]
+    space = space_of([str(path)])
     assert (configurator.given("space", [str(path)]) or "gpt") == ("gpt" if kind == "base" else space) # that of base is the search's
     config = configurator.configure(with_space(dict(vars(module)), space), [str(path)])
     assert config["table"] == f"assets/{name}.csv" if kind == "table" else config["out_dir"] == f"out/{stem}"

@@ -14,7 +14,9 @@ from optim_nas import ArchOptimizer, one_hot, picked, uniform
 from search_spaces import darts, nb201, toy_cell
 from supernet import ENTANGLEMENTS, Edge, FactorizedReduce, ReLUConvBN, Skip, check_arch, drop_path, extremes, measure_norms, nodes, widen
 
-SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4), "darts": dict(init_channels=4, n_layer=3)}
+SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4), "darts": dict(init_channels=4, n_layer=3),
+          "mobilenetv3": dict(depth=[1, 2, 3], expand=[2, 3], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[2, 1], se=[0, 1],
+                              hswish=[1, 0], last_channels=16, mix_channels=16, kernel_transform=False)}
 TINY = dict(img_size=8, in_channels=2, num_classes=3)
 
 
@@ -83,9 +85,11 @@ def test_law_of_exactness(name, entanglement, dtype):
     """One-hot mixture, hard architecture and extracted network: logits, loss, and the gradient of everything that they share."""
     torch.set_default_dtype(dtype)
     net = make(name, entanglement=entanglement)
-    options = next(iter(net.choices.values())).options
-    operations = [{choice: [option] * c.repeat for choice, c in net.choices.items()} for option in options] # each of them everywhere
-    check_law(net, [uniform(net.choices, generator()), *(operations if dtype == torch.float64 else operations[1:3])])
+    options = [{choice: c.options[min(i, len(c.options) - 1)] for choice, c in net.choices.items()}
+               for i in range(max(len(c.options) for c in net.choices.values()))]
+    everywhere = [check_arch(net.choices, {choice: [option[choice]] * c.repeat if c.repeat else option[choice]
+                                           for choice, c in net.choices.items()}) for option in options]
+    check_law(net, [uniform(net.choices, generator()), *(everywhere if dtype == torch.float64 else everywhere[1:3])])
 
 
 @pytest.mark.parametrize("name", PARTIAL)
@@ -136,8 +140,9 @@ def test_an_option_that_carries_its_weight(name, entanglement, group_weight):
         close(loss, run(net, x, y, arch)[1])
         found = torch.autograd.grad(loss, list(hard.values()), materialize_grads=True)
         expected = torch.autograd.grad(run(net, x, y, soft)[1], list(soft.values()))
-        for a, b, w in zip(found, expected, soft.values(), strict=True):
-            close(a, b * w, 1e-6)
+        depths = {c.depth for c in net.choices.values()} # all of these get gradients
+        for a, b, (choice, w) in zip(found, expected, soft.items(), strict=True):
+            close(a, b * (1 if choice in depths else w), 1e-6)
         assert any(g.any() for g in found)
         net.eval() # with statistics of all operations, also of those that the architecture does not have
         close(run(net, x, y, soft)[1], run(net, x, y, arch)[1])

@@ -261,7 +261,7 @@ def test_train_base_augments_only_what_it_trains_on(digits_dir, tmp_path, monkey
 
 # ---- evaluation
 
-@pytest.mark.parametrize("space", ["darts", "nats_size", "nb201", "toy_cell"])
+@pytest.mark.parametrize("space", ["darts", "mobilenetv3", "nats_size", "nb201", "toy_cell"])
 def test_a_score_does_not_depend_on_what_was_evaluated_before(space, digits_dir, tmp_path):
     """The statistics of the BatchNorms are measured anew for each architecture: they are the mean over training batches by hand."""
     config, run, splits, net = parts(search_config(space, digits_dir, tmp_path, batch_size=32))
