@@ -33,7 +33,7 @@ mlp_ratio = [3.5, 4] # of each layer
 head_size = 64 # channels a head
 patch_size = 16 # pixels of a patch's side
 rel_pos_clip = 14 # patches further away count as being so many rows or columns away
-dropout = 0.0
+dropout = 0.0 # of the embeddings and of what a block adds
 drop_path = 0.1 # probability that a sample skips the last layer, in training; it rises linearly from 0 in the first
 # -----------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ TINY_EVALS = dict(arch_evals=6, population=4, parents=2)
 TINY_SEARCH = TINY | TINY_SPACE | TINY_EVALS
 TINY_IMAGES = {key: value for key, value in TINY.items() if key != "block_size"} | dict(dataset="digits", batch_size=8, bn_batches=2)
 TINY_SPACES = {
+    "autoformer": TINY_SPACE | dict(patch_size=2, head_size=4, rel_pos_clip=2),
     "darts": dict(init_channels=4, n_layer=3, primitives=["none", "skip_connect", "sep_conv_3x3", "sep_conv_5x5"], auxiliary=0.0),
     "nats_size": dict(channels=[4, 8]),
     "nb201": dict(init_channels=4, n_cell=1),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import defaults
@@ -14,7 +15,9 @@ from optim_nas import ArchOptimizer, one_hot, picked, uniform
 from search_spaces import darts, nb201, toy_cell
 from supernet import ENTANGLEMENTS, Edge, FactorizedReduce, ReLUConvBN, Skip, check_arch, drop_path, extremes, measure_norms, nodes, widen
 
-SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4), "darts": dict(init_channels=4, n_layer=3)}
+SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4), "darts": dict(init_channels=4, n_layer=3),
+          "autoformer": dict(patch_size=2, n_embd=[4, 6, 9], n_layer=[1, 2, 3], n_head=[1, 2, 4], mlp_ratio=[1, 2.5], head_size=4,
+                             rel_pos_clip=2, drop_path=0.3)}
 TINY = dict(img_size=8, in_channels=2, num_classes=3)
 
 
@@ -83,9 +86,12 @@ def test_law_of_exactness(name, entanglement, dtype):
     """One-hot mixture, hard architecture and extracted network: logits, loss, and the gradient of everything that they share."""
     torch.set_default_dtype(dtype)
     net = make(name, entanglement=entanglement)
-    options = next(iter(net.choices.values())).options
-    operations = [{choice: [option] * c.repeat for choice, c in net.choices.items()} for option in options] # each of them everywhere
-    check_law(net, [uniform(net.choices, generator()), *(operations if dtype == torch.float64 else operations[1:3])])
+    if name in CELLS: # each operation everywhere
+        options = next(iter(net.choices.values())).options
+        archs = [{choice: [option] * c.repeat for choice, c in net.choices.items()} for option in options]
+    else:
+        archs = [*(uniform(net.choices, generator(seed)) for seed in range(1, 4)), *extremes(net.choices)]
+    check_law(net, [uniform(net.choices, generator()), *(archs if dtype == torch.float64 else archs[1:3])])
 
 
 @pytest.mark.parametrize("name", PARTIAL)
@@ -127,7 +133,7 @@ def check_law(net, archs):
 @pytest.mark.parametrize("group_weight", [True, False])
 @pytest.mark.parametrize("name, entanglement", CASES)
 def test_an_option_that_carries_its_weight(name, entanglement, group_weight):
-    """gdas: the forward pass of the architecture, and to the drawn option's weight the gradient of the mixture."""
+    """gdas: the forward pass of the architecture, and to the drawn option's weight the gradient of the mixture; of depth to all."""
     net, (x, y) = make(name, entanglement=entanglement, group_weight=group_weight), batch()
     for seed in range(1 + (entanglement == "weights")):
         arch = uniform(net.choices, generator(seed))
@@ -136,8 +142,8 @@ def test_an_option_that_carries_its_weight(name, entanglement, group_weight):
         close(loss, run(net, x, y, arch)[1])
         found = torch.autograd.grad(loss, list(hard.values()), materialize_grads=True)
         expected = torch.autograd.grad(run(net, x, y, soft)[1], list(soft.values()))
-        for a, b, w in zip(found, expected, soft.values(), strict=True):
-            close(a, b * w, 1e-6)
+        for a, b, (choice, w) in zip(found, expected, soft.items(), strict=True):
+            close(a, b if choice == "n_layer" else b * w, 1e-6)
         assert any(g.any() for g in found)
         net.eval() # with statistics of all operations, also of those that the architecture does not have
         close(run(net, x, y, soft)[1], run(net, x, y, arch)[1])
@@ -197,7 +203,7 @@ def test_group_weight_gives_a_group_its_gradient(name):
 
 def flops_of(net):
     net.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         net(torch.zeros(1, TINY["in_channels"], TINY["img_size"], TINY["img_size"]))
     return counter.get_total_flops()
 
