@@ -27,7 +27,7 @@ from supernet import drop_path as drop
 
 # -----------------------------------------------------------------------------
 n_embd = [192, 216, 240] # of all layers
-n_layer = [12, 13, 14]
+n_layer = [12, 13, 14] # blocks
 n_head = [3, 4] # of each layer
 mlp_ratio = [3.5, 4] # of each layer
 head_size = 64 # channels a head
