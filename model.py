@@ -221,6 +221,58 @@ def check_options(config):
         raise SystemExit(f"loss_chunk={config.loss_chunk} must be a number of tokens, or 0 for all of them at once.")
 
 
+SIZES = ("n_layer", "n_embd", "n_head", "mlp_ratio") # of a transformer; the last two of every layer
+
+
+def transformer_choices(config, arch=None):
+    """(choices, the options of n_layer, of n_embd, and [(of n_head, of mlp_ratio) of every layer]); of an architecture of that config,
+    which leaves nothing to choose, if there is one."""
+    options = {name: options_of(getattr(config, name), name, whole=name != "mlp_ratio") for name in SIZES}
+    L = options["n_layer"][-1]
+    choices = {name: Choice(options[name]) for name in SIZES[:2]}
+    choices |= {name: Choice(options[name], repeat=L, depth="n_layer") for name in SIZES[2:]}
+    if arch is None:
+        return choices, options["n_layer"], options["n_embd"], [tuple(options[name] for name in SIZES[2:])] * L
+    arch = check_arch(choices, arch)
+    return {}, (arch["n_layer"],), (arch["n_embd"],), [((h,), (m,)) for h, m in zip(arch["n_head"], arch["mlp_ratio"], strict=True)]
+
+
+def mixture_sizes(net, arch, L):
+    """(the Size of n_embd, n_layer, [(n_head, mlp_ratio) of every layer]) of an architecture, of weights, or, arch None, of a network
+    without choices, whose L layers know their own."""
+    if arch is None:
+        open_choices = {name: list(c.options) for name, c in net.choices.items() if len(c.options) > 1}
+        assert not open_choices, f"a supernet needs weights or an architecture as its third argument: it has {open_choices}"
+        return None, L, [(None, None)] * L
+    layers = list(zip(arch["n_head"], arch["mlp_ratio"], strict=False))
+    return size_of(arch["n_embd"], net.n_embd, net.share, net.last), arch["n_layer"], layers
+
+
+def run_blocks(blocks, x, n_layer, depths, args):
+    """x behind n_layer of the blocks, called with their args; n_layer is one of the depths, or says how they mix:
+
+    weights p (len(depths),): sum_d p_d x_d, x_d the output of the d-th block.
+    (a depth, p): the same for a p that is 1 there and 0 elsewhere. The norm that follows hides the scale of what was picked, so the
+    other depths must have gradients too, or none would learn: the blocks behind the depth run forward alone.
+    """
+    mixed = isinstance(n_layer, torch.Tensor)
+    depth, p = (depths[-1], n_layer) if mixed else n_layer if isinstance(n_layer, tuple) else (n_layer, None)
+    if p is None:
+        for block, arg in zip(blocks[:depth], args, strict=False):
+            x = block(x, *arg)
+        return x
+    out, deeper = 0, x
+    for i, (block, arg) in enumerate(zip(blocks, args, strict=True), 1):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i <= depth):
+            deeper = block(deeper, *arg)
+        if i == depth:
+            x = deeper
+        if i in depths:
+            weight = p[depths.index(i)]
+            out = out + (deeper * weight if mixed else deeper.detach() * (weight - weight.detach()))
+    return out if mixed else x + out
+
+
 class GPT(nn.Module):
 
     def __init__(self, config, arch=None):
@@ -228,17 +280,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         check_options(config)
-        names = ("n_layer", "n_embd", "n_head", "mlp_ratio")
-        options = {name: options_of(getattr(config, name), name, whole=name != "mlp_ratio") for name in names}
-        L = options["n_layer"][-1]
-        self.choices = {name: Choice(options[name]) for name in names[:2]}
-        self.choices |= {name: Choice(options[name], repeat=L, depth="n_layer") for name in names[2:]}
-        if arch is not None: # nothing is left to choose
-            arch = check_arch(self.choices, arch)
-            self.choices, L = {}, arch["n_layer"]
-            options = {"n_layer": (L,), "n_embd": (arch["n_embd"],)}
-        self.n_layer, self.n_embd = options["n_layer"], options["n_embd"]
-        layers = [[(arch[name][i],) for name in names[2:]] if arch else [options[name] for name in names[2:]] for i in range(L)]
+        self.choices, self.n_layer, self.n_embd, layers = transformer_choices(config, arch)
         if config.n_expert and any(len(c.options) > 1 for c in self.choices.values()):
             raise SystemExit(f"n_expert={config.n_expert} is for fixed sizes, without lists: a mixture of networks would route its tokens "
                              "as none of them does.")
@@ -266,7 +308,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
         for name, p in self.named_parameters(): # scaled init of the residual projections, per the GPT-2 paper
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * L))
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * len(layers)))
 
     def _init_weights(self, module):
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -280,19 +322,14 @@ class GPT(nn.Module):
         for a mixture. targets of -1 are ignored."""
         T, past = idx.size(1), cache[0]["k"].size(1) if cache and cache[0] else 0
         assert past + T <= self.config.block_size, f"{past + T} tokens, but block_size is {self.config.block_size}"
-        e, n_layer, layers = self.sizes(arch)
+        e, n_layer, layers = mixture_sizes(self, arch, len(self.transformer.h))
         pos = torch.arange(past, past + T, device=idx.device)
         x = self.transformer.wte(idx, e) # (B, T, n_embd)
         if self.config.position != "rope":
             x = x + self.transformer.wpe(pos, e)
         x = self.transformer.drop(x)
-        if isinstance(n_layer, torch.Tensor):
-            x = self.mixed_depth(x, e, n_layer, layers)
-        elif isinstance(n_layer, tuple):
-            x = self.picked_depth(x, e, *n_layer, layers)
-        else:
-            for i in range(n_layer):
-                x = self.transformer.h[i](x, e, *layers[i], cache[i] if cache else None)
+        x = run_blocks(self.transformer.h, x, n_layer, self.n_layer,
+                       [(e, *layer, cache[i] if cache else None) for i, layer in enumerate(layers)])
         logits, loss = self.head(x, e, targets)
         if loss is not None and self.config.n_expert and self.training:
             loss = loss + self.config.router_aux_loss_coef * sum(block.mlp.aux_loss for block in self.transformer.h)
@@ -325,40 +362,6 @@ class GPT(nn.Module):
             block.compile(dynamic=True)
         self.head = torch.compile(self.head, dynamic=True)
         return self
-
-    def sizes(self, arch):
-        """(the Size of n_embd, n_layer, [(n_head, mlp_ratio) of every layer]) of an architecture, of weights, or of a
-        network without choices, whose layers know their own."""
-        L = len(self.transformer.h)
-        if arch is None:
-            open_choices = {name: list(c.options) for name, c in self.choices.items() if len(c.options) > 1}
-            assert not open_choices, f"a supernet needs weights or an architecture as its third argument: it has {open_choices}"
-            return None, L, [(None, None)] * L
-        layers = list(zip(arch["n_head"], arch["mlp_ratio"], strict=False))
-        return size_of(arch["n_embd"], self.n_embd, self.share, self.last), arch["n_layer"], layers
-
-    def mixed_depth(self, x, e, p, layers):
-        """sum_d p_d x_d, x_d the output of the d-th layer; p: (n_layer,) weights."""
-        out = 0
-        for depth, (block, layer) in enumerate(zip(self.transformer.h, layers, strict=True), 1):
-            x = block(x, e, *layer)
-            if depth in self.n_layer:
-                out = out + x * p[self.n_layer.index(depth)]
-        return out
-
-    def picked_depth(self, x, e, n_layer, p, layers):
-        """mixed_depth() for a p that is 1 at n_layer and 0 elsewhere. The norm that follows hides the scale of what was picked, so
-        the other depths must have gradients too, or none would learn: the layers behind n_layer run forward alone."""
-        out, deeper = 0, x
-        for depth, (block, layer) in enumerate(zip(self.transformer.h, layers, strict=True), 1):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and depth <= n_layer):
-                deeper = block(deeper, e, *layer)
-            if depth == n_layer:
-                x = deeper
-            if depth in self.n_layer:
-                weight = p[self.n_layer.index(depth)]
-                out = out + deeper.detach() * (weight - weight.detach())
-        return x + out
 
     def extract(self, arch):
         """The stand-alone network of an architecture, with the weights it has here."""
@@ -393,7 +396,7 @@ class GPT(nn.Module):
         return {name: round(value.item()) for name, value in cost.items()} if exact else cost
 
     def expectation(self, arch):
-        """sizes() as float64 weights, for cost()."""
+        """mixture_sizes() as float64 weights, for cost()."""
         if not arch: # the only option of everything
             return torch.ones(1).double(), torch.ones(1), [(torch.ones(1).double(), torch.ones(1).double())] * len(self.transformer.h)
         weights = arch if isinstance(arch["n_layer"], torch.Tensor) else one_hot(self.choices, arch)

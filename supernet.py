@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 # -----------------------------------------------------------------------------
@@ -862,7 +863,9 @@ def partial(C, partial_channels):
 
 def drop_path(x, p):
     """x: (B, ...) with every sample's part set to 0 with probability p, the others scaled by 1 / (1 - p) (Larsson et al. 2017)."""
-    return x * (torch.rand((len(x), *[1] * (x.dim() - 1)), device=x.device) >= p).to(x.dtype) / (1 - p)
+    if not p:
+        return x
+    return x * ((torch.rand((len(x), *[1] * (x.dim() - 1)), device=x.device) >= p).to(x.dtype) / (1 - p)) # one pass over x
 
 
 def nodes(states, edges, w, drop=0.0):
@@ -877,7 +880,7 @@ def nodes(states, edges, w, drop=0.0):
         for edge, (x, r, shared), choice in zip(edges[i:], states, w[i:], strict=False): # as many as there are states
             if edge is not None:
                 term = edge(x, r, choice, shared)
-                y = y + (drop_path(term, drop) if drop and not edge.identity else term)
+                y = y + (term if edge.identity else drop_path(term, drop))
         i += len(states)
         states.append((y, F.relu(y), {}))
     return [x for x, *_ in states[inputs:]]
@@ -928,7 +931,7 @@ def measure_cost(net, run):
 
     global fused
     kernels, fused = fused, False # PyTorch's counter knows its own operations alone
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         each_read(net, run, count)
     fused = kernels
     return {"params": sum(read.values()), "flops": counter.get_total_flops()}

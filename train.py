@@ -348,15 +348,17 @@ def get_lr(step, config):
 
 
 def configure_optimizer(net, config, run):
-    """AdamW, under which biases and norms, of one dimension, do not decay; or Adam or SGD, under which everything does."""
+    """AdamW, under which biases and norms, of one dimension, and what the network names in no_weight_decay do not decay; or Adam or
+    SGD, under which everything does."""
     params, sgd = list(net.parameters()), config.weight_optimizer == "sgd"
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     if config.weight_optimizer not in kinds:
         raise SystemExit(f"weight_optimizer='{config.weight_optimizer}' is not one of {', '.join(kinds)}.")
     groups = [{"params": params, "weight_decay": config.weight_decay}]
     if config.weight_optimizer == "adamw":
-        groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-                  {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+        exempt = {p for name, p in net.named_parameters() if p.dim() < 2 or name.split(".")[-1] in getattr(net, "no_weight_decay", ())}
+        groups = [{"params": [p for p in params if p not in exempt], "weight_decay": config.weight_decay},
+                  {"params": [p for p in params if p in exempt], "weight_decay": 0.0}]
     options = dict(momentum=config.momentum, nesterov=config.nesterov) if sgd else dict(betas=(config.beta1, config.beta2))
     options |= dict(lr=config.learning_rate, fused=run.device_type == "cuda")
     if config.zero_stage:

@@ -71,7 +71,7 @@ def read_arch(arch, arch_traj, genotype="", space="gpt"):
              "model": (dict, {"head_size": int, "bias": bool, "block_size": int, **OPTIONAL}), "dataset": (str, {}), "data_dir": (str, {})}
     if space != "gpt":
         kinds = {key: type(value) for key, value in defaults(vars(space_module(space))).items()}
-        parts |= {"arch": (dict, {}), "model": (dict, {key: (int, list) if of is list else of for key, of in kinds.items()})}
+        parts |= {"arch": (dict, {}), "model": (dict, {key: (int, float, list) if of is list else of for key, of in kinds.items()})}
     for name, (kind, fields) in parts.items():
         inside = found.get(name)
         wrong = [name] if type(inside) is not kind else [

@@ -64,8 +64,9 @@ def shrink_space(words, script, space, digits_dir, out):
         largest = out.parent / "largest"
         train.train(space_config(train, space, digits_dir, largest, **TINY_LARGEST))
         sizes |= dict(shrink="kernel_size=3,depth=1,expand=2", inherit=largest, teacher=largest)
-    elif configurator.given("genotype", words): # of any operations
+    elif configurator.given("genotype", words): # of any operations; of sizes that are tiny
         sizes.pop("primitives", None)
+        words = ["--genotype=8: 1x2" if word.startswith("--genotype=autoformer") else word for word in words]
     elif configurator.given("benchmark", words): # of the networks that are in the table
         sizes = {key: value for key, value in sizes.items() if key not in TINY_SPACES[space]}
     elif any("table" in word for word in words):

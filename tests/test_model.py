@@ -10,7 +10,7 @@ from conftest import TINY, TINY_SEARCH, fails, flags, succeeds
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import peak
-from model import build
+from model import build, mixture_sizes
 from optim_nas import picked, uniform
 from supernet import Size, extremes, one_hot
 
@@ -509,7 +509,7 @@ def test_mixture_mixes_the_width_once_in_every_operation():
     net, (x, y) = supernet("three"), tokens()
     g = torch.Generator().manual_seed(0)
     weights = {name: torch.rand(c.shape, generator=g).softmax(-1) for name, c in net.choices.items()}
-    e, p, w = net.sizes(weights)[0], weights["n_layer"], net.state_dict()
+    e, p, w = mixture_sizes(net, weights, 0)[0], weights["n_layer"], net.state_dict()
     options = list(zip(weights["n_embd"], (12, 24, 36), strict=True))
     S = sum(pk * (torch.arange(36) < k) for pk, k in options)
     h, mixed = w["transformer.wte.weight"][x] * S + w["transformer.wpe.weight"][:9] * S, 0
