@@ -877,13 +877,14 @@ def load_images(data_dir, dataset, split):
     return Images(*arrays, np.float32(meta["mean"]), np.float32(meta["std"]), meta["num_classes"])
 
 
-def get_images(images, index, device="cpu", generator=None, crop=0, flip=False, cutout=0):
+def get_images(images, index, device="cpu", generator=None, crop=0, flip=False, cutout=0, change_pixels=None):
     """
     The images of these numbers: x float32 (B, C, H, W), (pixel - mean) / std, and y int64 (B,). index: int64 (B,).
 
     With a generator, a torch.Generator on the CPU, each image is augmented on its own: shifted by up to crop pixels in both
     directions, zeros coming in; mirrored with probability 1/2 if flip; and a square of side cutout around a random pixel, clipped at
     the border, set to zero (DeVries and Taylor 2017, Improved Regularization of Convolutional Neural Networks with Cutout).
+    change_pixels: what is done before all this, a function (x of 0 to 1, mean of 0 to 1) -> x.
     """
     index = index.numpy()
     x, y = torch.from_numpy(images.pixels[index]), torch.from_numpy(images.labels[index])
@@ -891,6 +892,8 @@ def get_images(images, index, device="cpu", generator=None, crop=0, flip=False, 
         x, y = x.pin_memory(), y.pin_memory()
     x = x.to(device, non_blocking=True).permute(0, 3, 1, 2)
     mean, std = (torch.from_numpy(a).to(device, non_blocking=True).view(-1, 1, 1) for a in (images.mean, images.std))
+    if change_pixels:
+        x = 255 * change_pixels(x / 255, mean / 255)
     x = (x - mean).div_(std).contiguous()
     if generator is not None:
         x = augment(x, generator, crop, flip, cutout)

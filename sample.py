@@ -11,9 +11,8 @@ from types import SimpleNamespace
 
 import torch
 
-from model import build
 from prepare import load_meta, load_tokenizer
-from train import DTYPES, load_checkpoint, load_model, pick_device, pick_dtype
+from train import DTYPES, build, load_checkpoint, load_model, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 out_dir = 'out/train'

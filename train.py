@@ -37,6 +37,7 @@ import model
 from configurator import defaults, given
 from prepare import Images, blocks, check_length, draw_index, get_batch, get_images, image_batches, load_images, load_meta, load_tokens
 from prepare import prepare, rng, write, write_json
+from recipes import change_batch, change_pixels, check_recipe, sides
 from supernet import batch_norms, measure_norms, use_fused_ops
 
 # -----------------------------------------------------------------------------
@@ -62,6 +63,17 @@ block_size = 128
 crop = 0 # images: a random crop after padding with so many pixels of zeros
 flip = False # images: left and right at random
 cutout = 0 # images: the side of a square of zeros at a random place (DeVries & Taylor 2017)
+resized_crop = 0.0 # images: a random box of at least this share of the area, in full size; 0: off
+rand_augment = 0 # images: the magnitude of two random operations, to 10 (RandAugment, Cubuk et al. 2020); needs kornia
+color_jitter = 0.0 # images: how far brightness, contrast and saturation are changed; needs kornia
+random_erasing = 0.0 # images: the probability that a box becomes noise (Zhong et al. 2020)
+repeated_augmentation = 1 # images: how often each is in a batch, changed in different ways (Hoffer et al. 2020)
+label_smoothing = 0.0 # images: the share of a label that goes to all classes
+mixup = 0.0 # images: alpha of Beta(alpha, alpha), the weights that two are mixed with (Zhang et al. 2018)
+cutmix = 0.0 # images: alpha of the area that one gets from another (Yun et al. 2019)
+mix_prob = 1.0 # of a batch to be mixed, where one of the two is on
+mix_switch = 0.5 # of cutmix, where both are
+resolutions = [0] # images: sizes to which training batches are resized at random; 0: the data's own, which evaluation has
 bn_batches = 20 # training batches that the statistics of BatchNorms are measured on, before every evaluation
 # model
 space = 'gpt' # or a file of search_spaces/, whose keys then take the place of the GPT's: --space=nb201 --help
@@ -146,6 +158,7 @@ def setup(config):
     Returns the run: rank, world, master (rank 0), device, device_type, dtype, amp (a context), scaler, control, signal (that arrived).
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    check_recipe(config)
     if config.gradient_accumulation_steps % world:
         raise SystemExit(f"gradient_accumulation_steps={config.gradient_accumulation_steps} does not divide over {world} processes: "
                          f"make it a multiple of {world}.")
@@ -396,13 +409,37 @@ def check_split(data, config, name):
         check_length(data, config.block_size, f"the {name} split of {config.dataset}")
 
 
-def draw(data, config, run, name, step, micro=0):
-    """x, y of a micro-batch: random windows of tokens; images in random order, those of the train split augmented."""
+def check_resolutions(net, config, run, *arch):
+    """SystemExit unless the network, or this architecture of it, takes images of every size that it is to be trained on."""
+    training = net.training
+    for side in filter(None, sides(config)) if config.space != "gpt" else ():
+        try:
+            with torch.no_grad():
+                net.eval()(torch.zeros(1, config.in_channels, side, side, device=run.device), None, *arch)
+        except (AssertionError, RuntimeError):
+            raise SystemExit(f"resolutions={config.resolutions}: a network of {config.space} for images of {config.img_size} pixels takes "
+                             f"none of {side}: leave it out, or the key.") from None
+    net.train(training)
+
+
+def draw(data, config, run, name, step, micro=0, recipe=True):
+    """x, y of a micro-batch: random windows of tokens; images in random order, those of the train split augmented, and changed by the
+    keys of recipes.py if recipe."""
     if not isinstance(data, Images):
         return get_batch(data, config.batch_size, config.block_size, rng(config.seed, name, step, micro), run.device)
-    index = draw_index(len(data), config.batch_size, step * config.gradient_accumulation_steps + micro, config.seed, name)
+    copies = config.repeated_augmentation if name == "train" and recipe else 1
+    number = step * config.gradient_accumulation_steps + micro
+    index = draw_index(len(data), config.batch_size // copies, number, config.seed, name).repeat_interleave(copies)
+    if name != "train":
+        return get_images(data, index, run.device)
     change = dict(generator=rng(config.seed, "augment", step, micro), crop=config.crop, flip=config.flip, cutout=config.cutout)
-    return get_images(data, index, run.device, **change if name == "train" else {})
+    if not recipe:
+        return get_images(data, index, run.device, **change)
+    generator = rng(config.seed, "recipe", step, micro)
+    if config.resized_crop or config.rand_augment or config.color_jitter:
+        change["change_pixels"] = lambda x, mean: change_pixels(x, mean, config, generator)
+    x, y = get_images(data, index, run.device, **change)
+    return change_batch(x, y, data.num_classes, config, generator)
 
 
 def micro_batches(data, config, run, name, step):
@@ -488,10 +525,11 @@ def share(number, run):
 
 def calibrate(net, forward, data, config, run, arch=()):
     """Measures the statistics of net's BatchNorms, as this architecture, on bn_batches batches of the train split, the same ones on
-    every process: they depend neither on what ran before nor on the number of processes."""
+    every process: they depend neither on what ran before nor on the number of processes. The images are those of an evaluation, but
+    for crop, flip and cutout: mixed ones, or those of another size, have other statistics."""
     def run_batch(i):
         with run.amp:
-            forward(draw(data, config, run, "train", i)[0], None, *arch)
+            forward(draw(data, config, run, "train", i, recipe=False)[0], None, *arch)
     measure_norms(net, run_batch, config.bn_batches)
 
 
@@ -680,6 +718,7 @@ def train(config, arch=None, test=False):
     net = build(vars(config), arch).to(run.device)
     if arch is None and config.space != "gpt" and any(len(c.options) > 1 for c in net.choices.values()):
         raise SystemExit(f"space={config.space} leaves {', '.join(net.choices)} open: train one of its architectures by train_base.py.")
+    check_resolutions(net, config, run)
     cost, optimizer = net.cost(), configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best=math.inf, strikes=0)
     if config.init_from != "scratch":

@@ -36,9 +36,9 @@ from optim_nas import rowwise, uniform, unrolled_gradient
 from prepare import rng, seal, unseal, write, write_json
 from supernet import extremes, use_fused_ops, widen
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, append, average, backward, begin, build, calibrate, check_split, configure_optimizer, cut, estimate, fault, get_lr
-from train import load_checkpoint, load_data, load_model, loop, main, micro_batches, resume, save, setup, share, signals, space_module
-from train import stop_if_told, train_step, with_space
+from train import Log, append, average, backward, begin, build, calibrate, check_resolutions, check_split, configure_optimizer, cut
+from train import estimate, fault, get_lr, load_checkpoint, load_data, load_model, loop, main, micro_batches, resume, save, setup, share
+from train import signals, space_module, stop_if_told, train_step, with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -381,6 +381,7 @@ def search(config):
     use_fused_ops(config.fused and run.device_type == "cpu" and (config.space != "gpt" or config.optimizer in ("darts", "drnas")))
     net = build(vars(config)).to(run.device)
     check_stages(net, config)
+    check_resolutions(net, config, run, extremes(net.choices)[0])
     table = load_table(net, config)
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,

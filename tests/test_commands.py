@@ -20,7 +20,8 @@ from optim_nas import space_size, uniform
 from prepare import rng
 from train import build, with_space
 
-SCRIPTS = ("train.py", "train_search.py", "train_base.py", "bench.py", "sample.py", "analyze.py", "prepare.py", "env.py", "train_rl.py")
+SCRIPTS = ("train.py", "train_search.py", "train_base.py", "bench.py", "sample.py", "export.py", "analyze.py", "prepare.py", "env.py",
+           "train_rl.py")
 TINY_RL = dict(budget=12, updates=12, eval_interval=4, learning_starts=4, shards=3, entries=[5, 40], test_entries=10, block_size=16,
                head_size=2, batch_size=2, max_iters=1, supernet_iters=2, seeds=[1])
 OPTIMIZERS = ("darts", "darts2", "drnas", "gdas", "spos")
@@ -101,6 +102,9 @@ def shrink(command, data_dir, digits_dir, finished, out):
     elif script == "sample.py":
         words = [word for word in words if not word.startswith("--out_dir")]
         extra = [f"--out_dir={finished}/b", "--max_new_tokens=5", "--device=cpu"]
+    elif script == "export.py":
+        words = [f"--out_dir={finished}/b" if word.startswith("--out_dir") else word for word in words]
+        extra = []
     elif script == "train_rl.py":
         words = [word for word in words if not word.startswith("--out_dir")]
         extra += [*flags(TINY_RL), f"--cache_dir={out}/cache"]
