@@ -412,7 +412,7 @@ def check_split(data, config, name):
 def check_resolutions(net, config, run, *arch):
     """SystemExit unless the network, or this architecture of it, takes images of every size that it is to be trained on."""
     training = net.training
-    for side in filter(None, sides(config)) if config.space != "gpt" else ():
+    for side in filter(None, sides(config)) if hasattr(config, "num_classes") else (): # neither tokens nor pairs of images
         try:
             with torch.no_grad():
                 net.eval()(torch.zeros(1, config.in_channels, side, side, device=run.device), None, *arch)
