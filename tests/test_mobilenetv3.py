@@ -16,11 +16,18 @@ from analyze import read_lines
 from optim_nas import one_hot, picked, space_size, uniform
 from prepare import rng
 from search_spaces import mobilenetv3
-from supernet import extremes
+from supernet import extremes, use_fused_ops
 from train_search import phase_of, read_phases, taught
 
 SMALL = dict(depth=[1, 2, 3], kernel_size=[3, 5, 7], expand=[2, 3, 4], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[1, 2],
              se=[0, 1], hswish=[1, 0], last_channels=16, mix_channels=16, img_size=9, in_channels=2, num_classes=3)
+
+
+@pytest.fixture(autouse=True)
+def kernels_off():
+    """A search turns them on."""
+    yield
+    use_fused_ops(False)
 
 
 def uniform_net(k, e, d, stages=5):
