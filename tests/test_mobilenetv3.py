@@ -259,14 +259,21 @@ def test_phases_draw_only_what_they_unlocked(digits_dir, tmp_path, largest, monk
     assert seen(evaluated[:1], "depth") == {2} and seen(evaluated, "expand") == {3}
 
 
+@pytest.fixture(scope="module")
+def shrunk(digits_dir, tmp_path_factory, largest):
+    """What a shrinking that was not stopped leaves."""
+    out_dir = tmp_path_factory.mktemp("shrunk") / "s"
+    train_search.search(shrink_config(digits_dir, out_dir, largest))
+    return state_of(out_dir)
+
+
 @pytest.mark.parametrize("stop", [2, 3, 5]) # before a phase, after its first step, inside one
-def test_a_resumed_shrinking_is_one_that_was_not_stopped(stop, digits_dir, tmp_path, largest):
-    config = shrink_config(digits_dir, tmp_path / "whole", largest)
-    train_search.search(config)
+def test_a_resumed_shrinking_is_one_that_was_not_stopped(stop, digits_dir, tmp_path, largest, shrunk):
+    config = shrink_config(digits_dir, tmp_path, largest)
     with signalled(train, "update", lambda *args: args[-1].step == stop - 1):
-        train_search.search(config | {"out_dir": str(tmp_path / "parts")})
-    train_search.search(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"})
-    assert state_of(tmp_path / "whole") == state_of(tmp_path / "parts")
+        train_search.search(config)
+    train_search.search(config | {"init_from": "resume"})
+    assert state_of(tmp_path) == shrunk
 
 
 def test_without_shrinking_everything_is_drawn_from_the_start():
