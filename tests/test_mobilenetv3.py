@@ -16,11 +16,18 @@ from analyze import read_lines
 from optim_nas import one_hot, picked, space_size, uniform
 from prepare import rng
 from search_spaces import mobilenetv3
-from supernet import extremes
+from supernet import extremes, use_fused_ops
 from train_search import phase_of, read_phases, taught
 
 SMALL = dict(depth=[1, 2, 3], kernel_size=[3, 5, 7], expand=[2, 3, 4], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[1, 2],
              se=[0, 1], hswish=[1, 0], last_channels=16, mix_channels=16, img_size=9, in_channels=2, num_classes=3)
+
+
+@pytest.fixture(autouse=True)
+def kernels_off():
+    """A search turns them on."""
+    yield
+    use_fused_ops(False)
 
 
 def uniform_net(k, e, d, stages=5):
@@ -252,14 +259,21 @@ def test_phases_draw_only_what_they_unlocked(digits_dir, tmp_path, largest, monk
     assert seen(evaluated[:1], "depth") == {2} and seen(evaluated, "expand") == {3}
 
 
+@pytest.fixture(scope="module")
+def shrunk(digits_dir, tmp_path_factory, largest):
+    """What a shrinking that was not stopped leaves."""
+    out_dir = tmp_path_factory.mktemp("shrunk") / "s"
+    train_search.search(shrink_config(digits_dir, out_dir, largest))
+    return state_of(out_dir)
+
+
 @pytest.mark.parametrize("stop", [2, 3, 5]) # before a phase, after its first step, inside one
-def test_a_resumed_shrinking_is_one_that_was_not_stopped(stop, digits_dir, tmp_path, largest):
-    config = shrink_config(digits_dir, tmp_path / "whole", largest)
-    train_search.search(config)
+def test_a_resumed_shrinking_is_one_that_was_not_stopped(stop, digits_dir, tmp_path, largest, shrunk):
+    config = shrink_config(digits_dir, tmp_path, largest)
     with signalled(train, "update", lambda *args: args[-1].step == stop - 1):
-        train_search.search(config | {"out_dir": str(tmp_path / "parts")})
-    train_search.search(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"})
-    assert state_of(tmp_path / "whole") == state_of(tmp_path / "parts")
+        train_search.search(config)
+    train_search.search(config | {"init_from": "resume"})
+    assert state_of(tmp_path) == shrunk
 
 
 def test_without_shrinking_everything_is_drawn_from_the_start():
