@@ -40,6 +40,7 @@ class Choice:
     depth: the name of the choice (such as "n_layer") that says how many of those layers are in use.
     inputs, keep: the rows are the edges into the nodes of a cell, (2, 3) the first two into one, the next three into another; of each
     node's, `keep` stay in the end, and the others are 'none', which is one of the options.
+    is_depth: it is a number of blocks, though it is the depth of no other choice.
     Its weights, and its alphas, have the shape (len(options),) or (repeat, len(options)).
     """
     options: tuple
@@ -47,6 +48,7 @@ class Choice:
     depth: str | None = None
     inputs: tuple = ()
     keep: int = 0
+    is_depth: bool = False
 
     @property
     def shape(self):
@@ -536,7 +538,8 @@ class Conv2d(nn.Conv2d):
 
     k says which kernel: None for the largest, a size, a size and its weight, or the weights of all, (K,).
     Mixture, sizes and kernel chosen independently: sum_ijt a_i b_j c_t pad(W[:o_j, :c_i, window_t]) = W * m_out * m_in * m_kernel,
-    and where no kernel is mixed S_out * (W @ (S_in * x)), which needs no gradient to W.
+    and where no kernel is mixed S_out * (W @ (S_in * x)), which needs no gradient to W. In and out of the same choice:
+    sum_k p_k pad(W[:o_k, :c_k]) = W * M, as in Linear.
     """
     def __init__(self, i, o, kernels, stride=1, dilation=1, groups=1, bias=False, padding=None):
         self.kernels = (kernels,) if isinstance(kernels, int) else tuple(kernels)
@@ -568,10 +571,14 @@ class Conv2d(nn.Conv2d):
             M = M if S_o is None else M * S_o.unsqueeze(-1) # (out, 1, K, K)
             M = M if S_i is None else M * S_i
             return self.conv(x, self.weight * M, self.bias if self.bias is None or S_o is None else self.bias * o.S)
+        joint = i is not None and o is not None and i.p is o.p and i.p is not None
+        if joint and i.mixed:
+            M = (o.p[:, None] * o.share).T @ i.share # (out, in)
+            return self.conv(x, self.take(k=k)["weight"] * M[:, :, None, None], self.bias if self.bias is None else self.bias * o.S)
         if S_i is not None or S_o is not None:
             y = self.conv(x if S_i is None else x * S_i.to(x.dtype), **self.take(k=k))
             return y if S_o is None else y * S_o.to(y.dtype)
-        if i is not None and i.weighted:
+        if i is not None and i.weighted and not joint: # joint: p counts once, in what goes out
             x = straight(x, i.S)
         slices = self.take(i, o, k)
         if isinstance(k, tuple): # the bias belongs to no kernel
