@@ -64,15 +64,15 @@ def shift_mask(H, W, size, shift, device):
 
 def window_attention(q, k, v, bias, mask, n_head, scale=None):
     """(B, windows, T, n) each -> the same; bias: (T, T, n_head) on the scores, mask: (windows, T, T) or None."""
-    B, shape = len(q), q.shape
-    bias = bias.permute(2, 0, 1) # (n_head, T, T)
+    shape, bias = q.shape, bias.permute(2, 0, 1) if mask is None else bias.permute(2, 0, 1) + mask[:, None]
     q, k, v = (t.unflatten(3, (n_head, -1)).transpose(2, 3) for t in (q, k, v)) # (B, windows, n_head, T, n / n_head)
-    if mask is None:
-        q, k, v, bias = *(t.flatten(0, 1) for t in (q, k, v)), bias[None]
-    else: # a window has its own scores, and an image too few dimensions for the fused attentions of PyTorch
-        q, k, v, bias = *(t.flatten(1, 2) for t in (q, k, v)), (bias + mask[:, None]).flatten(0, 1)[None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
-    return y.reshape(B, shape[1], n_head, shape[2], -1).transpose(2, 3).flatten(3)
+    if q.is_cpu: # where PyTorch has no fused attention that learns a bias
+        scores = (q * q.shape[-1] ** -0.5 if scale is None else q) @ k.transpose(-2, -1) + bias
+        return (scores.softmax(-1) @ v).transpose(2, 3).flatten(3)
+    inner = (0, 1) if mask is None else (1, 2) # for fused attentions (B, heads, T, n): masked windows are heads, the others images
+    q, k, v = (t.flatten(*inner) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, -3)[None].to(q.dtype), scale=scale)
+    return y.view(*shape[:2], n_head, shape[2], -1).transpose(2, 3).flatten(3)
 
 
 class WindowAttention(CausalSelfAttention):
