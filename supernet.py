@@ -267,9 +267,11 @@ def register_fused_ops():
     library.register_fake("nas::block_linear_backward")(lambda g, x, W, M, o, i, need_W, need_bias, need_M: (
         torch.empty_like(x, memory_format=torch.contiguous_format), W.new_empty(W.shape if need_W else 0),
         small(x, W.shape[:1] if need_bias else 0), small(x, M.shape if need_M else 0)))
-    library.register_fake("nas::attention")(lambda qkv, q_scale, y_scale, n_head: qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3)))
-    library.register_fake("nas::attention_backward")(lambda g, qkv, q_scale, y_scale, n_head: (
-        torch.empty_like(qkv, memory_format=torch.contiguous_format), small(qkv, q_scale.shape), small(qkv, y_scale.shape)))
+    library.register_fake("nas::attention")(lambda qkv, q_scale, y_scale, n_head, bias=None, mask=None: qkv.new_empty(
+        (*qkv.shape[:2], qkv.shape[2] // 3)))
+    library.register_fake("nas::attention_backward")(lambda g, qkv, q_scale, y_scale, n_head, bias=None, mask=None: (
+        torch.empty_like(qkv, memory_format=torch.contiguous_format), small(qkv, q_scale.shape), small(qkv, y_scale.shape),
+        small(qkv, (1, 0) if bias is None else bias.shape)))
     library.register_fake("nas::depthwise")(lambda x, weight, stride, padding, dilation: torch.empty(
         (*x.shape[:2], *((n + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1 for n in x.shape[2:])),
         dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
@@ -297,9 +299,9 @@ def register_fused_ops():
         return dx, dW if need_W else None, dbias.to(g.dtype) if need_bias else None, dM.to(M.dtype) if need_M else None, None, None
 
     def attention(ctx, g):
-        qkv, q_scale, y_scale = ctx.saved_tensors
-        dqkv, dq_scale, dy_scale = ops.attention_backward(g, qkv, q_scale, y_scale, *ctx.rest)
-        return dqkv, dq_scale.to(q_scale.dtype), dy_scale.to(y_scale.dtype), None
+        qkv, q_scale, y_scale, *rest = ctx.saved_tensors
+        dqkv, dq_scale, dy_scale, dbias = ops.attention_backward(g, qkv, q_scale, y_scale, *ctx.rest, *rest)
+        return dqkv, dq_scale.to(q_scale.dtype), dy_scale.to(y_scale.dtype), None, dbias.to(rest[0].dtype) if rest else None, None
 
     def depthwise(ctx, g):
         need = ctx.needs_input_grad[:2]
@@ -359,6 +361,27 @@ def depthwise(x, weight, stride, padding, dilation):
             x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
         return torch.ops.nas.depthwise(x, weight, stride, padding, dilation)
     return F.conv2d(x, weight, None, stride, padding, dilation, weight.shape[0])
+
+
+def window_attention(qkv, q_scale, y_scale, n_head, bias, mask=None):
+    """mixed_attention() within windows, not causal: qkv (B * M, T, 3n), bias (heads, T, T) on the scores, those of a head count the
+    first; mask: (M, T, T), of which window i has the i % M-th."""
+    if fused and qkv.is_cpu:
+        return torch.ops.nas.attention(qkv, q_scale, y_scale, n_head, bias, mask)
+    y, B = 0, len(qkv)
+    for j, h in enumerate(n_head):
+        b, (q, k, v) = bias[None, :h], (t.unflatten(2, (h, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=2)) # (B M, h, T, n / h)
+        q = q * q_scale[j].view(h, 1, -1).to(q.dtype)
+        if qkv.is_cpu: # where PyTorch has no fused attention that learns a bias
+            scores = q @ k.transpose(2, 3)
+            scores = scores + b if mask is None else (scores.unflatten(0, (-1, len(mask))) + (b + mask[:, None])).flatten(0, 1)
+            out = scores.softmax(-1) @ v
+        else:
+            if mask is not None: # the windows of an image as its heads
+                b, (q, k, v) = (b + mask[:, None]).flatten(0, 1)[None], (t.unflatten(0, (-1, len(mask))).flatten(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, b.to(q.dtype), scale=1.0).reshape(B, h, *v.shape[2:])
+        y = y + out.transpose(1, 2).flatten(2) * y_scale[j].to(q.dtype)
+    return y
 
 
 def causal_attention(q, k, v, n_head, dropout=0.0, scale=None, is_causal=True):

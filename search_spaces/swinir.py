@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from configurator import defaults
 from model import MLP, CausalSelfAttention
 from supernet import Choice, Conv2d, Embedding, ImageNetwork, LayerNorm, Size, check_arch, drop_path as drop_samples, options_of, prefixes
-from supernet import size_of, straight
+from supernet import size_of, straight, window_attention
 
 # -----------------------------------------------------------------------------
 n_embd = [36, 48, 60]
@@ -44,13 +44,13 @@ MEAN = (0.4488, 0.4371, 0.4040) # of DIV2K
 
 
 def windows(x, size, shift):
-    """(B, H, W, C) -> (B, windows, size^2, C), after all has moved by shift up and to the left."""
+    """(B, H, W, C) -> (B * windows, size^2, C), after all has moved by shift up and to the left."""
     x = torch.roll(x, (-shift, -shift), (1, 2)) if shift else x
-    return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
 
 def unwindows(x, size, shift, H, W):
-    x = x.unflatten(2, (size, size)).unflatten(1, (H // size, W // size)).transpose(2, 3).reshape(len(x), H, W, -1)
+    x = x.unflatten(1, (size, size)).unflatten(0, (-1, H // size, W // size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return torch.roll(x, (shift, shift), (1, 2)) if shift else x
 
 
@@ -58,21 +58,8 @@ def unwindows(x, size, shift, H, W):
 def shift_mask(H, W, size, shift, device):
     """(windows, size^2, size^2): -100 between pixels of a shifted window that are no neighbours in the image, else 0."""
     part = [(torch.arange(n) >= n - size).int() + (torch.arange(n) >= n - shift) for n in (H, W)] # 0, 1 or 2
-    part = windows((3 * part[0][:, None] + part[1])[None, :, :, None], size, 0)[0, :, :, 0] # (windows, size^2)
+    part = windows((3 * part[0][:, None] + part[1])[None, :, :, None], size, 0)[:, :, 0] # (windows, size^2)
     return (-100.0 * (part[:, :, None] != part[:, None, :])).to(device)
-
-
-def window_attention(q, k, v, bias, mask, n_head, scale=None):
-    """(B, windows, T, n) each -> the same; bias: (T, T, n_head) on the scores, mask: (windows, T, T) or None."""
-    shape, bias = q.shape, bias.permute(2, 0, 1) if mask is None else bias.permute(2, 0, 1) + mask[:, None]
-    q, k, v = (t.unflatten(3, (n_head, -1)).transpose(2, 3) for t in (q, k, v)) # (B, windows, n_head, T, n / n_head)
-    if q.is_cpu: # where PyTorch has no fused attention that learns a bias
-        scores = (q * q.shape[-1] ** -0.5 if scale is None else q) @ k.transpose(-2, -1) + bias
-        return (scores.softmax(-1) @ v).transpose(2, 3).flatten(3)
-    inner = (0, 1) if mask is None else (1, 2) # for fused attentions (B, heads, T, n): masked windows are heads, the others images
-    q, k, v = (t.flatten(*inner) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, bias.flatten(0, -3)[None].to(q.dtype), scale=scale)
-    return y.view(*shape[:2], n_head, shape[2], -1).transpose(2, 3).flatten(3)
 
 
 class WindowAttention(CausalSelfAttention):
@@ -86,24 +73,23 @@ class WindowAttention(CausalSelfAttention):
         self.register_buffer("index", index, persistent=False) # (w^2, w^2)
 
     def forward(self, x, mask, e=None, n_head=None):
-        if isinstance(n_head, torch.Tensor):
-            return self.mixture(x, mask, e, n_head)
+        """x: (B * windows, window_size^2, n_embd), mask: (windows, window_size^2, window_size^2) or None"""
+        bias = self.bias(self.index, self.heads(n_head)).permute(2, 0, 1) # (heads, T, T)
+        if isinstance(n_head, torch.Tensor): # as in model.py: every head count in its own layout, with the first of the biases
+            S, scale = e.p @ self.share, e.p @ self.scale # (n_head, n_embd)
+            y = window_attention(self.c_attn(x, e), S * scale, n_head.unsqueeze(-1) * S * S, self.n_head, bias, mask)
+            return self.c_proj(y, None, e)
         h, a = n_head if isinstance(n_head, tuple) else (n_head or self.n_head[-1], None)
-        n = None if e is None else e.n
-        q, k, v = self.c_attn(x, e, e and Size(3 * n, 3 * h)).chunk(3, dim=-1)
-        if a is not None:
-            q, a = straight(q, e.p * e.p), a * e.p * e.p # the weights as in the mixture
-        y = straight(window_attention(q, k, v, self.bias(self.index, e and Size(h)), mask, h), a)
+        n = self.n_embd[-1] if e is None else e.n
+        qkv, ones = self.c_attn(x, e, e and Size(3 * n, 3 * h)), x.new_ones(1, n)
+        y_scale = ones
+        if a is not None: # the weights as in the mixture
+            qkv, y_scale = torch.cat((straight(qkv[..., :n], e.p * e.p), qkv[..., n:]), -1), a * e.p * e.p * ones
+        y = window_attention(qkv, ones * (n / h) ** -0.5, y_scale, (h,), bias, mask)
         return self.c_proj(y, e and Size(n, h), e)
 
-    def mixture(self, x, mask, e, a):
-        """a: (n_head,) weights; of every head count the attention as in model.py, with the first of the biases."""
-        q, k, v = self.c_attn(x, e).chunk(3, dim=-1)
-        S, scale, bias, y = e.p @ self.share, e.p @ self.scale, self.bias(self.index), 0 # (n_head, n_embd)
-        for j, h in enumerate(self.n_head):
-            q_scale, y_scale = (S[j] * scale[j]).to(q.dtype), (a[j] * S[j] * S[j]).to(q.dtype)
-            y = y + window_attention(q * q_scale, k, v, bias[..., :h], mask, h, scale=1.0) * y_scale
-        return self.c_proj(y, None, e)
+    def heads(self, n_head):
+        return None if n_head is None or isinstance(n_head, torch.Tensor) else Size(n_head[0] if isinstance(n_head, tuple) else n_head)
 
 
 class Layer(nn.Module):
@@ -120,7 +106,7 @@ class Layer(nn.Module):
         H, W = x.shape[1:3]
         shift = self.shift if min(H, W) > self.size else 0 # one window is all there is
         mask = shift_mask(H, W, self.size, shift, x.device) if shift else None
-        x = windows(x, self.size, shift) # (B, windows, size^2, n_embd)
+        x = windows(x, self.size, shift) # (B * windows, size^2, n_embd)
         x = x + self.dropped(self.attn(self.ln_1(x, e), mask, e, n_head))
         x = x + self.dropped(self.mlp(self.ln_2(x, e), e, mlp_ratio))
         return unwindows(x, self.size, shift, H, W)
