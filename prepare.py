@@ -511,7 +511,7 @@ def read_pair_splits(settings, path):
         splits["train" if "train" in folder else "val" if "val" in folder else ""].append((name, get, get_low))
     if splits["train"] and splits["val"]:
         return {split: splits[split] for split in ("train", "val")}
-    found = sum(splits.values(), [])
+    found = list(chain(*splits.values()))
     n = len(found) if dataset in ("set5", "set14") else max(1, round(settings["val_fraction"] * len(found)))
     order = torch.randperm(len(found), generator=rng(settings["seed"], "pairs")).tolist()
     return {"train": [found[i] for i in order[n:]], "val": [found[i] for i in sorted(order[:n])]}
@@ -529,14 +529,17 @@ def shrink(high, scale):
 def read_pair(entry, scale):
     """-> low (h, w, 3), high (scale h, scale w, 3), uint8"""
     name, get, get_low = entry
-    high, low = (None if g is None else with_image((None, lambda i, g=g: g(), lambda i: what), 0, lambda im: np.asarray(im.convert("RGB")))
-                 for g, what in ((get, name), (get_low, f"the low resolution of {name}")))
+
+    def pixels_of(get, name):
+        return with_image((None, lambda i: get(), lambda i: name), 0, lambda image: np.asarray(image.convert("RGB")))
+    high, low = pixels_of(get, name), get_low and pixels_of(get_low, f"the low resolution of {name}")
     h, w = (n // scale for n in high.shape[:2])
     if low is not None and low.shape[:2] != (h, w):
-        raise SystemExit(f"{name} is {high.shape[1]}x{high.shape[0]} and its low resolution {low.shape[1]}x{low.shape[0]}, where scale={scale} "
-                         f"makes {w}x{h}: replace one of the two, or make all low resolutions by --make_low=True")
+        raise SystemExit(f"{name} is {high.shape[1]}x{high.shape[0]} and its low resolution {low.shape[1]}x{low.shape[0]}, where "
+                         f"scale={scale} makes {w}x{h}: replace one of the two, or make all low resolutions by --make_low=True")
     if min(h, w) < 8:
-        raise SystemExit(f"{name} is {high.shape[1]}x{high.shape[0]}, of which scale={scale} leaves less than 8 pixels a side: leave it out")
+        raise SystemExit(f"{name} is {high.shape[1]}x{high.shape[0]}, of which scale={scale} leaves less than 8 pixels a side: leave it "
+                         "out")
     high = np.ascontiguousarray(high[:scale * h, :scale * w])
     return shrink(high, scale) if low is None else low, high
 
@@ -545,8 +548,8 @@ def prepare_pairs(folder, settings, path):
     """Writes the pairs, and returns what meta.json is to say, as prepare_images()."""
     splits, scale = read_pair_splits(settings, path), settings["scale"]
     if not splits["val"] or not (splits["train"] or settings["dataset"] in ("set5", "set14")):
-        raise SystemExit(f"{settings['source']} gives {len(splits['train'])} images of training and {len(splits['val'])} of validation, and "
-                         "both need some: give more images")
+        raise SystemExit(f"{settings['source']} gives {len(splits['train'])} images of training and {len(splits['val'])} of validation, "
+                         "and both need some: give more images")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "progress.json", settings)
     meta = dict(settings)
@@ -823,8 +826,8 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
         cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size)
     script = f"train_rl.py --shards={shards}" if shards else "train_search.py"
     if dataset in PAIR_SETS:
-        print(f"{folder}: {meta['train_images']:,} images of train in {len(meta['train_shapes']):,} regions, {meta['val_images']:,} of val, "
-              f"enlarged {scale} times")
+        print(f"{folder}: {meta['train_images']:,} images of train in {len(meta['train_shapes']):,} regions, {meta['val_images']:,} of "
+              f"val, enlarged {scale} times")
         if meta["train_images"]:
             print(f"next: python {script} --space=swinir --scale={scale} --dataset={name.rpartition('_x')[0]}{data_dir_option(data_dir)}")
         return meta

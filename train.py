@@ -540,8 +540,9 @@ def ssim(a, b):
     image, weighted by a Gaussian of deviation 1.5, averaged."""
     t = torch.arange(-5, 6, dtype=a.dtype, device=a.device)
     window = torch.exp(-t.square() / 4.5)
-    window = (window[:, None] * window / window.sum() ** 2).expand(a.shape[1], 1, 11, 11)
-    mean_a, mean_b, aa, bb, ab = (torch.nn.functional.conv2d(x, window, groups=a.shape[1]) for x in (a, b, a * a, b * b, a * b))
+    window = (window / window.sum()).view(1, 1, 11, 1)
+    a, b = (x.flatten(0, 1).unsqueeze(1) for x in (a, b)) # (B * C, 1, H, W)
+    mean_a, mean_b, aa, bb, ab = (torch.conv2d(torch.conv2d(x, window), window.mT) for x in (a, b, a * a, b * b, a * b))
     c_1, c_2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     likeness = (2 * mean_a * mean_b + c_1) * (2 * (ab - mean_a * mean_b) + c_2)
     return (likeness / ((mean_a ** 2 + mean_b ** 2 + c_1) * (aa - mean_a ** 2 + bb - mean_b ** 2 + c_2))).mean().item()

@@ -24,12 +24,12 @@ from supernet import Choice, Conv2d, Embedding, ImageNetwork, LayerNorm, Size, c
 from supernet import size_of, straight, window_attention
 
 # -----------------------------------------------------------------------------
-n_embd = [36, 48, 60]
+n_embd = [36, 48, 60] # width
 n_rstb = [2, 3, 4] # blocks
 n_layer = [4, 5, 6] # layers of each block
 n_head = [4, 6] # of each layer; a head has n_embd / n_head channels
 mlp_ratio = [1, 2] # of each layer
-window_size = 8
+window_size = 8 # pixels a side
 scale = 2 # 2, 3 or 4 times as many pixels a side
 patch = 64 # the side of the low-resolution crops that it is trained on
 drop_path = 0.0 # of a network without choices, rising to this from layer to layer; published: 0.1
@@ -59,7 +59,7 @@ def shift_mask(H, W, size, shift, device):
     """(windows, size^2, size^2): -100 between pixels of a shifted window that are no neighbours in the image, else 0."""
     part = [(torch.arange(n) >= n - size).int() + (torch.arange(n) >= n - shift) for n in (H, W)] # 0, 1 or 2
     part = windows((3 * part[0][:, None] + part[1])[None, :, :, None], size, 0)[:, :, 0] # (windows, size^2)
-    return (-100.0 * (part[:, :, None] != part[:, None, :])).to(device)
+    return -100 * (part[:, :, None] != part[:, None, :]).float().to(device)
 
 
 class WindowAttention(CausalSelfAttention):
@@ -157,7 +157,7 @@ class SwinIR(ImageNetwork):
         if c.scale not in (2, 3, 4):
             raise SystemExit(f"scale={c.scale} is not 2, 3 or 4.")
         if c.window_size < 2 or c.patch < c.window_size or c.tile < 0 or c.tile % c.window_size or OVERLAP % c.window_size:
-            raise SystemExit(f"window_size={c.window_size} must divide {OVERLAP} and tile={c.tile}, and patch={c.patch} must hold a window.")
+            raise SystemExit(f"window_size={c.window_size} must divide {OVERLAP} and tile={c.tile}, and fit into patch={c.patch}.")
         options = {name: options_of(getattr(c, name), name, whole=name != "mlp_ratio") for name in (*GLOBAL, *LAYERED)}
         self.choices = {"n_embd": Choice(options["n_embd"]), "n_rstb": Choice(options["n_rstb"], is_depth=True)}
         for r in range(1, options["n_rstb"][-1] + 1):
@@ -181,8 +181,8 @@ class SwinIR(ImageNetwork):
         self.rstb = nn.ModuleList()
         for r, n in enumerate(depths):
             before = sum(n[-1] for n in depths[:r])
-            layers = [Layer(inner, l % 2 * (c.window_size // 2), self.n_embd, *row, drop * (before + l) / max(1, total - 1))
-                      for l, row in enumerate(rows[r])]
+            layers = [Layer(inner, i % 2 * (c.window_size // 2), self.n_embd, *row, drop * (before + i) / max(1, total - 1))
+                      for i, row in enumerate(rows[r])]
             self.rstb.append(RSTB(layers, self.n_embd, n))
         self.ln_f, self.conv_last = LayerNorm(E, bias=True), Conv2d(E, E, 3, bias=True)
         self.up = Conv2d(E, 3 * c.scale ** 2, 3, bias=True)
@@ -229,9 +229,9 @@ class SwinIR(ImageNetwork):
         y = x.new_empty(len(x), 3, s * H, s * W)
         for top in range(0, H, tile):
             for left in range(0, W, tile):
-                t, l = max(0, top - OVERLAP), max(0, left - OVERLAP)
-                part = self.whole(x[:, :, t:top + tile + OVERLAP, l:left + tile + OVERLAP], arch)
-                part = part[:, :, s * (top - t):, s * (left - l):][:, :, :s * tile, :s * tile]
+                y0, x0 = max(0, top - OVERLAP), max(0, left - OVERLAP)
+                part = self.whole(x[:, :, y0:top + tile + OVERLAP, x0:left + tile + OVERLAP], arch)
+                part = part[:, :, s * (top - y0):, s * (left - x0):][:, :, :s * tile, :s * tile]
                 y[:, :, s * top:s * top + part.shape[2], s * left:s * left + part.shape[3]] = part
         return y
 
@@ -249,10 +249,10 @@ class SwinIR(ImageNetwork):
         for r, used in enumerate(chances(weights["n_rstb"], self.n_rstb), 1):
             convs, small = convs + used * 9 * e ** 2, small + used * e
             heads, ratios = (weights[f"{name}_{r}"] @ torch.tensor(self.choices[f"{name}_{r}"].options).double() for name in LAYERED[1:])
-            for l, chance in enumerate(chances(weights[f"n_layer_{r}"], self.rstb[r - 1].n_layer)):
-                hidden, chance = ratios[l] * e, used * chance
+            for i, chance in enumerate(chances(weights[f"n_layer_{r}"], self.rstb[r - 1].n_layer)):
+                hidden, chance = ratios[i] * e, used * chance
                 convs = convs + chance * (4 * e ** 2 + 2 * e * hidden)
-                small = small + chance * (9 * e + hidden + (2 * c.window_size - 1) ** 2 * heads[l])
+                small = small + chance * (9 * e + hidden + (2 * c.window_size - 1) ** 2 * heads[i])
                 attention = attention + chance * 2 * c.window_size ** 2 * e
         p = weights["n_embd"]
         return {"params": p @ (convs + small), "flops": p @ (2 * pixels * (convs + attention))}
@@ -260,7 +260,8 @@ class SwinIR(ImageNetwork):
 
 def genotype(arch):
     """An architecture as text: its width, and the heads and ratios of its layers."""
-    return json.dumps({"n_embd": arch["n_embd"], **{name: [arch[f"{name}_{r}"] for r in range(1, arch["n_rstb"] + 1)] for name in LAYERED[1:]}})
+    rows = {name: [arch[f"{name}_{r}"] for r in range(1, arch["n_rstb"] + 1)] for name in LAYERED[1:]}
+    return json.dumps({"n_embd": arch["n_embd"], **rows})
 
 
 def columns(arch):

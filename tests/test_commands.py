@@ -96,6 +96,11 @@ def shrink(command, data_dir, digits_dir, finished, out):
     elif script == "train_rl.py":
         words = [word for word in words if not word.startswith("--out_dir")]
         extra += [*flags(TINY_RL), f"--cache_dir={out}/cache"]
+    elif script == "analyze.py" and "--images" in command:
+        train_search.search(search_config("swinir", digits_dir, out.parent / "s"))
+        sizes = {key: value for key, value in TINY_IMAGES.items() if key != "dataset"}
+        succeeds("train_base.py", f"--arch={out.parent}/s/arch.json", f"--out_dir={out}", *flags(sizes))
+        words, extra = ["python", "analyze.py"], [f"--out_dir={out}", "--images=sr_samples"]
     elif script == "analyze.py":
         extra = []
         words = [f"--out_dir={finished}/{'b' if 'base' in word else 'r' if 'rl' in word else 's'}" if word.startswith("--out_dir") else
