@@ -73,7 +73,7 @@ from tqdm import tqdm
 dataset = "pydocs"  # pydocs, shakespeare_char, tinystories, openwebtext, text; of images: see IMAGE_SETS
 path = ""  # a local file or folder in the place of the download; dataset=text, images and imagenet16_120 need it
 val_path = ""  # the same for the validation split of text
-img_size = 0  # pixels a side: images are cut to a square and resized; 0 = as they are; of pairs, see above, 0 = 480, 240 for sr_samples
+img_size = 0  # pixels a side: images are cut to a square and resized; 0 = as they are; of pairs, see above, 0 = 480, 160 for sr_samples
 scale = 2  # of pairs: 2, 3 or 4
 make_low = False  # of pairs: makes every low resolution, also where the path has one
 tokenizer = ""  # char, gpt2, sentencepiece; '' = the data set's usual one
@@ -786,7 +786,7 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
     if dataset in IMAGE_SETS:
         settings = {"kind": "images", "dataset": dataset, "source": source, "resize": img_size, "val_fraction": val_fraction, "seed": seed}
     if dataset in PAIR_SETS:
-        region = img_size or (240 if dataset == "sr_samples" else 480)
+        region = img_size or (160 if dataset == "sr_samples" else 480)
         settings = {"kind": "pairs", "dataset": dataset, "source": source, "scale": scale, "make_low": make_low, "region": region,
                     "val_fraction": val_fraction, "seed": seed}
     if tokenizer == "sentencepiece":

@@ -7,7 +7,6 @@ batch_size = 4
 max_iters = 1000
 eval_interval = 250
 eval_iters = 4
-val_portion = 0.13 # of 8 regions one
 flip = True
 weight_optimizer = 'adam'
 beta2 = 0.999

@@ -276,14 +276,14 @@ def write_pictures(folder, sizes, name="{}.png"):
 def test_photographs_of_scikit_learn(tmp_path):
     meta = p.prepare("sr_samples", data_dir=tmp_path, scale=3)
     train_pairs, val = (p.load_pairs(tmp_path, "sr_samples", split, 3) for split in ("train", "val"))
-    assert (len(train_pairs), len(val), meta["kind"]) == (8, 2, "pairs")
+    assert (len(train_pairs), len(val), meta["kind"]) == (18, 2, "pairs")
     total = sum(9 * h * w for h, w in train_pairs.shapes)
     assert total == 2 * 426 * 480, "the regions are all of the photographs"
-    for i in range(8):
+    for i in range(18):
         low, high = train_pairs.pair(i)
         assert low.dtype == np.uint8 and high.shape == (3 * low.shape[0], 3 * low.shape[1], 3)
         up = F.interpolate(p.as_batch([low]), scale_factor=3, mode="bicubic", antialias=True)
-        assert train.fidelity(up, p.as_batch([high]), 3)["psnr_y"] > 19, "low and high are of the same place"
+        assert train.fidelity(up, p.as_batch([high]), 3)["psnr_y"] > 17, "low and high are of the same place"
 
 
 def test_images_of_any_size_with_and_without_a_low_resolution(tmp_path):
@@ -317,7 +317,7 @@ def test_search_and_training_never_share_a_pixel(tmp_path):
     import train_search
     splits = train_search.split_data(config, SimpleNamespace(world=1, master=True))
     taken = [set(map(int, splits[name].offsets)) for name in ("train", "search")]
-    assert len(taken[0]) == len(taken[1]) == 4 and not taken[0] & taken[1]
+    assert len(taken[0]) == len(taken[1]) == 9 and not taken[0] & taken[1]
     config.patch = 200
     with pytest.raises(SystemExit, match="patch=200: choose a smaller patch"):
         train_search.split_data(config, SimpleNamespace(world=1, master=True))

@@ -130,7 +130,7 @@ def test_help_of_a_space_lists_its_keys(name, space):
         line = next(line for line in lines if line.startswith(f"{key} = "))
         assert str(value) in line and ("  #" in line or key.startswith(("channels_", "last_"))), line
     names = [line.split(" = ")[0] for line in lines]
-    assert f"space = '{space}'" in "\n".join(lines) and "n_head" not in names and "block_size" not in names
+    assert f"space = '{space}'" in "\n".join(lines) and "residual" not in names and "block_size" not in names
 
 # ---- resuming, and several processes
 
