@@ -68,6 +68,7 @@ def shrink_space(words, script, space, digits_dir, out):
         if not (out.parent / "s/arch.json").exists():
             train_search.search(search_config(space, digits_dir, out.parent / "s"))
         words = [f"--arch={out.parent}/s/arch.json" if word.startswith("--arch=") else word for word in words]
+        sizes |= dict(val_portion=0.1) if space == "swinir" else {} # of 18 regions
     return words, [*([f"--data_dir={digits_dir}"] if script != "bench.py" else []), f"--out_dir={out}", *flags(sizes)]
 
 
