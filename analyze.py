@@ -3,6 +3,7 @@ Redraws the figure of any run from its files, at any time, also while it runs, a
 
     python analyze.py --out_dir=out/search      # of train_search.py: losses, gap and weights -> search.png
     python analyze.py --out_dir=out/base        # of train.py or train_base.py: losses -> loss.png
+    python analyze.py --out_dir=out/base_swinir_samples --images=sr_samples     # PSNR and SSIM on pairs of images -> sr_samples.png
     python analyze.py --out_dir=out/rl          # of train_rl.py: aggregate.png, frames.png, two.png, regret.png, surface.png
     python analyze.py --out_dir=out/rl --compare=numbers:out/rl_numbers_*,random:out/rl_random_*    # regret.png of groups of runs
 """
@@ -17,11 +18,12 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from prepare import read_json, write
+from prepare import load_pairs, pair_batches, read_json, write
 
 # -----------------------------------------------------------------------------
 out_dir = 'out/search' # of the run
 compare = '' # label:pattern,label:pattern: the regret of groups of train_rl.py runs, each a curve; written to out_dir
+images = '' # a data set of pairs of images, such as set5: PSNR and SSIM on its val split of what train_base.py trained, beside bicubic's
 # -----------------------------------------------------------------------------
 
 BLUE, RED, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "0.75" # for the colour-blind too (Okabe & Ito)
@@ -444,6 +446,59 @@ def compare_figure(out_dir, patterns):
     return save_figure(os.path.join(out_dir, "regret.png"), 3.2, lambda figure: draw_regret(figure, groups))
 
 
+def enlarged(out_dir, dataset):
+    """[{"bicubic", "network", "truth"}] of the val split of a data set of pairs: images (H, W, 3) of 0 to 1, and {"of bicubic",
+    "of network"}: their PSNR and SSIM as in papers."""
+    import torch
+
+    import train # here, for train_search imports this file, and most figures need no network
+    path = os.path.join(out_dir, "best.pt")
+    checkpoint = train.load_checkpoint(path, device := train.pick_device("auto"))
+    config, found = checkpoint["config"], []
+    if "scale" not in config:
+        raise SystemExit(f"out_dir={out_dir} holds a network of {config['space']}, which enlarges no images: leave out --images={dataset}.")
+    net = train.load_model(train.build(config, checkpoint["arch"]).to(device), checkpoint, path).eval()
+    pairs = load_pairs(config["data_dir"], dataset, "val", s := config["scale"])
+    for x, y in tqdm(pair_batches(pairs, range(len(pairs)), device), desc=dataset, total=len(pairs), unit=" images"):
+        with torch.no_grad():
+            images = {"bicubic": torch.nn.functional.interpolate(x, scale_factor=s, mode="bicubic", antialias=True), "network": net(x)[0]}
+        found.append({f"of {name}": train.fidelity(image, y, s, structure=True) for name, image in images.items()} |
+                     {name: image[0].permute(1, 2, 0).clamp(0, 1).cpu().numpy() for name, image in (images | {"truth": y}).items()})
+    return found
+
+
+def draw_enlarged(figure, found, side):
+    """An image a row: the whole, and of the square where bicubic interpolation errs most what each makes of it."""
+    for row, axes in zip(found, figure.subplots(len(found), 4, squeeze=False, width_ratios=(1.3, 1, 1, 1)), strict=True):
+        errors = ((row["bicubic"] - row["truth"]) ** 2).sum(2).cumsum(0).cumsum(1)
+        places = errors[side:, side:] - errors[:-side, side:] - errors[side:, :-side] + errors[:-side, :-side]
+        top, left = (int(i) + 1 for i in np.unravel_index(places.argmax(), places.shape))
+        axes[0].imshow(row["truth"])
+        axes[0].plot([left, left + side, left + side, left, left], [top, top, top + side, top + side, top], color=RED)
+        for ax, name in zip(axes[1:], ("bicubic", "network", "truth"), strict=True):
+            ax.imshow(row[name][top:top + side, left:left + side], interpolation="nearest")
+            ax.set_title(name if name == "truth" else f"{name}, {row[f'of {name}']['psnr_y']:.2f} dB", fontsize=9)
+        for ax in axes:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+
+
+def enlarged_figure(out_dir, dataset):
+    """Prints the PSNR and SSIM, on Y and on RGB, of bicubic interpolation and of the network in out_dir, for every image and in the mean;
+    draws the first three images of the data set to out_dir/<dataset>.png, returns its path."""
+    found = enlarged(out_dir, dataset)
+    keys = list(found[0]["of network"])
+    numbers = {name: np.array([list(row[f"of {name}"].values()) for row in found]) for name in ("bicubic", "network")} # (images, keys)
+    print("  ".join(["image".rjust(5), "".rjust(7), *(key.rjust(8) for key in keys)]))
+    for i in [*range(len(found)), "mean"]:
+        for name, values in numbers.items():
+            values = values.mean(0) if i == "mean" else values[i]
+            cells = [f"{v:8.2f}" if "psnr" in key else f"{v:8.4f}" for key, v in zip(keys, values, strict=True)]
+            print("  ".join([str(i).rjust(5), name, *cells]))
+    side = min(64, *(min(row["truth"].shape[:2]) // 2 for row in found))
+    return save_figure(os.path.join(out_dir, f"{dataset}.png"), 2.1 * len(found[:3]), lambda figure: draw_enlarged(figure, found[:3], side))
+
+
 def evaluations(path, key):
     """The lines of a .jsonl file that hold key, at least one; SystemExit if there is none yet."""
     lines = [line for line in read_lines(path) if key in line]
@@ -466,11 +521,14 @@ def table(lines):
     return "\n".join("  ".join(cell.rjust(max(len(key), 7)) for key, cell in zip(rows[0], row, strict=True)) for row in rows)
 
 
-def main(out_dir, compare=""):
+def main(out_dir, compare="", images=""):
     """Draws the run's figure; prints the table, what the best architecture is and costs, and the figure's path."""
     traj, log = (os.path.join(out_dir, name) for name in ("arch_traj.jsonl", "log.jsonl"))
     if compare:
         print(f"figure: {compare_figure(out_dir, compare)}")
+        return
+    if images:
+        print(f"figure: {enlarged_figure(out_dir, images)}")
         return
     if "algo" in read_json(os.path.join(out_dir, "run.json"))["config"]:
         for path in rl_figures(out_dir):

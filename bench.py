@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from analyze import save_figure
 from optim_nas import ArchOptimizer, likeliest
-from prepare import Images, rng, write_json
+from prepare import Images, Pairs, rng, write_json
 from supernet import use_fused_ops
 from train import build, configure_optimizer, draw, peak_flops, pick_device, setup, train_step, update, with_space
 from train_search import * # noqa: F403 (every key of a search)
@@ -75,9 +75,14 @@ def largest(net):
 
 
 def random_data(net, config):
-    """Tokens for some batches, or images."""
+    """Tokens for some batches, or images, or pairs of images."""
     if config.space == "gpt":
         return torch.randint(config.vocab_size, (100 * config.block_size,), generator=rng(config.seed, "bench")).numpy().astype("uint16")
+    if hasattr(net.config, "scale"):
+        sides, s = np.full((config.batch_size, 2), net.config.patch), net.config.scale
+        sizes = 3 * sides.prod(1) * (1 + s * s)
+        pixels = np.random.default_rng(config.seed).integers(0, 256, sizes.sum(), dtype=np.uint8)
+        return Pairs(pixels, sides, sizes.cumsum() - sizes, s)
     c, random, n = net.config, np.random.default_rng(config.seed), 4 * config.batch_size
     pixels = random.integers(0, 256, (n, c.img_size, c.img_size, c.in_channels), dtype=np.uint8)
     return Images(pixels, random.integers(0, c.num_classes, n), *np.full((2, c.in_channels), 100, np.float32), c.num_classes)

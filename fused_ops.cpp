@@ -348,12 +348,15 @@ inline float fast_exp(float x) {
 }
 inline double fast_exp(double x) { return std::exp(x); }
 
-// Row i of S, (rows, width), holds the scores of a token for the keys 0 .. first + i: softmax over these, zeros behind them.
+// Row i of S, (rows, width), holds the scores of a token for the keys 0 .. first + i, or for `all` keys if there is a bias, (rows, all),
+// to add and a mask like it: softmax over these, zeros behind them.
 template <typename T>
-void causal_softmax(T* S, int64_t rows, int64_t width, int64_t first) {
+void softmax(T* S, int64_t rows, int64_t width, int64_t first, int64_t all, const T* bias, const T* mask) {
   for (int64_t i = 0; i < rows; i++) {
     constexpr int64_t v = Vector<T>::size;
-    const int64_t keys = first + i + 1;
+    const int64_t keys = bias ? all : first + i + 1;
+    for (int64_t j = 0; bias && j < keys; j++) S[i * width + j] += bias[i * all + j];
+    for (int64_t j = 0; mask && j < keys; j++) S[i * width + j] += mask[i * all + j];
     T *s = S + i * width, top = s[0], sum = 0, tops[v];
     std::fill(tops, tops + v, top);
     for (int64_t j = 0; j + v <= keys; j += v)
@@ -370,6 +373,8 @@ void causal_softmax(T* S, int64_t rows, int64_t width, int64_t first) {
 // ---------------------------------------------------------------------------------------------------------------------------
 // y = sum_j y_scale_j * attention with n_head[j] heads of (q_scale_j * q, k, v); qkv (B, T, 3E), q_scale and y_scale (J, E).
 // Both scales are linear in what they multiply: the first goes to the keys, the second to the values, T x d each, once a head.
+// Causal without a bias, (heads, T, T), which is added to the scores, those of a head count the first; with it also a mask,
+// (M, T, T), of which sequence b has the b % M-th.
 
 constexpr int64_t block = 64; // query rows at a time
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -388,14 +393,17 @@ void load_transposed(const scalar_t* x, int64_t stride, int64_t rows, int64_t si
       for (int64_t t = t0; t < std::min(t0 + 16, rows); t++) out[c * ld + t] = T(x[t * stride + c]) * scale[c];
 }
 
-Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale, Sizes n_head) {
+Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale, Sizes n_head, const OptTensor& bias,
+                 const OptTensor& mask) {
   Tensor x = qkv.stride(2) == 1 ? qkv : qkv.contiguous();
   const int64_t B = x.size(0), L = x.size(1), E = x.size(2) / 3, sb = x.stride(0), st = x.stride(1);
   Tensor y = at::empty({B, L, E}, acc_options(x)), qs = small(q_scale, x), ys = small(y_scale, x);
+  const Tensor bs = bias ? small(*bias, x) : Tensor(), ms = mask ? small(*mask, x) : Tensor();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::attention", [&] {
     using T = acc<scalar_t>;
     const scalar_t* px = x.const_data_ptr<scalar_t>();
     T* py = y.data_ptr<T>();
+    const T *pb = bias ? bs.const_data_ptr<T>() : nullptr, *pm = mask ? ms.const_data_ptr<T>() : nullptr;
     for (size_t j = 0; j < n_head.size(); j++) {
       const int64_t h = n_head[j], size = E / h, d = round_up(size, Vector<T>::size), width = round_up(L, Vector<T>::size);
       const T *pq = qs.const_data_ptr<T>() + j * E, *po = ys.const_data_ptr<T>() + j * E;
@@ -408,10 +416,10 @@ Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale
           load<T>(head + 2 * E, st, L, size, po + c0, v.data(), d);
           for (int64_t t = 0; t < L; t += block) {
             const int64_t rows = std::min(block, L - t), padded = round_up(rows, tile_rows);
-            const int64_t keys = round_up(t + rows, Vector<T>::size);
+            const int64_t keys = pb ? width : round_up(t + rows, Vector<T>::size);
             load<T, scalar_t>(head + t * st, st, rows, size, nullptr, q.data(), d);
             gemm<T>(padded, keys, size, q.data(), d, 1, k.data(), width, S.data(), keys, false);
-            causal_softmax(S.data(), rows, keys, t);
+            softmax(S.data(), rows, keys, t, L, pb ? pb + (item % h * L + t) * L : nullptr, pm ? pm + (b % ms.size(0) * L + t) * L : nullptr);
             gemm<T>(padded, d, std::min(keys, L), S.data(), keys, 1, v.data(), d, out.data(), d, false);
             for (int64_t r = 0; r < rows; r++) {
               T* row = py + (b * L + t + r) * E + c0;
@@ -425,23 +433,31 @@ Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale
   return y.to(qkv.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& g, const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale,
-                                                      Sizes n_head) {
+// The gradients of qkv, q_scale, y_scale and the bias; the last is summed in one place a thread.
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& g, const Tensor& qkv, const Tensor& q_scale,
+                                                              const Tensor& y_scale, Sizes n_head, const OptTensor& bias,
+                                                              const OptTensor& mask) {
   Tensor x = qkv.stride(2) == 1 ? qkv : qkv.contiguous(), gc = g.to(qkv.scalar_type()).contiguous();
   const int64_t B = x.size(0), L = x.size(1), E = x.size(2) / 3, sb = x.stride(0), st = x.stride(1), J = n_head.size();
   Tensor dx = at::empty({B, L, 3 * E}, acc_options(x)), dq_scale = at::empty({B, J, E}, acc_options(x));
   Tensor dy_scale = at::empty({B, J, E}, acc_options(x)), qs = small(q_scale, x), ys = small(y_scale, x);
+  const Tensor bs = bias ? small(*bias, x) : Tensor(), ms = mask ? small(*mask, x) : Tensor();
+  const int64_t places = bias ? std::min<int64_t>(at::get_num_threads(), B) : 1;
+  Tensor dbias = at::zeros({places, bias ? bias->numel() : 0}, acc_options(x));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::attention_backward", [&] {
     using T = acc<scalar_t>;
     const scalar_t *px = x.const_data_ptr<scalar_t>(), *pg = gc.const_data_ptr<scalar_t>();
-    T *pdx = dx.data_ptr<T>(), *pdq = dq_scale.data_ptr<T>(), *pdy = dy_scale.data_ptr<T>();
+    T *pdx = dx.data_ptr<T>(), *pdq = dq_scale.data_ptr<T>(), *pdy = dy_scale.data_ptr<T>(), *pdb = dbias.data_ptr<T>();
+    const T *pb = bias ? bs.const_data_ptr<T>() : nullptr, *pm = mask ? ms.const_data_ptr<T>() : nullptr;
     for (int64_t j = 0; j < J; j++) {
       const int64_t h = n_head[j], size = E / h, d = round_up(size, Vector<T>::size), width = round_up(L, Vector<T>::size);
       const T *pq = qs.const_data_ptr<T>() + j * E, *po = ys.const_data_ptr<T>() + j * E;
-      at::parallel_for(0, B * h, 1, [&](int64_t begin, int64_t end) {
+      const int64_t parts = pb ? places : B * h;
+      at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
         std::vector<T> k(width * d), kT(d * width), vT(d * width), q(block * d), gy(block * d), out(block * d);
         std::vector<T> P(block * width), dP(block * width), w(width * d), u(width * d); // w, u: before the scales' product with dk, dv
-        for (int64_t item = begin; item < end; item++) {
+        for (int64_t part = begin; part < end; part++)
+        for (int64_t item = part * B * h / parts; item < (part + 1) * B * h / parts; item++) {
           const int64_t b = item / h, c0 = item % h * size;
           const scalar_t* head = px + b * sb + c0;
           load<T>(head + E, st, L, size, pq + c0, k.data(), d);
@@ -451,11 +467,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& g, const Ten
           std::fill(u.begin(), u.end(), T(0));
           for (int64_t t = 0; t < L; t += block) {
             const int64_t rows = std::min(block, L - t), padded = round_up(rows, tile_rows);
-            const int64_t keys = round_up(t + rows, Vector<T>::size);
+            const int64_t keys = pb ? width : round_up(t + rows, Vector<T>::size);
             load<T, scalar_t>(head + t * st, st, rows, size, nullptr, q.data(), d);
             load<T, scalar_t>(pg + (b * L + t) * E + c0, E, rows, size, nullptr, gy.data(), d);
             gemm<T>(padded, keys, size, q.data(), d, 1, kT.data(), width, P.data(), keys, false);
-            causal_softmax(P.data(), rows, keys, t);
+            softmax(P.data(), rows, keys, t, L, pb ? pb + (item % h * L + t) * L : nullptr, pm ? pm + (b % ms.size(0) * L + t) * L : nullptr);
             gemm<T>(keys, d, rows, P.data(), 1, keys, gy.data(), d, u.data(), d, true);
             gemm<T>(padded, keys, size, gy.data(), d, 1, vT.data(), width, dP.data(), keys, false);
             for (int64_t r = 0; r < rows; r++) { // dP becomes the gradient of the scores
@@ -463,6 +479,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& g, const Ten
               const T* s = P.data() + r * keys;
               for (int64_t c = 0; c < keys; c++) dot += s[c] * a[c];
               for (int64_t c = 0; c < keys; c++) a[c] = s[c] * (a[c] - dot);
+              T* db = pdb + part * dbias.size(1) + (item % h * L + t + r) * L;
+              for (int64_t c = 0; pb && c < L; c++) db[c] += a[c];
             }
             gemm<T>(keys, d, rows, dP.data(), 1, keys, q.data(), d, w.data(), d, true);
             gemm<T>(padded, d, std::min(keys, L), dP.data(), keys, 1, k.data(), d, out.data(), d, false);
@@ -488,7 +506,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& g, const Ten
       });
     }
   });
-  return {dx.to(qkv.scalar_type()), dq_scale.sum(0), dy_scale.sum(0)};
+  return {dx.to(qkv.scalar_type()), dq_scale.sum(0), dy_scale.sum(0), bias ? dbias.sum(0).view(bias->sizes()) : dbias};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
@@ -691,8 +709,9 @@ TORCH_LIBRARY(nas, m) {
   m.def("block_linear(Tensor x, Tensor W, Tensor? bias, Tensor M, int[] o, int[] i) -> Tensor");
   m.def("block_linear_backward(Tensor g, Tensor x, Tensor W, Tensor M, int[] o, int[] i, bool need_W, bool need_bias, bool need_M)"
         " -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("attention(Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head) -> Tensor");
-  m.def("attention_backward(Tensor g, Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head) -> (Tensor, Tensor, Tensor)");
+  m.def("attention(Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head, Tensor? bias=None, Tensor? mask=None) -> Tensor");
+  m.def("attention_backward(Tensor g, Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head, Tensor? bias=None, Tensor? mask=None)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("depthwise(Tensor x, Tensor weight, int stride, int padding, int dilation) -> Tensor");
   m.def("depthwise_backward(Tensor g, Tensor x, Tensor weight, int stride, int padding, int dilation, bool need_x, bool need_w)"
         " -> (Tensor, Tensor)");

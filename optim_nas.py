@@ -93,7 +93,7 @@ def kept(choice, weights):
 def picked(choices, weights):
     """The architecture of the largest weight in every row, for all layers, each option in a pair with its weight; a number of
     layers in a pair with all weights of its row."""
-    depths = {choice.depth for choice in choices.values()}
+    depths = {choice.depth for choice in choices.values()} | {name for name, choice in choices.items() if choice.is_depth}
 
     def pick(name, row):
         k = row.argmax().item()

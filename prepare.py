@@ -13,6 +13,10 @@ Turns text or images into data/<name>/{train,val}.bin or .npy + meta.json, once,
     python prepare.py --dataset=fashion_mnist --path=FOLDER                                  # the same from local files
     python prepare.py --dataset=images --path=FILE_OR_FOLDER --img_size=64 --name=flowers    # your own
 
+    python prepare.py --dataset=sr_samples --scale=2        # pairs for super-resolution of 2 photographs that scikit-learn brings
+    python prepare.py --dataset=set5 --path=FOLDER --scale=4             # to test on, as set14; div2k, to train on
+    python prepare.py --dataset=pairs --path=FILE_OR_FOLDER --name=bsd   # your own images, or FILE.zip or FILE.zip/FOLDER
+
 Text: --path is a file or a folder of plain text (.txt, .md, .py, ...), .gz of text, .jsonl or .parquet (column "text"). Files whose
 names start with train and val are the two splits of a folder; otherwise its last val_fraction of characters is the validation
 split. Documents end at the line <|endoftext|> of a text file, at the end of a row, and where the next file begins; between two
@@ -30,6 +34,12 @@ Images: --path is one of
 train.npy and val.npy are uint8 (N, img_size, img_size, in_channels), {train,val}_labels.npy int64 (N,). An official test set is the
 validation split. The images of train are stored in an order that the seed shuffled, so that every part start:stop is a random one.
 A killed run begins anew. Not all images have to fit into memory.
+
+Pairs: --path holds images in high resolution, of any sizes; what lies in a folder of which LR is a word (LR_bicubic) are images in low
+resolution, and <name>x<scale> there is that of <name>. Others are made by bicubic interpolation (a = -0.5, antialiased, as MATLAB's).
+Those whose folder has train or val in its name are the splits; otherwise val_fraction of the images, and of set5 and set14 all, are val.
+Images of train are cut into regions of up to img_size pixels. data/<name>_x<scale>/{train,val}.bin are uint8: of pair after pair the low
+resolution (h, w, 3) and the high (scale h, scale w, 3), with the shapes and offsets in meta.json.
 
 A shard is a data set of text of its own, data/<name>/<shards>/<number>: its train.bin is a part of train.bin that no other shard has, and
 its val.bin, the same for all, the first test_entries of val.bin. Every second one is of mode 1, the others are of mode 2.
@@ -52,7 +62,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +73,9 @@ from tqdm import tqdm
 dataset = "pydocs"  # pydocs, shakespeare_char, tinystories, openwebtext, text; of images: see IMAGE_SETS
 path = ""  # a local file or folder in the place of the download; dataset=text, images and imagenet16_120 need it
 val_path = ""  # the same for the validation split of text
-img_size = 0  # pixels a side: images are cut to a square and resized; 0 = as they are
+img_size = 0  # pixels a side: images are cut to a square and resized; 0 = as they are; of pairs, see above, 0 = 480, 160 for sr_samples
+scale = 2  # of pairs: 2, 3 or 4
+make_low = False  # of pairs: makes every low resolution, also where the path has one
 tokenizer = ""  # char, gpt2, sentencepiece; '' = the data set's usual one
 vocab_size = 0  # of sentencepiece; 0 = 4096
 val_fraction = 0.0  # share of the validation split; 0 = 0.1, 0.2 for digits, and 0.0005 for openwebtext
@@ -82,6 +94,7 @@ HUB = {"shakespeare_char": "karpathy/tiny_shakespeare", "tinystories": "roneneld
        "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
 IMAGE_SETS = {"digits": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet16_120": 120, "imagenet": 1000,
               "images": 0}  # number of classes; 0 = as many as there are
+PAIR_SETS = ("sr_samples", "div2k", "set5", "set14", "pairs")  # of images in low and in high resolution
 COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label")}  # of the others: image, label
 VAL_FRACTION = {"digits": 0.2, "openwebtext": 0.0005}  # of the others: 0.1
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -450,6 +463,121 @@ def prepare_images(folder, settings, path, num_proc):
     return meta
 
 
+# ---- pairs: a split is [(name, get, get_low)] of what as_image() takes; get_low is None where the low resolution is to be made
+
+def outside(path):
+    """The .zip that a path leads into, or else the path."""
+    return next((p for p in (Path(path), *Path(path).parents) if p.suffix == ".zip" and p.is_file()), Path(path))
+
+
+def read_pictures(path):
+    """{name: a function that gives its bytes} of the image files in a folder, in a .zip, or in a folder of a .zip."""
+    archive = outside(path)
+    if archive.suffix == ".zip" and archive.is_file():
+        try:
+            zipped, inside = zipfile.ZipFile(archive), Path(path).relative_to(archive)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise SystemExit(f"{archive} is damaged ({error}): take an undamaged copy") from None
+        names = [Path(name) for name in sorted(zipped.namelist())]
+        files = {str(name.relative_to(inside)): partial(zipped.read, name.as_posix()) for name in names if name.is_relative_to(inside)}
+    else:
+        files = {str(f.relative_to(path)): f.read_bytes for f in list_files(path)}
+    found = {name: get for name, get in files.items() if Path(name).suffix.lower() in IMAGE_FILES}
+    if not found:
+        raise SystemExit(f"{path} has no image ({', '.join(IMAGE_FILES)}) in it: give a folder, a .zip or FILE.zip/FOLDER that has some")
+    return found
+
+
+def read_pair_splits(settings, path):
+    dataset, scale = settings["dataset"], settings["scale"]
+    if dataset == "sr_samples":
+        from sklearn.datasets import load_sample_images
+        photos, edge = load_sample_images().images, 480  # (427, 640, 3) each
+        return {split: [(f"photograph {i} of scikit-learn", partial(photo.__getitem__, (slice(None), columns)), None)
+                        for i, photo in enumerate(photos)] for split, columns in (("train", slice(edge)), ("val", slice(edge, None)))}
+    files = read_pictures(path)
+    own = {name: get for name, get in files.items() if dataset in Path(name.lower()).parts} if dataset in ("set5", "set14") else {}
+    low, splits, files = {}, {"train": [], "val": [], "": []}, own or files
+    for name in files:
+        if re.search(r"(^|[_/])LR([_/])", name):
+            low.setdefault(Path(name).stem, []).append(name)
+    for name, get in files.items():
+        if any(name in names for names in low.values()):
+            continue
+        file = Path(name)
+        given = [n for n in low.get(f"{file.stem}x{scale}", []) if Path(n).is_relative_to(file.parent.parent)]
+        folder = file.parent.as_posix().lower()
+        get_low = files[given[0]] if given and not settings["make_low"] else None
+        splits["train" if "train" in folder else "val" if "val" in folder else ""].append((name, get, get_low))
+    if splits["train"] and splits["val"]:
+        return {split: splits[split] for split in ("train", "val")}
+    found = list(chain(*splits.values()))
+    n = len(found) if dataset in ("set5", "set14") else max(1, round(settings["val_fraction"] * len(found)))
+    order = torch.randperm(len(found), generator=rng(settings["seed"], "pairs")).tolist()
+    return {"train": [found[i] for i in order[n:]], "val": [found[i] for i in sorted(order[:n])]}
+
+
+def shrink(high, scale):
+    """(scale h, scale w, 3) uint8 -> (h, w, 3), by bicubic interpolation, antialiased, of the image mirrored at its edges."""
+    edge = 2  # low-resolution pixels that the kernel reaches
+    x = np.pad(high, ((edge * scale, edge * scale),) * 2 + ((0, 0),), "symmetric")
+    x = torch.from_numpy(x).permute(2, 0, 1)[None].float()
+    y = F.interpolate(x, scale_factor=1 / scale, mode="bicubic", antialias=True)  # with antialias, PyTorch's a is -0.5
+    return y[0, :, edge:-edge, edge:-edge].round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def read_pair(entry, scale):
+    """-> low (h, w, 3), high (scale h, scale w, 3), uint8"""
+    name, get, get_low = entry
+
+    def pixels_of(get, name):
+        return with_image((None, lambda i: get(), lambda i: name), 0, lambda image: np.asarray(image.convert("RGB")))
+    high, low = pixels_of(get, name), get_low and pixels_of(get_low, f"the low resolution of {name}")
+    h, w = (n // scale for n in high.shape[:2])
+    if low is not None and low.shape[:2] != (h, w):
+        raise SystemExit(f"{name} is {high.shape[1]}x{high.shape[0]} and its low resolution {low.shape[1]}x{low.shape[0]}, where "
+                         f"scale={scale} makes {w}x{h}: replace one of the two, or make all low resolutions by --make_low=True")
+    if min(h, w) < 8:
+        raise SystemExit(f"{name} is {high.shape[1]}x{high.shape[0]}, of which scale={scale} leaves less than 8 pixels a side: leave it "
+                         "out")
+    high = np.ascontiguousarray(high[:scale * h, :scale * w])
+    return shrink(high, scale) if low is None else low, high
+
+
+def prepare_pairs(folder, settings, path):
+    """Writes the pairs, and returns what meta.json is to say, as prepare_images()."""
+    splits, scale = read_pair_splits(settings, path), settings["scale"]
+    if not splits["val"] or not (splits["train"] or settings["dataset"] in ("set5", "set14")):
+        raise SystemExit(f"{settings['source']} gives {len(splits['train'])} images of training and {len(splits['val'])} of validation, "
+                         "and both need some: give more images")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "progress.json", settings)
+    meta = dict(settings)
+    for split, entries in splits.items():
+        shapes, offsets, digest = [], [], hashlib.sha256()
+
+        def save(f, split=split, entries=entries, shapes=shapes, offsets=offsets, digest=digest):
+            for entry in tqdm(entries, desc=split, unit=" images"):
+                low, high = read_pair(entry, scale)
+                sides = [-(-n * scale // settings["region"]) if split == "train" else 1 for n in low.shape[:2]]
+                for rows, columns in product(*(pairwise(np.linspace(0, n, k + 1).astype(int))
+                                                         for n, k in zip(low.shape[:2], sides, strict=True))):
+                    offsets.append(f.tell())
+                    shapes.append([int(b - a) for a, b in (rows, columns)])
+                    for image, s in ((low, 1), (high, scale)):
+                        pixels = image[s * rows[0]:s * rows[1], s * columns[0]:s * columns[1]].tobytes()
+                        f.write(pixels)
+                        digest.update(pixels)
+
+        write(folder / f"{split}.bin", save)
+        order = range(len(shapes))
+        if split == "train" and len(entries) < 16:  # a part start:stop is one of images, and of few images one of regions
+            order = torch.randperm(len(shapes), generator=rng(settings["seed"], "regions")).tolist()
+        meta |= {f"{split}_images": len(entries), f"{split}_shapes": [shapes[i] for i in order],
+                 f"{split}_offsets": [offsets[i] for i in order], f"{split}_sha256": digest.hexdigest()}
+    return meta
+
+
 # ---- tokenizers
 
 def codec(tokenizer, chars, model, num_proc=1):
@@ -606,20 +734,26 @@ def start(folder, settings, splits):
     return meta
 
 
-def check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction, img_size, num_proc, shards):
-    if dataset not in TOKENIZER | IMAGE_SETS:
-        raise SystemExit(f"--dataset={dataset} is unknown: choose one of {', '.join(TOKENIZER | IMAGE_SETS)}")
+def check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction, img_size, num_proc, shards, scale):
+    of_images = dataset in (*IMAGE_SETS, *PAIR_SETS)
+    if not of_images and dataset not in TOKENIZER:
+        raise SystemExit(f"--dataset={dataset} is unknown: choose one of {', '.join((*TOKENIZER, *IMAGE_SETS, *PAIR_SETS))}")
+    if scale not in (2, 3, 4):
+        raise SystemExit(f"--scale={scale} is not 2, 3 or 4, times which pairs for super-resolution differ a side")
+    if dataset in PAIR_SETS and bool(path) == (dataset == "sr_samples"):
+        raise SystemExit(f"--dataset={dataset} --path={path} does not fit: sr_samples is of scikit-learn, the other pairs need a folder or "
+                         ".zip of images, such as the official archives of DIV2K")
     if not 0 < val_fraction < 1:
         raise SystemExit(f"--val_fraction={val_fraction} is no share of the data: choose one between 0 and 1")
     if not path and dataset in ("images", "imagenet16_120"):
         raise SystemExit(f"--dataset={dataset} lacks the images: give an .npz or a folder as --path")
-    if dataset in IMAGE_SETS and (val_path or tokenizer or vocab_size or shards):
+    if of_images and (val_path or tokenizer or vocab_size or shards):
         raise SystemExit(f"--dataset={dataset} is of images, and --val_path, --tokenizer, --vocab_size and --shards are for text: leave "
                          "them out")
-    if img_size < 0 or (img_size and dataset not in IMAGE_SETS) or num_proc < 1:
+    if img_size < 0 or (img_size and not of_images) or num_proc < 1:
         raise SystemExit(f"--img_size={img_size} --num_proc={num_proc} does not fit --dataset={dataset}: img_size is for images, and 0 "
                          "where they stay as they are, num_proc is 1 or more")
-    if dataset in IMAGE_SETS:
+    if of_images:
         return
     if tokenizer not in ("char", "gpt2", "sentencepiece"):
         raise SystemExit(f"--tokenizer={tokenizer} is unknown: choose one of char, gpt2, sentencepiece")
@@ -631,10 +765,11 @@ def check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction,
 
 def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, vocab_size=vocab_size, val_fraction=val_fraction,
             seed=seed, num_proc=num_proc, data_dir=data_dir, name=name, shards=shards, entries=entries, test_entries=test_entries,
-            block_size=block_size, img_size=img_size):
+            block_size=block_size, img_size=img_size, scale=scale, make_low=make_low):
     """
     Writes data_dir/name/{train.bin, val.bin, meta.json}, tokenizer.model for sentencepiece, and the shards if there are to be any;
-    of images {train.npy, train_labels.npy, val.npy, val_labels.npy, meta.json}. Returns what meta.json says.
+    of images {train.npy, train_labels.npy, val.npy, val_labels.npy, meta.json}; of pairs {train.bin, val.bin, meta.json}, in
+    data_dir/name_x<scale>. Returns what meta.json says.
 
     Continues what an interrupted run with the same settings began (of images it begins anew), and does nothing where a finished one
     stands. SystemExit: settings that do not fit the folder or each other, text or images that are missing, unreadable or too few,
@@ -642,25 +777,29 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
     """
     tokenizer = tokenizer or TOKENIZER.get(dataset, "")
     val_fraction = val_fraction or VAL_FRACTION.get(dataset, 0.1)
-    check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction, img_size, num_proc, shards)
+    check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction, img_size, num_proc, shards, scale)
     # with the size of the files: a rerun must not take other text for the same
-    source = ", ".join(f"{p} ({sum(f.stat().st_size for f in list_files(p)):,} bytes)" for p in (path, val_path) if p)
+    source = ", ".join(f"{p} ({sum(f.stat().st_size for f in list_files(outside(p))):,} bytes)" for p in (path, val_path) if p)
     source = source or HUB.get(dataset) or (
-        "scikit-learn's digits" if dataset == "digits" else f"documentation of Python {platform.python_version()}")
+        f"scikit-learn's {dataset}" if dataset in ("digits", "sr_samples") else f"documentation of Python {platform.python_version()}")
     settings = {"dataset": dataset, "source": source, "tokenizer": tokenizer, "val_fraction": val_fraction, "seed": seed}
     if dataset in IMAGE_SETS:
         settings = {"kind": "images", "dataset": dataset, "source": source, "resize": img_size, "val_fraction": val_fraction, "seed": seed}
+    if dataset in PAIR_SETS:
+        region = img_size or (160 if dataset == "sr_samples" else 480)
+        settings = {"kind": "pairs", "dataset": dataset, "source": source, "scale": scale, "make_low": make_low, "region": region,
+                    "val_fraction": val_fraction, "seed": seed}
     if tokenizer == "sentencepiece":
         settings["vocab_size"] = vocab_size or 4096
 
-    name = name or dataset
+    name = (name or dataset) + (f"_x{scale}" if dataset in PAIR_SETS else "")
     folder = Path(data_dir) / name
     finished, progress = folder / "meta.json", folder / "progress.json"
     meta = load_meta(data_dir, name) if finished.exists() else read_json(progress) if progress.exists() else {}
     if not meta and any(file for form in ("*.bin", "*.npy") for file in folder.glob(form)):
         raise SystemExit(f"{folder} has .bin or .npy files without a meta.json, so they may be another program's: choose another --name")
     changed = [f"{key}={meta.get(key)!r} and not {value!r}" for key, value in settings.items() if meta and meta.get(key) != value]
-    anew = not finished.exists() and meta.get("kind") == settings.get("kind") == "images"
+    anew = not finished.exists() and meta.get("kind") == settings.get("kind") in ("images", "pairs")
     if changed and not anew:
         raise SystemExit(f"{folder} was prepared with {', '.join(changed)}: choose another --name, or delete the folder")
 
@@ -668,6 +807,8 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
         print(f"{folder} is prepared with these settings already, nothing to do")
     elif dataset in IMAGE_SETS:
         meta = prepare_images(folder, settings, path, num_proc)
+    elif dataset in PAIR_SETS:
+        meta = prepare_pairs(folder, settings, path)
     else:
         if meta:
             print(f"{folder}: continuing after {meta['train_documents']:,} documents of train, {meta['val_documents']:,} of val")
@@ -684,6 +825,12 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
     if shards:
         cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size)
     script = f"train_rl.py --shards={shards}" if shards else "train_search.py"
+    if dataset in PAIR_SETS:
+        print(f"{folder}: {meta['train_images']:,} images of train in {len(meta['train_shapes']):,} regions, {meta['val_images']:,} of "
+              f"val, enlarged {scale} times")
+        if meta["train_images"]:
+            print(f"next: python {script} --space=swinir --scale={scale} --dataset={name.rpartition('_x')[0]}{data_dir_option(data_dir)}")
+        return meta
     if dataset in IMAGE_SETS:
         script += " --space=toy_cell"
         print(f"{folder}: {meta['train_images']:,} images of train, {meta['val_images']:,} of val, {meta['img_size']}x{meta['img_size']} "
@@ -738,14 +885,18 @@ def data_dir_option(data_dir):
 
 def load_meta(data_dir, dataset, kind=""):
     """
-    meta.json of the folder data_dir/dataset; its "kind" is "images", or missing for text. SystemExit if it is not prepared, or not
-    whole, or of another kind than "text" or "images" where one is asked for.
+    meta.json of the folder data_dir/dataset; its "kind" is "images" or "pairs", or missing for text. SystemExit if it is not prepared,
+    or not whole, or of another kind than "text", "images" or "pairs" where one is asked for.
     """
     folder = Path(data_dir) / dataset
     known = dataset in TOKENIZER | IMAGE_SETS
     command = f"python prepare.py --dataset={dataset if known else kind or 'text'}"
     if not known or dataset in ("text", "images", "imagenet16_120"):
         command += f" --path=FILE_OR_FOLDER --name={dataset}"
+    if kind == "pairs":
+        name, _, scale = dataset.rpartition("_x")
+        path = "" if name == "sr_samples" else f" --path=FILE_OR_FOLDER{'' if name in PAIR_SETS else f' --name={name}'}"
+        command = f"python prepare.py --dataset={name if name in PAIR_SETS else 'pairs'} --scale={scale}{path}"
     command += data_dir_option(data_dir)
     if not (folder / "meta.json").exists():
         raise SystemExit(f"{folder} is not prepared: run {command}")
@@ -760,6 +911,14 @@ def load_meta(data_dir, dataset, kind=""):
                 assert np.load(folder / f"{split}.npy", mmap_mode="r").shape == shape
                 assert np.load(folder / f"{split}_labels.npy", mmap_mode="r").shape == shape[:1]
         except (AssertionError, KeyError, OSError, ValueError):
+            raise SystemExit(f"{folder} is damaged, its files are not those of its meta.json: delete it and prepare it again") from None
+        return meta
+    if found == "pairs":
+        try:
+            for split in ("train", "val"):
+                size = sum(3 * h * w * (1 + meta["scale"] ** 2) for h, w in meta[f"{split}_shapes"])
+                assert (folder / f"{split}.bin").stat().st_size == size and len(meta[f"{split}_offsets"]) == len(meta[f"{split}_shapes"])
+        except (AssertionError, KeyError, OSError, TypeError, ValueError):
             raise SystemExit(f"{folder} is damaged, its files are not those of its meta.json: delete it and prepare it again") from None
         return meta
     for split in ("train", "val"):
@@ -948,6 +1107,69 @@ def image_batches(images, batch_size, device="cpu"):
     """Walks all images once, in order and as they are: yields x, y as get_images() does, up to batch_size at a time."""
     for i in range(0, len(images), batch_size):
         yield get_images(images, torch.arange(i, min(i + batch_size, len(images))), device)
+
+
+# ---- batches of pairs
+
+@dataclass(frozen=True)
+class Pairs:
+    """A split of images in low and high resolution: their bytes, uint8, the low shapes (h, w), int64 (N, 2), and offsets, int64 (N,)."""
+    pixels: np.ndarray
+    shapes: np.ndarray
+    offsets: np.ndarray
+    scale: int
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def part(self, start, stop):
+        """Pairs start to stop as a view of these."""
+        return replace(self, shapes=self.shapes[start:stop], offsets=self.offsets[start:stop])
+
+    def pair(self, i):
+        """low (h, w, 3), high (scale h, scale w, 3)"""
+        (h, w), start, s = self.shapes[i].tolist(), int(self.offsets[i]), self.scale
+        low, high = np.split(self.pixels[start:start + 3 * h * w * (1 + s * s)], [3 * h * w])
+        return low.reshape(h, w, 3), high.reshape(s * h, s * w, 3)
+
+
+def load_pairs(data_dir, dataset, split, scale):
+    """Pairs of "train" or "val", left on the disk. SystemExit if they are not prepared, none, or not the bytes that were written."""
+    folder = Path(data_dir) / f"{dataset}_x{scale}"
+    meta = load_meta(data_dir, folder.name, "pairs")
+    if not meta[f"{split}_shapes"]:
+        raise SystemExit(f"{folder} holds no images of {split}: choose another --dataset")
+    pixels = np.memmap(folder / f"{split}.bin", np.uint8, "r")
+    check_hash(pixels, folder / f"{split}.bin", meta[f"{split}_sha256"])
+    return Pairs(pixels, np.array(meta[f"{split}_shapes"]), np.array(meta[f"{split}_offsets"]), meta["scale"])
+
+
+def as_batch(images, device="cpu"):
+    """uint8 (H, W, 3) each, of one shape -> float32 (B, 3, H, W) of 0 to 1."""
+    return torch.from_numpy(np.stack(images)).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
+
+
+def pair_batches(pairs, index, device="cpu"):
+    """Whole images, one at a time: yields x (1, 3, h, w), y (1, 3, scale h, scale w)."""
+    for i in index:
+        yield tuple(as_batch([image], device) for image in pairs.pair(i))
+
+
+def get_patches(pairs, batch_size, patch, generator, device="cpu", flip=False):
+    """
+    Crops at random places, every pixel about as likely: x (batch_size, 3, patch, patch), y (batch_size, 3, scale patch, scale patch).
+
+    flip: each is turned and mirrored, one of the 8 ways at random. generator: a torch.Generator on the CPU.
+    """
+    s, lows, highs = pairs.scale, [], []
+    index = torch.multinomial(torch.from_numpy(pairs.shapes.prod(1)).double(), batch_size, replacement=True, generator=generator)
+    for i in index.tolist():
+        top, left = (torch.randint(int(n) - patch + 1, (), generator=generator).item() for n in pairs.shapes[i])
+        turns = torch.randint(8, (), generator=generator).item() if flip else 0
+        for images, image, k in zip((lows, highs), pairs.pair(i), (1, s), strict=True):
+            image = np.rot90(image[k * top:k * (top + patch), k * left:k * (left + patch)], turns % 4)
+            images.append(image[:, ::-1] if turns > 3 else image)
+    return as_batch(lows, device), as_batch(highs, device)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class Choice:
     depth: the name of the choice (such as "n_layer") that says how many of those layers are in use.
     inputs, keep: the rows are the edges into the nodes of a cell, (2, 3) the first two into one, the next three into another; of each
     node's, `keep` stay in the end, and the others are 'none', which is one of the options.
+    is_depth: it is a number of blocks, though it is the depth of no other choice.
     Its weights, and its alphas, have the shape (len(options),) or (repeat, len(options)).
     """
     options: tuple
@@ -48,6 +49,7 @@ class Choice:
     depth: str | None = None
     inputs: tuple = ()
     keep: int = 0
+    is_depth: bool = False
 
     @property
     def shape(self):
@@ -266,9 +268,11 @@ def register_fused_ops():
     library.register_fake("nas::block_linear_backward")(lambda g, x, W, M, o, i, need_W, need_bias, need_M: (
         torch.empty_like(x, memory_format=torch.contiguous_format), W.new_empty(W.shape if need_W else 0),
         small(x, W.shape[:1] if need_bias else 0), small(x, M.shape if need_M else 0)))
-    library.register_fake("nas::attention")(lambda qkv, q_scale, y_scale, n_head: qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3)))
-    library.register_fake("nas::attention_backward")(lambda g, qkv, q_scale, y_scale, n_head: (
-        torch.empty_like(qkv, memory_format=torch.contiguous_format), small(qkv, q_scale.shape), small(qkv, y_scale.shape)))
+    library.register_fake("nas::attention")(lambda qkv, q_scale, y_scale, n_head, bias=None, mask=None: qkv.new_empty(
+        (*qkv.shape[:2], qkv.shape[2] // 3)))
+    library.register_fake("nas::attention_backward")(lambda g, qkv, q_scale, y_scale, n_head, bias=None, mask=None: (
+        torch.empty_like(qkv, memory_format=torch.contiguous_format), small(qkv, q_scale.shape), small(qkv, y_scale.shape),
+        small(qkv, (1, 0) if bias is None else bias.shape)))
     library.register_fake("nas::depthwise")(lambda x, weight, stride, padding, dilation: torch.empty(
         (*x.shape[:2], *((n + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1 for n in x.shape[2:])),
         dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
@@ -296,9 +300,9 @@ def register_fused_ops():
         return dx, dW if need_W else None, dbias.to(g.dtype) if need_bias else None, dM.to(M.dtype) if need_M else None, None, None
 
     def attention(ctx, g):
-        qkv, q_scale, y_scale = ctx.saved_tensors
-        dqkv, dq_scale, dy_scale = ops.attention_backward(g, qkv, q_scale, y_scale, *ctx.rest)
-        return dqkv, dq_scale.to(q_scale.dtype), dy_scale.to(y_scale.dtype), None
+        qkv, q_scale, y_scale, *rest = ctx.saved_tensors
+        dqkv, dq_scale, dy_scale, dbias = ops.attention_backward(g, qkv, q_scale, y_scale, *ctx.rest, *rest)
+        return dqkv, dq_scale.to(q_scale.dtype), dy_scale.to(y_scale.dtype), None, dbias.to(rest[0].dtype) if rest else None, None
 
     def depthwise(ctx, g):
         need = ctx.needs_input_grad[:2]
@@ -358,6 +362,27 @@ def depthwise(x, weight, stride, padding, dilation):
             x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
         return torch.ops.nas.depthwise(x, weight, stride, padding, dilation)
     return F.conv2d(x, weight, None, stride, padding, dilation, weight.shape[0])
+
+
+def window_attention(qkv, q_scale, y_scale, n_head, bias, mask=None):
+    """mixed_attention() within windows, not causal: qkv (B * M, T, 3n), bias (heads, T, T) on the scores, those of a head count the
+    first; mask: (M, T, T), of which window i has the i % M-th."""
+    if fused and qkv.is_cpu:
+        return torch.ops.nas.attention(qkv, q_scale, y_scale, n_head, bias, mask)
+    y, B = 0, len(qkv)
+    for j, h in enumerate(n_head):
+        b, (q, k, v) = bias[None, :h], (t.unflatten(2, (h, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=2)) # (B M, h, T, n / h)
+        q = q * q_scale[j].view(h, 1, -1).to(q.dtype)
+        if qkv.is_cpu: # where PyTorch has no fused attention that learns a bias
+            scores = q @ k.transpose(2, 3)
+            scores = scores + b if mask is None else (scores.unflatten(0, (-1, len(mask))) + (b + mask[:, None])).flatten(0, 1)
+            out = scores.softmax(-1) @ v
+        else:
+            if mask is not None: # the windows of an image as its heads
+                b, (q, k, v) = (b + mask[:, None]).flatten(0, 1)[None], (t.unflatten(0, (-1, len(mask))).flatten(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, b.to(q.dtype), scale=1.0).reshape(B, h, *v.shape[2:])
+        y = y + out.transpose(1, 2).flatten(2) * y_scale[j].to(q.dtype)
+    return y
 
 
 def causal_attention(q, k, v, n_head, dropout=0.0, scale=None, is_causal=True):
@@ -537,7 +562,8 @@ class Conv2d(nn.Conv2d):
 
     k says which kernel: None for the largest, a size, a size and its weight, or the weights of all, (K,).
     Mixture, sizes and kernel chosen independently: sum_ijt a_i b_j c_t pad(W[:o_j, :c_i, window_t]) = W * m_out * m_in * m_kernel,
-    and where no kernel is mixed S_out * (W @ (S_in * x)), which needs no gradient to W.
+    and where no kernel is mixed S_out * (W @ (S_in * x)), which needs no gradient to W. In and out of the same choice:
+    sum_k p_k pad(W[:o_k, :c_k]) = W * M, as in Linear.
     """
     def __init__(self, i, o, kernels, stride=1, dilation=1, groups=1, bias=False, padding=None):
         self.kernels = (kernels,) if isinstance(kernels, int) else tuple(kernels)
@@ -569,10 +595,14 @@ class Conv2d(nn.Conv2d):
             M = M if S_o is None else M * S_o.unsqueeze(-1) # (out, 1, K, K)
             M = M if S_i is None else M * S_i
             return self.conv(x, self.weight * M, self.bias if self.bias is None or S_o is None else self.bias * o.S)
+        joint = i is not None and o is not None and i.p is o.p and i.p is not None
+        if joint and i.mixed:
+            M = (o.p[:, None] * o.share).T @ i.share # (out, in)
+            return self.conv(x, self.take(k=k)["weight"] * M[:, :, None, None], self.bias if self.bias is None else self.bias * o.S)
         if S_i is not None or S_o is not None:
             y = self.conv(x if S_i is None else x * S_i.to(x.dtype), **self.take(k=k))
             return y if S_o is None else y * S_o.to(y.dtype)
-        if i is not None and i.weighted:
+        if i is not None and i.weighted and not joint: # joint: p counts once, in what goes out
             x = straight(x, i.S)
         slices = self.take(i, o, k)
         if isinstance(k, tuple): # the bias belongs to no kernel

@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import model
 from configurator import defaults, given
-from prepare import Images, blocks, check_length, draw_index, get_batch, get_images, image_batches, load_images, load_meta, load_tokens
-from prepare import prepare, rng, write, write_json
+from prepare import Images, Pairs, blocks, check_length, draw_index, get_batch, get_images, get_patches, image_batches, load_images
+from prepare import load_meta, load_pairs, load_tokens, pair_batches, prepare, rng, write, write_json
 from recipes import change_batch, change_pixels, check_recipe, sides
 from supernet import batch_norms, measure_norms, use_fused_ops
 
@@ -61,7 +61,7 @@ gradient_accumulation_steps = 1 # micro-batches a step, over all processes
 batch_size = 16 # sequences a micro-batch
 block_size = 128
 crop = 0 # images: a random crop after padding with so many pixels of zeros
-flip = False # images: left and right at random
+flip = False # images: left and right at random; pairs of super-resolution: turned and mirrored in one of 8 ways
 cutout = 0 # images: the side of a square of zeros at a random place (DeVries & Taylor 2017)
 resized_crop = 0.0 # images: a random box of at least this share of the area, in full size; 0: off
 rand_augment = 0 # images: the magnitude of two random operations, to 10 (RandAugment, Cubuk et al. 2020); needs kornia
@@ -107,6 +107,7 @@ decay_lr = True
 warmup_iters = 100
 lr_decay_iters = 0 # 0: max_iters
 min_lr = 1e-4
+milestones = [0] # in the place of the cosine: the steps from which the learning rate is halved; [0]: none
 skip_nonfinite = 0 # pass over up to so many steps whose loss or gradient is not finite
 zero_stage = 0 # 1: every process keeps a share of the optimizer's state (ZeRO, Rajbhandari et al. 2020)
 early_stopping = 0 # stop after so many evaluations without a lower validation loss; 0: never
@@ -142,8 +143,13 @@ def with_space(namespace, space=None, found=None):
     module, gpt = space_module(space), {field.name for field in fields(model.GPTConfig)}
     keys = {name: value for name, value in namespace.items() if name not in gpt} | {"space": space, "__space__": module}
     if keys["dataset"] == "pydocs":
-        keys["dataset"] = "digits"
+        keys["dataset"] = own_data(module)
     return keys | defaults(vars(module)) | (found or {})
+
+
+def own_data(module):
+    """The data set of a space that needs no network."""
+    return "sr_samples" if hasattr(module, "scale") else "digits"
 
 
 def build(config, arch=None):
@@ -350,9 +356,11 @@ def peak_flops(run):
 
 
 def get_lr(step, config):
-    """Linear warmup, cosine decay to min_lr, min_lr from then on."""
+    """Linear warmup, cosine decay to min_lr, min_lr from then on; or halved at the milestones."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if any(config.milestones):
+        return config.learning_rate * 0.5 ** sum(step >= milestone for milestone in config.milestones)
     end = config.lr_decay_iters or config.max_iters
     if not config.decay_lr or end <= config.warmup_iters:
         return config.learning_rate
@@ -382,12 +390,16 @@ def configure_optimizer(net, config, run):
 
 def load_data(config, run):
     """The data of train and of val, and what the network must know of it: {"vocab_size"} of tokens, or of images {"img_size",
-    "in_channels", "num_classes"}."""
-    own = {"pydocs", "digits"} & {config.dataset} # they need no network: made at first use
-    if own and run.master and not os.path.exists(os.path.join(config.data_dir, config.dataset, "meta.json")):
-        prepare(dataset=config.dataset, data_dir=config.data_dir)
+    "in_channels", "num_classes"}. A space with a scale has pairs of images."""
+    scale = vars(config).get("scale")
+    own = {"pydocs", "digits", "sr_samples"} & {config.dataset} # they need no network: made at first use
+    folder = f"{config.dataset}_x{scale}" if scale else config.dataset
+    if own and run.master and not os.path.exists(os.path.join(config.data_dir, folder, "meta.json")):
+        prepare(dataset=config.dataset, data_dir=config.data_dir, **{"scale": scale} if scale else {})
     if run.world > 1:
         dist.barrier()
+    if scale:
+        return *(load_pairs(config.data_dir, config.dataset, split, scale) for split in ("train", "val")), {}
     if config.space != "gpt":
         train, val = (load_images(config.data_dir, config.dataset, split) for split in ("train", "val"))
         return train, val, {"img_size": train.pixels.shape[1], "in_channels": train.pixels.shape[3], "num_classes": train.num_classes}
@@ -398,13 +410,18 @@ def load_data(config, run):
 
 def cut(data, start, stop):
     """A part of the tokens or of the images of a split."""
-    return data.part(start, stop) if isinstance(data, Images) else data[start:stop]
+    return data.part(start, stop) if isinstance(data, Images | Pairs) else data[start:stop]
 
 
 def check_split(data, config, name):
     """SystemExit unless the data holds a batch."""
     if isinstance(data, Images):
         draw_index(len(data), config.batch_size, 0)
+    elif isinstance(data, Pairs):
+        least = min(data.shapes.min(1).tolist(), default=0)
+        if least < (8 if name in ("val", "test") else config.patch):
+            raise SystemExit(f"The {name} split of {config.dataset} has {len(data)} images or regions, the smallest of {least} pixels, and "
+                             f"patch={config.patch}: choose a smaller patch, or prepare more images, or larger regions by --img_size.")
     else:
         check_length(data, config.block_size, f"the {name} split of {config.dataset}")
 
@@ -424,7 +441,9 @@ def check_resolutions(net, config, run, *arch):
 
 def draw(data, config, run, name, step, micro=0, recipe=True):
     """x, y of a micro-batch: random windows of tokens; images in random order, those of the train split augmented, and changed by the
-    keys of recipes.py if recipe."""
+    keys of recipes.py if recipe; crops of pairs."""
+    if isinstance(data, Pairs):
+        return get_patches(data, config.batch_size, config.patch, rng(config.seed, name, step, micro), run.device, config.flip)
     if not isinstance(data, Images):
         return get_batch(data, config.batch_size, config.block_size, rng(config.seed, name, step, micro), run.device)
     copies = config.repeated_augmentation if name == "train" and recipe else 1
@@ -535,47 +554,97 @@ def calibrate(net, forward, data, config, run, arch=()):
 
 def tally(net, batches, run):
     """(summed loss, right answers, answers) over batches of (x, y, *the rest of net's arguments), in evaluation. Unpredicted tokens,
-    y < 0, do not count."""
+    y < 0, do not count; an image in the place of an answer counts with its PSNR on Y."""
     total = torch.zeros(3, dtype=torch.float64)
     for x, y, *rest in batches:
         with run.amp:
             logits, loss = net(x, y, *rest)
-        n, right = (y >= 0).sum(), 0 if logits is None or y.dim() > 1 else (logits.argmax(-1) == y).sum()
+        if y.dim() == 4:
+            n, right = len(y), fidelity(logits, y, y.shape[3] // x.shape[3])["psnr_y"] * len(y)
+        else:
+            n, right = (y >= 0).sum(), 0 if logits is None or y.dim() > 1 else (logits.argmax(-1) == y).sum()
         total += torch.tensor([loss.item() * n, right, n])
     return total
 
 
+def luma(image):
+    """Y of YCbCr as in ITU-R BT.601: (B, 3, H, W) of 0 to 255 -> (B, 1, H, W) of 16 to 235."""
+    weights = image.new_tensor([65.481, 128.553, 24.966]).view(3, 1, 1)
+    return 16 + (image * weights).sum(1, keepdim=True) / 255
+
+
+def psnr(a, b):
+    """10 log10(255^2 / mean squared error) of images of 0 to 255, in dB."""
+    return (20 * math.log10(255) - 10 * (a - b).square().mean().log10()).item()
+
+
+def ssim(a, b):
+    """Structural similarity of images (B, C, H, W) of 0 to 255: eq. 13 of Wang et al. 2004 in windows of 11 x 11 that lie inside the
+    image, weighted by a Gaussian of deviation 1.5, averaged."""
+    t = torch.arange(-5, 6, dtype=a.dtype, device=a.device)
+    window = torch.exp(-t.square() / 4.5)
+    window = (window / window.sum()).view(1, 1, 11, 1)
+    a, b = (x.flatten(0, 1).unsqueeze(1) for x in (a, b)) # (B * C, 1, H, W)
+    mean_a, mean_b, aa, bb, ab = (torch.conv2d(torch.conv2d(x, window), window.mT) for x in (a, b, a * a, b * b, a * b))
+    c_1, c_2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    likeness = (2 * mean_a * mean_b + c_1) * (2 * (ab - mean_a * mean_b) + c_2)
+    return (likeness / ((mean_a ** 2 + mean_b ** 2 + c_1) * (aa - mean_a ** 2 + bb - mean_b ** 2 + c_2))).mean().item()
+
+
+def fidelity(image, target, border, structure=False):
+    """{"psnr_y", "psnr_rgb"} of images (B, 3, H, W) of 0 to 1, in dB, as papers of super-resolution measure it: rounded to 8 bits, without
+    `border` pixels at the edges; with structure also {"ssim_y", "ssim_rgb"}."""
+    a, b = ((255 * t.double()).round().clamp(0, 255)[:, :, border:-border, border:-border] for t in (image, target))
+    found = {}
+    for kind, (c, d) in {"y": (luma(a), luma(b)), "rgb": (a, b)}.items():
+        found |= {f"psnr_{kind}": psnr(c, d)} | ({f"ssim_{kind}": ssim(c, d)} if structure else {})
+    return found
+
+
+def quality(data, right):
+    """What estimates say besides the loss, from the right answers, or summed PSNR, of one answer in the mean."""
+    return {"acc": 100 * right} if isinstance(data, Images) else {"psnr": right} if isinstance(data, Pairs) else {}
+
+
 @torch.no_grad()
 def estimate(net, data, config, run, name, arch_of=None, own_norms=False):
-    """{"loss"} over eval_iters batches of data, always the same ones, shared between the processes; of images also {"acc"}, in %.
+    """{"loss"} over eval_iters batches of data, always the same ones, shared between the processes; of images also {"acc"}, in %; of
+    pairs over eval_iters whole images, and {"psnr"}, on Y, in dB.
     FloatingPointError if the loss is not finite. arch_of(i): a supernet's third argument for batch i. own_norms: BatchNorms take the
     statistics of each batch, as in training."""
     def batches():
         for i in range(run.rank, count, run.world):
             if images:
                 index = torch.arange(i * config.batch_size, min((i + 1) * config.batch_size, len(data)))
-            x, y = get_images(data, index, run.device) if images else draw(data, config, run, "eval", name, i)
+                x, y = get_images(data, index, run.device)
+            else:
+                x, y = next(pair_batches(data, [i], run.device)) if pairs else draw(data, config, run, "eval", name, i)
             yield x, y, *([arch_of(i)] if arch_of else [])
 
-    training, images = net.training, isinstance(data, Images)
-    count = min(config.eval_iters, -(-len(data) // config.batch_size)) if images else config.eval_iters
+    training, images, pairs = net.training, isinstance(data, Images), isinstance(data, Pairs)
+    count = config.eval_iters
+    if images or pairs:
+        count = min(count, -(-len(data) // (config.batch_size if images else 1)))
     net.eval()
     with batch_norms(net) if own_norms else contextlib.nullcontext():
         total, right, n = (sum(share(t, run)) for t in tally(net, batches(), run))
     net.train(training)
-    return {"loss": finite(total / n, f"the {name} loss"), **({"acc": 100 * right / n} if images else {})}
+    return {"loss": finite(total / n, f"the {name} loss"), **quality(data, right / n)}
 
 
 @torch.no_grad()
 def estimate_all(net, data, config, run):
     """estimate() of a whole split: every token predicted once, in blocks without overlap, or every image."""
     net.eval()
-    images = isinstance(data, Images)
-    shape = (config.batch_size,) if images else (config.batch_size, config.block_size)
-    batches, size = (image_batches if images else blocks)(data, *shape, run.device), math.prod(shape)
+    if isinstance(data, Pairs):
+        batches, size = pair_batches(data, range(len(data)), run.device), 1
+    else:
+        images = isinstance(data, Images)
+        shape = (config.batch_size,) if images else (config.batch_size, config.block_size)
+        batches, size = (image_batches if images else blocks)(data, *shape, run.device), math.prod(shape)
     total, right, n = tally(net, tqdm(batches, desc="test", unit="batch", leave=False, total=-(-len(data) // size),
                                       disable=not sys.stderr.isatty()), run).tolist()
-    return {"loss": finite(total / n, "the test loss"), **({"acc": 100 * right / n} if images else {})}
+    return {"loss": finite(total / n, "the test loss"), **quality(data, right / n)}
 
 
 def finite(value, what):
@@ -757,12 +826,13 @@ def aside():
 
 
 def evaluate(net, forward, splits, config, run, state, log):
-    """Logs the loss, and of images the accuracy, of train and val, and counts in state how long the best of val has stood. Without
-    validation data the newest weights are the best that can be told."""
+    """Logs the loss, and of images the accuracy or PSNR, of train and val, and counts in state how long the best of val has stood.
+    Without validation data the newest weights are the best that can be told."""
     calibrate(net, forward, splits["train"], config, run)
     losses = {f"{name}_{key}": value for name, data in splits.items() if name != "test"
               for key, value in estimate(forward, data, config, run, name).items()}
-    score = -losses["val_acc"] if "val_acc" in losses else losses.get("val_loss", -state.step)
+    best = best_key(losses)
+    score = -losses[best] if best else losses.get("val_loss", -state.step)
     state.losses, state.strikes = losses, 0 if score < state.best else state.strikes + 1
     if score < state.best:
         state.best, state.best_step = score, state.step
@@ -770,19 +840,25 @@ def evaluate(net, forward, splits, config, run, state, log):
         step=state.step, **losses)
 
 
+def best_key(losses):
+    """Of what is the better the higher, the one that tells the best weights; None where it is the loss."""
+    return next((key for key in ("val_acc", "val_psnr") if key in losses), None)
+
+
 def finish(net, splits, config, run, state, cost, arch, log):
     """The test loss of the best weights, if a test split was kept, and result.json."""
     result = {"out_dir": config.out_dir, "arch": arch, **cost, "steps": state.step, "seconds": state.seconds,
               "best_step": state.best_step, **state.losses}
     if "val_loss" in state.losses:
-        result |= {"best_val_acc": -state.best} if "val_acc" in state.losses else {"best_val_loss": state.best}
+        best = best_key(state.losses)
+        result |= {f"best_{best}": -state.best} if best else {"best_val_loss": state.best}
     if run.world > 1:
         dist.barrier() # best.pt is written
     if "test" in splits:
         path = os.path.join(config.out_dir, "best.pt")
         load_model(net, load_checkpoint(path, run.device), path)
         tests = {f"test_{key}": value for key, value in estimate_all(net, splits["test"], config, run).items()}
-        unit = "tokens of val.bin" if config.space == "gpt" else "images of val.npy"
+        unit = "tokens of val.bin" if config.space == "gpt" else "images of val"
         log(", ".join(f"test {key[5:]} {value:.4f}" for key, value in tests.items()) +
             f" on all {len(splits['test']):,} {unit}, weights of step {state.best_step}", step=state.step, **tests)
         result |= tests

@@ -25,7 +25,7 @@ from model import OPTIONS, GPTConfig
 from prepare import read_json, unseal
 from train import * # noqa: F403 (every key of train.py)
 from optim_nas import architectures
-from train import aside, build, main, space_module, train, with_space
+from train import aside, build, main, own_data, space_module, train, with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py, and:
@@ -60,7 +60,7 @@ def read_arch(arch, arch_traj, genotype="", space="gpt"):
         module = space_module(space)
         if not hasattr(module, "arch_of"):
             raise SystemExit(f"genotype='{genotype}' is for the spaces of search_spaces/: name one by --space, or give an --arch.")
-        return {"space": space, "arch": module.arch_of(genotype), "model": {}, "dataset": "digits", "data_dir": "data"}
+        return {"space": space, "arch": module.arch_of(genotype), "model": {}, "dataset": own_data(module), "data_dir": "data"}
     path = arch or arch_traj
     lines = [read_json(arch)] if arch else read_lines(arch_traj)
     if not lines:
@@ -94,7 +94,8 @@ def with_found(namespace):
 
 def train_table(config):
     """Trains every architecture of the space once a seed, without a look at the test split before the end, into config["table"]."""
-    path, module, config["dataset"] = config["table"], space_module(config["space"]), config["dataset"] or "digits"
+    path, module = config["table"], space_module(config["space"])
+    config["dataset"] = config["dataset"] or own_data(module)
     if config["space"] == "gpt":
         raise SystemExit(f"table='{path}' is for the spaces of search_spaces/: name one by --space.")
     choices = build(config).choices

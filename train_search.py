@@ -86,6 +86,7 @@ min_lr = 2e-4
 # -----------------------------------------------------------------------------
 
 PHASE_KEYS = {"share": float, "learning_rate": float, "warmup_iters": int, "subnets_per_step": int} # a phase may have its own
+UNITS = {"acc": "%", "psnr": " dB"} # of what images have besides a loss
 
 
 def split_data(config, run):
@@ -270,8 +271,7 @@ def record(net, arch, found, mixture_loss, val, config, run, state, log, table, 
     cost, loss, space = net.cost(arch), found["loss"], space_module(config.space)
     keys = [*net.choices, "head_size", "bias", "block_size", *OPTIONS] if config.space == "gpt" else defaults(vars(space))
     values = {"arch_loss": loss, "mixture_loss": mixture_loss, "gap": loss - mixture_loss, "val_arch_loss": val["loss"]}
-    if "acc" in val:
-        values |= {"arch_acc": found["acc"], "val_arch_acc": val["acc"]}
+    values |= {f"{prefix}_{key}": there[key] for prefix, there in (("arch", found), ("val_arch", val)) for key in UNITS if key in there}
     if table:
         values |= {f"table_{key}": value for key, value in table(arch).items()}
     line = {"space": config.space, "step": state.step, "arch": arch, "cost": cost, **values, **rest, "optimizer": config.optimizer,
@@ -283,7 +283,7 @@ def record(net, arch, found, mixture_loss, val, config, run, state, log, table, 
         state.best_loss, state.best_arch = loss, arch
         if run.master:
             write_json(os.path.join(config.out_dir, "arch.json"), line)
-    accuracy = f" | acc {found['acc']:.2f}% | val acc {val['acc']:.2f}%" if "acc" in val else ""
+    accuracy = "".join(f" | {key} {found[key]:.2f}{unit} | val {key} {val[key]:.2f}{unit}" for key, unit in UNITS.items() if key in val)
     if table:
         accuracy += " | table {table_accuracy:.2f}%, rank {table_rank} of {table_of}, regret {table_regret:.2f}%".format(**values)
     log(f"step {state.step}/{config.max_iters} | mixture {mixture_loss:.4f} | arch {loss:.4f} | gap {values['gap']:+.4f} | "

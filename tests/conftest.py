@@ -26,6 +26,7 @@ TINY_SPACES = {
                         se=[0, 1], hswish=[0, 1], last_channels=16, mix_channels=16),
     "nats_size": dict(channels=[4, 8]),
     "nb201": dict(init_channels=4, n_cell=1),
+    "swinir": dict(dataset="sr_samples", n_embd=[4, 8], n_rstb=[1, 2], n_layer=[1, 2], n_head=[1, 2], window_size=4, patch=8),
     "toy_cell": dict(init_channels=4),
     "toy_conv_macro": dict(channels_1=[2, 4], channels_2=[2, 4], channels_3=[4, 8], channels_4=[4, 8], kernel_size=[3, 5],
                            last_channels=8, last_kernel_size=3, last_padding=1, fc=16)}
@@ -67,9 +68,10 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
-    """Digits, prepared once."""
+    """Digits, and the photographs for super-resolution, prepared once."""
     folder = tmp_path_factory.mktemp("digits")
-    prepare(dataset="digits", data_dir=str(folder))
+    for name in ("digits", "sr_samples"):
+        prepare(dataset=name, data_dir=str(folder))
     return str(folder)
 
 

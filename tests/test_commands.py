@@ -77,6 +77,7 @@ def shrink_space(words, script, space, digits_dir, out):
         if not (out.parent / "s/arch.json").exists():
             train_search.search(search_config(space, digits_dir, out.parent / "s"))
         words = [f"--arch={out.parent}/s/arch.json" if word.startswith("--arch=") else word for word in words]
+        sizes |= dict(val_portion=0.1) if space == "swinir" else {} # of 18 regions
     return words, [*([f"--data_dir={digits_dir}"] if script != "bench.py" else []), f"--out_dir={out}", *flags(sizes)]
 
 
@@ -108,6 +109,11 @@ def shrink(command, data_dir, digits_dir, finished, out):
     elif script == "train_rl.py":
         words = [word for word in words if not word.startswith("--out_dir")]
         extra += [*flags(TINY_RL), f"--cache_dir={out}/cache"]
+    elif script == "analyze.py" and "--images" in command:
+        train_search.search(search_config("swinir", digits_dir, out.parent / "s"))
+        sizes = {key: value for key, value in TINY_IMAGES.items() if key != "dataset"}
+        succeeds("train_base.py", f"--arch={out.parent}/s/arch.json", f"--out_dir={out}", *flags(sizes))
+        words, extra = ["python", "analyze.py"], [f"--out_dir={out}", "--images=sr_samples"]
     elif script == "analyze.py":
         extra = []
         words = [f"--out_dir={finished}/{'b' if 'base' in word else 'r' if 'rl' in word else 's'}" if word.startswith("--out_dir") else

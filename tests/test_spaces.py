@@ -103,7 +103,7 @@ def test_law_of_exactness_of_partial_channels(name):
     check_law(net, [uniform(net.choices, generator()), extremes(net.choices)[0]])
 
 
-def check_law(net, archs):
+def check_law(net, archs, batch=batch):
     tolerance, (x, y) = 1e-9 if torch.get_default_dtype() == torch.float64 else 1e-5, batch()
     of_net = copy.deepcopy(net) # its parameters will be gradients
     for arch in archs:

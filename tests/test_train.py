@@ -304,7 +304,7 @@ def test_micro_batches_sum_to_one_batch(data_dir):
 
 
 def test_learning_rate_schedule():
-    config = SimpleNamespace(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110, lr_decay_iters=0, decay_lr=True)
+    config = SimpleNamespace(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110, lr_decay_iters=0, decay_lr=True, milestones=[0])
     lrs = [train.get_lr(step, config) for step in range(130)]
     assert lrs[:10] == pytest.approx([(i + 1) / 11 for i in range(10)]) and lrs[10] == 1.0
     assert lrs[60] == pytest.approx(0.55) and lrs[110:] == pytest.approx([0.1] * 20)

@@ -93,7 +93,8 @@ def test_every_method_searches_every_space(space, method, digits_dir, tmp_path):
     assert all(line == seal(unseal(line, "")) for line in lines) # sealed, and whole
     best = min(lines, key=lambda line: line["arch_loss"])
     assert unseal(best, "") == found and found["space"] == space and result["arch"] == found["arch"]
-    assert all(0 <= line[key] <= 100 for line in lines for key in ("arch_acc", "val_arch_acc"))
+    quality = "psnr" if space == "swinir" else "acc"
+    assert all(0 <= line[f"{part}_{quality}"] <= 100 for line in lines for part in ("arch", "val_arch"))
     assert read_json(tmp_path / "s/result.json") == result and (tmp_path / "s/search.png").stat().st_size > 10000
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -101,7 +102,7 @@ def test_every_method_searches_every_space(space, method, digits_dir, tmp_path):
     script("train_base.py", f"--arch={tmp_path}/s/arch.json", f"--out_dir={tmp_path}/b", *flags(tiny))
     trained, config = read_json(tmp_path / "b/result.json"), read_json(tmp_path / "b/run.json")["config"]
     assert (trained["params"], trained["flops"]) == (found["cost"]["params"], found["cost"]["flops"]) and trained["arch"] == found["arch"]
-    assert 0 <= trained["test_acc"] <= 100 and 0 <= trained["best_val_acc"] <= 100 and trained["steps"] == 4
+    assert 0 <= trained[f"test_{quality}"] <= 100 and 0 <= trained[f"best_val_{quality}"] <= 100 and trained["steps"] == 4
     assert {key: config[key] for key in found["model"]} == found["model"] and config["data_dir"] == digits_dir
 
 
@@ -129,11 +130,12 @@ def test_help_of_a_space_lists_its_keys(name, space):
         line = next(line for line in lines if line.startswith(f"{key} = "))
         assert str(value) in line and ("  #" in line or key.startswith(("channels_", "last_"))), line
     names = [line.split(" = ")[0] for line in lines]
-    assert f"space = '{space}'" in "\n".join(lines) and "norm" not in names and "block_size" not in names
+    assert f"space = '{space}'" in "\n".join(lines) and "residual" not in names and "block_size" not in names
 
 # ---- resuming, and several processes
 
-STOPS = {"nb201 drnas": ("nb201", dict(optimizer="drnas"), 5), "darts gdas": ("darts", dict(optimizer="gdas"), 3),
+STOPS = {"swinir drnas": ("swinir", dict(optimizer="drnas"), 5),
+         "nb201 drnas": ("nb201", dict(optimizer="drnas"), 5), "darts gdas": ("darts", dict(optimizer="gdas"), 3),
          "before stage 2": ("nb201", dict(optimizer="drnas", **TINY_STAGES), 3),
          "at stage 2": ("nb201", dict(optimizer="drnas", **TINY_STAGES), 4),
          "in stage 2": ("nb201", dict(optimizer="drnas", **TINY_STAGES), 6)}
