@@ -28,11 +28,11 @@ dtype = 'auto'
 
 
 def load_run(out_dir, device):
-    """The trained network of a run and its training config."""
+    """The trained network of a run and its training config, whose arch is the architecture, or None."""
     path = os.path.join(out_dir, "best.pt")
     checkpoint = load_checkpoint(path, device)
     net = build(checkpoint["config"], checkpoint["arch"])
-    return load_model(net, checkpoint, path).to(device).eval(), SimpleNamespace(**checkpoint["config"])
+    return load_model(net, checkpoint, path).to(device).eval(), SimpleNamespace(**checkpoint["config"] | {"arch": checkpoint["arch"]})
 
 
 def main(config):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH, TINY_SPACES, TINY_STAGES, flags, run, succeeds
+from test_train import train_config
 from test_vision import FOUR, search_config, space_config
 
 import configurator
@@ -104,7 +105,9 @@ def shrink(command, data_dir, digits_dir, finished, out):
         words = [word for word in words if not word.startswith("--out_dir")]
         extra = [f"--out_dir={finished}/b", "--max_new_tokens=5", "--device=cpu"]
     elif script == "export.py":
-        words = [f"--out_dir={finished}/b" if word.startswith("--out_dir") else word for word in words]
+        if "nanogpt" in command: # whose layers are alike
+            train.train(train_config(data_dir, out, n_layer=1, n_embd=8))
+        words = [f"--out_dir={out if 'nanogpt' in command else finished / 'b'}" if word.startswith("--out_dir") else word for word in words]
         extra = []
     elif script == "train_rl.py":
         words = [word for word in words if not word.startswith("--out_dir")]
@@ -148,7 +151,7 @@ def distinct_runs(cases):
         options = tuple(sorted(word.split("=")[0] for word in words if word.startswith("--") and not word.startswith("--seed=")))
         optimizer = next((word for word in words if Path(word).stem in OPTIMIZERS), "")
         script = next(word for word in words if word.endswith(".py") and not word.startswith("config"))
-        images, kind = space_of(words) != "gpt" and script != "analyze.py", re.search("table|progressive|shrink", command)
+        images, kind = space_of(words) != "gpt" and script != "analyze.py", re.search("table|progressive|shrink|format=[a-z]+", command)
         optimizer = optimizer if words[0] == "python" and not images else "" # test_vision.py has every method in every space
         roads.setdefault((script, words[0], options, optimizer, images, kind and kind[0]), (where, command))
     return list(roads.values())

@@ -1,11 +1,19 @@
-"""A file of export.py gives the outputs of the network, at any batch size, or is not written."""
+"""What export.py writes gives the outputs of the network, at any batch size, or is not written."""
+import json
+import math
+import os
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnxruntime
 import pytest
 import torch
-from conftest import TINY_SPACES, fails, turn_kernels_on
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import TINY_SPACES, turn_kernels_on
+from safetensors import safe_open
 from test_train import train_config
 from test_vision import search_config, space_config
 
@@ -17,6 +25,7 @@ from prepare import rng
 from train import build
 
 SPACES = ("gpt", *TINY_SPACES)
+TRACED = [(space, "onnx") for space in SPACES if space not in ("nats_size", "toy_cell")] + [("gpt", "torch")] # of those two see below
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +53,35 @@ def load(path):
     """A file as another program loads it, as a function."""
     if path.endswith(".pt2"):
         return torch.export.load(path).module()
+    if path.endswith(".safetensors"):
+        with safe_open(path, "pt") as f:
+            config, tied = (json.loads(f.metadata()[key]) for key in ("config", "tied"))
+            state = {name: f.get_tensor(name) for name in f.keys()}
+        net = build(config, config["arch"])
+        net.load_state_dict(state | {name: state[same] for name, same in tied.items()})
+        return lambda x: outputs(net.eval(), config["space"], x)
     session = onnxruntime.InferenceSession(path)
     return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def saved(out, arch=None, **sizes):
+    """A GPT with random weights and biases that are far from zero, as if it had been trained in out; (itself, its config)."""
+    config = train_config("data", out, **dict(n_layer=2, n_head=2, n_embd=8, vocab_size=17, bias=True) | sizes)
+    net, generator = build(config, arch).eval(), rng("weights")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(0, 0.4, generator=generator)
+    train.save(SimpleNamespace(**config), SimpleNamespace(master=True), "best.pt", net, arch=arch)
+    net.config.loss_chunk = 0
+    return net, config
+
+
+def assert_same(file, net, config):
+    """At batches and lengths that export.py does not try."""
+    for shape in ((3, 11), (1, 1), (5, config["block_size"])):
+        x = torch.randint(config["vocab_size"], shape, generator=rng(2))
+        y = outputs(net, "gpt", x)
+        assert (file(x) - y).abs().max() <= 1e-4 * y.abs().max()
 
 
 def outputs(net, space, x):
@@ -53,8 +89,7 @@ def outputs(net, space, x):
         return net(x, x if space == "gpt" else None)[0]
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space, format", TRACED + [(space, "safetensors") for space in SPACES])
 def test_a_file_computes_what_the_network_does(space, format, trained, capsys):
     out = trained(space)
     path, difference = export.export(options(out, format))
@@ -70,17 +105,13 @@ def test_a_file_computes_what_the_network_does(space, format, trained, capsys):
         assert (file(x) - y).abs().max() <= 1e-4 * y.abs().max()
 
 
-@pytest.mark.parametrize("change", [dict(norm="rmsnorm", position="rope", activation="swiglu", residual="parallel",
-                                         n_expert=3),
-                                    dict(norm="partial_rmsnorm", position="sinusoidal", activation="mish", residual="post", loss_chunk=7,
-                                         head_size=3)])
-def test_the_options_of_a_gpt_export(change, data_dir, tmp_path):
-    train.train(train_config(data_dir, tmp_path, n_layer=2, n_head=2, n_embd=8, **change))
-    path, _ = export.export(options(tmp_path))
-    net, config = sample.load_run(str(tmp_path), "cpu")
-    net.config.loss_chunk = 0
-    x = torch.randint(config.vocab_size, (3, 11), generator=rng(2))
-    assert (load(path)(x) - outputs(net, "gpt", x)).abs().max() <= 1e-4 * outputs(net, "gpt", x).abs().max()
+@pytest.mark.parametrize("format, change", [
+    ("onnx", dict(norm="rmsnorm", position="rope", activation="swiglu", residual="parallel", n_expert=3)),
+    ("torch", dict(norm="partial_rmsnorm", position="sinusoidal", activation="mish", residual="post", loss_chunk=7, head_size=3))])
+def test_the_options_of_a_gpt_export(format, change, tmp_path):
+    net, config = saved(tmp_path, **change)
+    path, _ = export.export(options(tmp_path, format))
+    assert_same(load(path), net, config)
 
 
 def test_no_operation_of_ours_is_in_the_file(trained):
@@ -95,16 +126,16 @@ def test_no_operation_of_ours_is_in_the_file(trained):
 def test_a_file_that_differs_is_not_written(change, words, trained, monkeypatch):
     out = trained("nb201")
     (out / "model.onnx").write_bytes(b"of before")
-    monkeypatch.setitem(export.FORMATS, "onnx", (lambda program: (b"other", lambda x: change(program.module()(x))), "model.onnx"))
+    monkeypatch.setitem(export.FORMATS, "onnx", lambda net, trained, x: ({"model.onnx": b"other"}, lambda x: change(net(x))))
     with pytest.raises(SystemExit, match=f"model.onnx was not written.*{words}"):
         export.export(options(out))
     assert (out / "model.onnx").read_bytes() == b"of before"
 
 
 def test_what_cannot_be_exported_is_one_sentence(trained, monkeypatch):
-    def fails(program):
+    def fails(net, trained, x):
         raise RuntimeError("no operator for this\nand a page of advice")
-    monkeypatch.setitem(export.FORMATS, "torch", (fails, "model.pt2"))
+    monkeypatch.setitem(export.FORMATS, "torch", fails)
     with pytest.raises(SystemExit, match=r"nb201 cannot be exported with format=torch \(RuntimeError: no operator for this\).$"):
         export.export(options(trained("nb201"), "torch"))
 
@@ -120,11 +151,120 @@ def test_other_sizes_of_images(trained):
 
 def test_mistakes_are_one_sentence(trained, tmp_path, monkeypatch):
     out = trained("nb201")
-    assert "no checkpoint" in fails("export.py", f"--out_dir={tmp_path}")
-    with pytest.raises(SystemExit, match="format='caffe' is not one of onnx, torch"):
-        export.export(options(out, "caffe"))
-    with pytest.raises(SystemExit, match="toy_conv_macro takes no images of 16 pixels"):
-        export.export(options(trained("toy_conv_macro"), img_size=16))
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(SystemExit, match=r"onnxruntime.*pip install onnx"):
-        export.export(options(out))
+    for words, config in {"There is no checkpoint": options(tmp_path), "'caffe' is not one of onnx, torch, safe": options(out, "caffe"),
+                          "toy_conv_macro takes no images of 16 pixels": options(trained("toy_conv_macro"), img_size=16),
+                          "nanogpt is for a GPT, and this network is one of nb201": options(out, "nanogpt"),
+                          "huggingface is for a GPT, and this network is one of nb201": options(out, "huggingface")}.items():
+        with pytest.raises(SystemExit, match=words):
+            export.export(config)
+    for format, package in {"onnx": "onnxruntime", "safetensors": "safetensors", "huggingface": "transformers"}.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(SystemExit, match=f"{package}.*pip install .*{package}"):
+            export.export(options(trained("gpt"), format))
+
+# -----------------------------------------------------------------------------
+# GPTs for other programs
+
+FOUND = dict(n_layer=[1, 3], n_embd=[8, 16], n_head=[1, 2, 4, 8], mlp_ratio=[1, 2, 4]) # different ratios in its layers:
+ARCH = dict(n_layer=3, n_embd=16, n_head=[4, 4, 4], mlp_ratio=[1, 4, 2])
+HEADS = ARCH | dict(n_head=[4, 1, 2]) # and different heads
+HELD = {"bias": (ARCH, dict()), "no bias, sinusoidal": (ARCH, dict(bias=False, position="sinusoidal", loss_chunk=5)),
+        "larger heads": (HEADS, dict(head_size=3)), "more heads": (HEADS | dict(n_head=[3, 1, 3]), dict(head_size=4, n_head=[1, 3])),
+        "one layer": (None, dict(n_layer=1, n_head=1, n_embd=6, mlp_ratio=0.5))}
+
+
+class NanoGPT(nn.Module):
+    """What nanoGPT's model.py computes, from its model_args, under its names."""
+    def __init__(self, n_layer, n_head, n_embd, block_size, bias, vocab_size, dropout):
+        super().__init__()
+        def linear(i, o):
+            return nn.Linear(i * n_embd, o * n_embd, bias=bias)
+        def norm():
+            return nn.LayerNorm(n_embd, bias=bias)
+        self.n_head = n_head
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(vocab_size, n_embd), wpe=nn.Embedding(block_size, n_embd), ln_f=norm(),
+            h=nn.ModuleList(nn.ModuleDict(dict(ln_1=norm(), attn=nn.ModuleDict(dict(c_attn=linear(1, 3), c_proj=linear(1, 1))),
+                                               ln_2=norm(), mlp=nn.ModuleDict(dict(c_fc=linear(1, 4), c_proj=linear(4, 1)))))
+                            for _ in range(n_layer))))
+        self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+
+    @torch.no_grad()
+    def forward(self, idx, approximate="none"):
+        net, T = self.transformer, idx.size(1)
+        x = net.wte(idx) + net.wpe(torch.arange(T))
+        for block in net.h:
+            q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in block.attn.c_attn(block.ln_1(x)).chunk(3, dim=2))
+            scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            x = x + block.attn.c_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+            x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate=approximate))
+        return self.lm_head(net.ln_f(x))
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory):
+    """With its copies of code from beside weights in a folder of ours."""
+    os.environ["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("modules"))
+    import transformers
+    return transformers
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_nanogpt_loads_its_checkpoint(case, tmp_path, capsys):
+    """As its train.py and sample.py do; with its own GELU the logits differ by what was said."""
+    arch, change = HELD[case]
+    net, config = saved(tmp_path, arch, **(FOUND if arch else {}) | change)
+    path, _ = export.export(options(tmp_path, "nanogpt"))
+    checkpoint = torch.load(path, weights_only=True)
+    other = NanoGPT(**checkpoint["model_args"])
+    other.load_state_dict(checkpoint["model"])
+    assert_same(lambda x: other(x, "tanh"), net, config)
+    off = float(re.search(r"within (\S+) of these", capsys.readouterr().out)[1])
+    x = torch.randint(17, (8, 16), generator=rng(4))
+    assert 1e-6 < (other(x) - other(x, "tanh")).abs().max() / other(x).abs().max() < 4 * off
+    groups = [[p for p in other.parameters() if (p.dim() >= 2) == decays] for decays in (True, False)]
+    torch.optim.AdamW([{"params": group} for group in groups]).load_state_dict(checkpoint["optimizer"])
+    assert path.endswith("nanogpt/ckpt.pt") and checkpoint["iter_num"] == 0 and checkpoint["config"]["dataset"] == config["dataset"]
+
+
+@pytest.mark.parametrize("case", [*HELD, "relu", "silu", "mish"])
+def test_transformers_loads_gpt2(case, tmp_path, transformers):
+    """Without code of ours."""
+    arch, change = HELD.get(case, (ARCH | dict(mlp_ratio=[1, 2, 1]), dict(activation=case)))
+    net, config = saved(tmp_path, arch, **(FOUND if arch else {}) | change)
+    path, _ = export.export(options(tmp_path, "huggingface"))
+    model, info = transformers.GPT2LMHeadModel.from_pretrained(path, output_loading_info=True)
+    assert not any(info.values()) and not list(Path(path).glob("*.py"))
+    assert_same(lambda x: model(x).logits.detach(), net, config)
+
+
+@pytest.mark.parametrize("arch, change", [(HEADS, dict(bias=False)), (HEADS, dict(head_size=6))])
+def test_transformers_loads_heads_that_differ(arch, change, tmp_path, transformers):
+    """By the code beside the weights, if one trusts it; what is generated with cached keys is the same too."""
+    net, config = saved(tmp_path, arch, **FOUND | change)
+    path, _ = export.export(options(tmp_path, "huggingface"))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    assert_same(lambda x: model(x).logits.detach(), net, config)
+    x = torch.tensor([[1, 2, 3]])
+    assert model.generate(x, max_new_tokens=9, do_sample=False).tolist() == net.generate(x, 9, temperature=0).tolist()
+    model.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert_same(lambda x: again(x).logits.detach(), net, config)
+
+
+@pytest.mark.parametrize("format, change, words", [
+    ("nanogpt", dict(activation="relu"), "activation='relu' has no place in format=nanogpt, which knows 'gelu'"),
+    ("nanogpt", dict(arch=HEADS, **FOUND), "1 of 16, 2 of 8, 4 of 4: take --format=huggingface"),
+    ("nanogpt", dict(head_size=6), "no n_head for n_embd=8 holds the layers' heads, 2 of 6"),
+    ("nanogpt", dict(mlp_ratio=5), "4 \\* n_embd = 32 channels, and one of this network has 40: take --format=huggingface"),
+    ("huggingface", dict(activation="swiglu"), "activation='swiglu'.*'gelu', 'relu', 'silu', 'mish'"),
+    *[("huggingface", change, "has no place in format=huggingface.*take --format=safetensors") for change in (
+        dict(norm="rmsnorm"), dict(position="rope"), dict(residual="parallel"), dict(residual="post"), dict(n_expert=3))]])
+def test_what_they_cannot_hold_is_one_sentence(format, change, words, tmp_path):
+    saved(tmp_path, **change)
+    with pytest.raises(SystemExit, match=words) as stopped:
+        export.export(options(tmp_path, format))
+    assert "\n" not in str(stopped.value) and os.listdir(tmp_path) == ["best.pt"]
