@@ -296,7 +296,7 @@ def latency_features(net, weights):
 def latency(net, ms):
     """A function from weights, or an architecture, to milliseconds: float64 and linear in each row of the weights. ms: {name of a feature:
     the milliseconds of each}."""
-    ms = {name: torch.tensor(values).double() for name, values in ms.items()}
+    ms = {name: torch.tensor(values, dtype=torch.float64) for name, values in ms.items()}
 
     def predict(arch):
         mixed = all(torch.is_tensor(w) for w in arch.values())
