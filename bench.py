@@ -1,5 +1,6 @@
 """
-Measures what one search iteration costs against two plain training steps of the largest network, side by side in one process.
+Measures what one search iteration costs against two plain training steps of the largest network, side by side in one process; or how
+fast the networks of a space run on this machine.
 
     python bench.py                                             # the TinyStories space, 4 sequences of 224 tokens; some minutes
     python bench.py config/search_shakespeare_char.py --batch_size=16 --dropout=0.0 --compile=False
@@ -8,17 +9,25 @@ Measures what one search iteration costs against two plain training steps of the
     python bench.py --space=toy_cell --batch_size=64            # a space of search_spaces/, on random images of its usual size
     python bench.py --space=mobilenetv3 --img_size=128 --batch_size=8
     python bench.py --growth=True                               # how the ratio grows with the options and the layers, as a figure
+    python bench.py latency config/search_shakespeare_char.py --out_dir=out/latency         # a table for --target_latency; a minute
+    python bench.py latency --space=nb201 --dataset=cifar10 --latency_batch_size=[1,32] --out_dir=out/latency_nb201
     python bench.py --help                                      # every key with its default
 
 An iteration is train_search.py's own, with both optimizers; a plain step is train.py's, of the same GPT without choices. Rounds
 interleave them, so that whatever else the machine does meets all alike. The tokens are random: the speed does not depend on them.
 On a CPU, PyTorch has a fused attention for dropout=0.0 alone.
 Prints a table for people and, as its last line, one JSON object; the same goes to bench.json in out_dir.
+
+`latency` writes latency.json to out_dir: milliseconds, without gradients, of a forward pass over a prompt (prefill) and of one more token
+with keys and values cached (decode), for every batch size and length asked for. Of a GPT every part is timed inside of networks; of other
+spaces random networks are, and a linear function with no negative coefficients is fitted to them. Either predicts random networks that it
+has not seen; how well is printed, and stays in the file.
 """
 import itertools
 import json
 import os
 import statistics
+import sys
 import time
 os.environ.setdefault("KINETO_LOG_LEVEL", "99") # the memory profiler is silent
 from types import SimpleNamespace
@@ -28,12 +37,13 @@ import torch
 from tqdm import tqdm
 
 from analyze import save_figure
-from optim_nas import ArchOptimizer, likeliest
+from optim_nas import ArchOptimizer, likeliest, random_search
 from prepare import Images, Pairs, rng, write_json
-from supernet import use_fused_ops
-from train import build, configure_optimizer, draw, peak_flops, pick_device, setup, train_step, update, with_space
+from supernet import one_hot, use_fused_ops
+from train import build, configure_optimizer, draw, load_data, peak_flops, pick_device, setup, train_step, update, with_space
 from train_search import * # noqa: F403 (every key of a search)
-from train_search import arch_step, bilevel_step, weight_arch
+from train_search import arch_step, bilevel_step, latency_features, latency_key, network_of, weight_arch
+from train_search import latency as predictor
 
 # -----------------------------------------------------------------------------
 # the keys of train_search.py but one, and:
@@ -44,6 +54,11 @@ warmup = 2 # rounds before the first that counts
 growth = False # instead: how DrNAS' ratio grows with
 growth_options = [2, 3, 5, 9] # so many options of each choice, at most 9
 growth_layers = [6, 12, 24]
+latency = False # instead: the latency table of this machine; `python bench.py latency` for short
+latency_batch_size = [1] # one or several
+latency_length = [0] # tokens, one or several; 0: block_size
+latency_samples = 150 # networks that the function for other spaces than the GPT is fitted to
+latency_heldout = 20 # networks that the prediction is compared with
 vocab_size = 0 # 0: the dataset's
 img_size = 0 # pixels a side, in a space of search_spaces/; 0: the space's usual size
 out_dir = 'out/bench'
@@ -279,20 +294,213 @@ def growth_figure(results, out_dir):
     return save_figure(os.path.join(out_dir, "growth.png"), 3, draw)
 
 
+# -----------------------------------------------------------------------------
+# the latency of networks, and of the parts of a GPT
+
+def facts_of(config, run):
+    """What the networks must know of the data, where it is prepared; else its usual vocabulary, or the space's usual images."""
+    prepared = os.path.exists(os.path.join(config.data_dir, config.dataset, "meta.json"))
+    if config.space == "gpt" and (config.vocab_size or not prepared):
+        return {"vocab_size": config.vocab_size or VOCAB_SIZE[config.dataset]}
+    return load_data(config, run)[2] if prepared or config.dataset == "digits" else {}
+
+
+def stand_alone(config, arch, pool):
+    """The network of an architecture, its parameters in the pool, a flat tensor: no two of them run at the same time."""
+    net, start = build(vars(config), arch).eval(), 0
+    for p in net.parameters():
+        p.data = pool.as_strided(p.shape, p.stride(), start)
+        start += -(-p.numel() // 16) * 16 # whole lines of the cache
+    return net.to(pool.device)
+
+
+def forward_pass(net, config, of, batch_size, length, run):
+    """A function that gets ready, and returns one that runs the network once, as generate() does: on a prompt, or on one token with the
+    keys and values of those before it; or on images."""
+    if config.space != "gpt":
+        x, _ = draw(random_data(net, config), SimpleNamespace(**vars(config) | {"batch_size": batch_size}), run, "latency", 0)
+        return lambda: lambda: net(x)
+    n = length if of == "prefill" else 1
+    x = torch.randint(config.vocab_size, (batch_size, n), device=run.device)
+    widths = [block.attn.c_proj.weight.shape[1] for block in net.transformer.h]
+    cache = [{name: torch.randn(batch_size, length, width, device=run.device) for name in "kv"} for width in widths]
+
+    def ready():
+        for layer in cache: # what it holds from the last time is freed where generate() frees it: memory has its price
+            layer.update({name: t[:, n:] for name, t in layer.items()})
+        return lambda: net(x, cache=cache if length > n else [{} for _ in widths])
+    return ready
+
+
+def stopwatch(run):
+    """mark(), and stop() -> the seconds between the marks since the last stop(). On a CPU with one thread these are the processor's, which
+    leave out what other processes took of it; with more threads the clock's; on a GPU its own."""
+    now, marks = time.process_time if torch.get_num_threads() == 1 else time.perf_counter, []
+
+    def mark():
+        if run.device_type == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(now())
+
+    def stop():
+        if run.device_type == "cuda":
+            torch.cuda.synchronize()
+        found = [a.elapsed_time(b) / 1000 if run.device_type == "cuda" else b - a for a, b in itertools.pairwise(marks)]
+        marks.clear()
+        return found
+    return mark, stop
+
+
+def fast_times(functions, mark, stop, config, label):
+    """[milliseconds between the marks that each function makes, as one that starts and one that ends it]: the lowest tenth over rounds
+    of all of them in random order: what else the machine does only ever adds."""
+    times, generator = [[] for _ in functions], rng(config.seed, label)
+    for i in tqdm(range(config.warmup + config.rounds), desc=label, leave=False):
+        for j in torch.randperm(len(functions), generator=generator).tolist():
+            functions[j]()() # the caches are as in use
+            start = time.perf_counter()
+            while time.perf_counter() - start < 0.02: # short ones several times
+                function = functions[j]()
+                stop()
+                mark()
+                function()
+                mark()
+                if i >= config.warmup:
+                    times[j].append(stop())
+    return [1000 * np.quantile(t, 0.1, axis=0) for t in times]
+
+
+def archs_of_parts(choices):
+    """Of each n_embd: the deepest networks, of every n_head and mlp_ratio, alike in all layers; then as many of each other depth, mixed."""
+    (*depths, deepest), widths = choices["n_layer"].options, choices["n_embd"].options
+    layered = {name: choices[name].options for name in ("n_head", "mlp_ratio")}
+    rows = range(max(map(len, layered.values())))
+
+    def arch(e, L, j, step):
+        return {"n_layer": L, "n_embd": e} | {name: [o[(j + step * i) % len(o)] for i in range(L)] for name, o in layered.items()}
+    return [arch(e, deepest, j, 0) for e in widths for j in rows], [arch(e, L, j, 1) for e in widths for L in depths for j in rows]
+
+
+def mark_parts(net, mark):
+    """Lets a GPT make a mark before each attention, each MLP and the last norm."""
+    for module in (*(m for block in net.transformer.h for m in (block.attn, block.mlp)), net.transformer.ln_f):
+        module.register_forward_pre_hook(lambda *args: mark())
+
+
+def table_of_parts(choices, alike, mixed, marked, whole):
+    """
+    The milliseconds of a GPT's parts, as latency_features() has them. marked: those between the marks in the networks of alike; whole: of
+    all networks of archs_of_parts() without marks, which cost time.
+
+    A part has the norm behind it. The rest of a width and depth are embeddings, the last norm and the head, and what its layers take more,
+    or less, than the deepest network's: there are caches that only a shallow one fits.
+    """
+    places = {name: {option: i for i, option in enumerate(c.options)} for name, c in choices.items()}
+    ms = {name: np.zeros((len(places["n_embd"]), len(places[of]))) for name, of in
+          (("rest", "n_layer"), ("attention", "n_head"), ("mlp", "mlp_ratio"))}
+    for arch, times in zip(alike, marked, strict=True):
+        i = places["n_embd"][arch["n_embd"]]
+        ms["attention"][i, places["n_head"][arch["n_head"][0]]] = times[1:-1:2].mean()
+        ms["mlp"][i, places["mlp_ratio"][arch["mlp_ratio"][0]]] = times[2:-1:2].mean()
+    found = {}
+    for arch, total in zip([*alike, *mixed], whole, strict=True):
+        i, depth = places["n_embd"][arch["n_embd"]], places["n_layer"][arch["n_layer"]]
+        layers = sum(ms["attention"][i, places["n_head"][h]] + ms["mlp"][i, places["mlp_ratio"][m]]
+                     for h, m in zip(arch["n_head"], arch["mlp_ratio"], strict=True))
+        found.setdefault((i, depth), []).append(total - layers)
+    for place, totals in found.items():
+        ms["rest"][place] = np.mean(totals)
+    return {name: table.tolist() for name, table in ms.items()}
+
+
+def fit(features, ms):
+    """The coefficients, none negative, of the linear function of the features that has the smallest squared relative error: by
+    coordinate descent, with a little ridge. features: [{name: tensor}] of each network, ms: [its milliseconds]."""
+    A = torch.stack([torch.cat([f.flatten() for f in row.values()]) for row in features]) / torch.tensor(ms).double().unsqueeze(-1)
+    scale = A.square().mean(0).sqrt().clamp_min(1e-30) # of relative errors: (features,)
+    A = A / scale
+    G, b, w = A.T @ A + 1e-3 * torch.eye(len(scale)).double(), A.sum(0), torch.zeros(len(scale)).double()
+    for _ in range(300):
+        for i in range(len(w)):
+            w[i] = (w[i] + (b[i] - G[i] @ w) / G[i, i]).clamp_min(0)
+    values = (w / scale).split([f.numel() for f in features[0].values()])
+    return {name: value.view(f.shape).tolist() for (name, f), value in zip(features[0].items(), values, strict=True)}
+
+
+def predicted(net, ms, archs, measured):
+    """What the coefficients ms say of networks, beside what was measured."""
+    predict = predictor(net, ms)
+    rows = [{"arch": arch, "measured": m, "predicted": predict(arch)} for arch, m in zip(archs, measured, strict=True)]
+    errors = [abs(row["predicted"] / row["measured"] - 1) for row in rows]
+    return {"ms": ms, "mean_error": statistics.mean(errors), "max_error": max(errors), "heldout": rows}
+
+
+def measure_latency(config):
+    """Writes latency.json; returns {key: {"mean_error", "max_error"}}, relative, on the networks held out."""
+    config = SimpleNamespace(**config)
+    run, gpt = setup(config), config.space == "gpt"
+    batch_sizes, lengths = (value if isinstance(value, list) else [value] for value in (config.latency_batch_size, config.latency_length))
+    vars(config).update(facts_of(config, run))
+    use_fused_ops(config.fused and run.device_type == "cpu" and not gpt)
+    net = build(vars(config))
+    lengths = [length or config.block_size for length in lengths] if gpt else [0]
+    if gpt and max(lengths) > config.block_size:
+        raise SystemExit(f"latency_length={max(lengths)} is above block_size={config.block_size}: that many positions the networks have.")
+    n = config.latency_heldout + (0 if gpt else config.latency_samples)
+    archs = [arch for _, arch in random_search(net.choices, lambda arch: 0.0, n, rng(config.seed, "latency"))]
+    alike, mixed = archs_of_parts(net.choices) if gpt else ([], [])
+    held = min(config.latency_heldout, len(archs) if gpt else len(archs) // 2)
+    networks = [*archs, *alike, *mixed, *alike]
+    with torch.device("meta"): # no memory
+        sizes = [sum(p.numel() + 16 for p in build(vars(config), arch).parameters()) for arch in networks]
+    pool, (mark, stop) = 0.02 * torch.randn(max(sizes), device=run.device), stopwatch(run)
+    nets = [stand_alone(config, arch, pool) for arch in tqdm(networks, desc="networks", leave=False)]
+    first, last = len(archs), len(archs) + len(alike) + len(mixed) # of the networks of parts without marks
+    for small in nets[last:]:
+        mark_parts(small, mark)
+    latencies = {}
+    for of, batch_size, length in itertools.product(("prefill", "decode") if gpt else ("prefill",), batch_sizes, lengths):
+        key = latency_key(config, of, batch_size, length)
+        with torch.inference_mode(), run.amp:
+            times = fast_times([forward_pass(small, config, of, batch_size, length, run) for small in nets], mark, stop, config, key)
+        ms = [t.item() for t in times[:last]]
+        found = table_of_parts(net.choices, alike, mixed, times[last:], ms[first:]) if gpt else \
+            fit([latency_features(net, one_hot(net.choices, arch)) for arch in archs[held:]], ms[held:])
+        latencies[key] = predicted(net, found, archs[:held], ms[:held])
+        print("{}: {:.3g} to {:.3g} ms; {} networks held out are predicted within {:.1%}, in the mean {:.1%}".format(
+            key, min(ms[:held]), max(ms[:held]), held, latencies[key]["max_error"], latencies[key]["mean_error"]), flush=True)
+    path = os.path.join(config.out_dir, "latency.json")
+    write_json(path, {"network": network_of(net, config), "latencies": latencies, "machine": where(config), "dtype": run.dtype,
+                      "threads": torch.get_num_threads(), "torch": torch.__version__, "config": vars(config)})
+    print(f"table: {path}")
+    return {key: {name: found[name] for name in ("mean_error", "max_error")} for key, found in latencies.items()}
+
+
+def where(config):
+    on_cuda = pick_device(config.device).startswith("cuda")
+    return torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+
+
 def main(config):
     os.makedirs(config["out_dir"], exist_ok=True)
+    if config["latency"]:
+        print(json.dumps(measure_latency(config)))
+        return
     results = measure_growth(config) if config["growth"] else measure(config)
-    on_cuda = pick_device(config["device"]).startswith("cuda")
-    where = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     if not config["growth"]:
         of = f"{config['batch_size']} x {config['block_size']} tokens" if config["space"] == "gpt" else f"{config['batch_size']} images"
-        print(f"{of} on {where}; ratio: an iteration over two plain steps of the largest "
+        print(f"{of} on {where(SimpleNamespace(**config))}; ratio: an iteration over two plain steps of the largest "
               "network, median and quartiles")
         print(table(results))
-    write_json(os.path.join(config["out_dir"], "bench.json"), {"config": config, "where": where, "results": results})
+    write_json(os.path.join(config["out_dir"], "bench.json"), {
+        "config": config, "where": where(SimpleNamespace(**config)), "results": results})
     print(json.dumps(results))
 
 
 if __name__ == "__main__":
     from configurator import configure
+    if sys.argv[1:2] == ["latency"]:
+        sys.argv[1] = "--latency=True"
     main(configure(with_space(globals())))

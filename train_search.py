@@ -13,6 +13,7 @@ Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) o
 A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the first train_portion of the training data, the alphas on
 the rest; val is only reported. Progressive shrinking starts with the largest network and unlocks smaller options phase by phase, each with
 a schedule of its own and, where it says so, other settings: 'kernel_size=3, depth=3 share=0.2 learning_rate=2e-3, depth=2'.
+For --target_latency, `python bench.py latency` with the same config measures a table on the machine that the network is for.
 Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at every evaluation), arch.json (the best of them by the loss
 on the alphas' part, all that train_base.py needs), ckpt.pt, result.json and search.png; of --optimizer=spos also arch_search.jsonl (what it
 evaluated with inherited weights), and with --arch_search=pareto pareto.json.
@@ -30,11 +31,11 @@ from tqdm import tqdm
 
 from analyze import Benchmark, describe, read_lines, search_figure
 from configurator import defaults
-from model import OPTIONS
+from model import GPT, OPTIONS
 from optim_nas import ArchOptimizer, Budget, best_of, by_front, entropy, evolutionary_search, fronts, key_of, picked, random_search
 from optim_nas import rowwise, uniform, unrolled_gradient
-from prepare import rng, seal, unseal, write, write_json
-from supernet import extremes, use_fused_ops, widen
+from prepare import read_json, rng, seal, unseal, write, write_json
+from supernet import extremes, one_hot, use_fused_ops, widen
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
 from train import Log, append, average, backward, begin, build, calibrate, check_resolutions, check_split, configure_optimizer, cut
 from train import estimate, fault, get_lr, load_checkpoint, load_data, load_model, loop, main, micro_batches, resume, save, setup, share
@@ -71,6 +72,11 @@ widen_to = 0 # and its edges compute 1 / widen_to of the channels, in the place 
 arch_warmup_iters = 0 # steps at the start, and after the half of a progressive search, in which the alphas rest
 target_params = 0 # a budget for the architecture that is found: never more, within 5 % less where there is one; 0: none
 target_flops = 0 # of a forward pass of one sequence of block_size tokens, or of one image; 2 a multiply-add
+target_latency = 0.0 # milliseconds, by
+latency_table = '' # latency.json of `python bench.py latency`; it is reported with or without a target
+latency_of = 'prefill' # or 'decode', of one token
+latency_batch_size = 1
+latency_length = 0 # tokens of the prefill, or that a decoded token sees; 0: block_size
 budget_penalty = 1.0 # weight of log(expected cost / target)^2 in the alphas' loss
 shrink = '' # progressive shrinking (spos): 'kernel_size=3, depth=2, expand=3', phases that each go down to an option; '': all at once
 subnets_per_step = 1 # draws whose gradients a step of the weights averages
@@ -248,7 +254,7 @@ def score(net, forward, arch, splits, config, run, names=("search",)):
     return found if len(found) > 1 else found[0]
 
 
-def evaluate(net, forward, chooser, splits, config, run, state, log, table):
+def evaluate(net, forward, chooser, cost, splits, config, run, state, log, table):
     """The losses of the supernet and of the architecture read off it, with inherited weights; logs, and keeps the best."""
     if config.optimizer == "spos": # no alphas to read: the best of a few draws
         history = random_search(chooser.open, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
@@ -261,14 +267,14 @@ def evaluate(net, forward, chooser, splits, config, run, state, log, table):
     entropies = {name: h.tolist() for name, h in entropy(chooser.mean()).items()}
     weights = {name: w.tolist() for name, w in chooser.mean().items()}
     found, val = score(net, forward, arch, splits, config, run, ("search", "val"))
-    record(net, arch, found, mixture["loss"], val, config, run, state, log, table, entropy=entropies, weights=weights,
+    record(net, cost(arch), arch, found, mixture["loss"], val, config, run, state, log, table, entropy=entropies, weights=weights,
            options={name: list(choice.options) for name, choice in net.choices.items()})
 
 
-def record(net, arch, found, mixture_loss, val, config, run, state, log, table, **rest):
-    """One line of the trajectory and of the log, and arch.json if this architecture's loss is the lowest so far. found, val: its
-    estimate() on the search split and on val."""
-    cost, loss, space = net.cost(arch), found["loss"], space_module(config.space)
+def record(net, cost, arch, found, mixture_loss, val, config, run, state, log, table, **rest):
+    """One line of the trajectory and of the log, and arch.json if this architecture's loss is the lowest so far. cost: the
+    architecture's; found, val: its estimate() on the search split and on val."""
+    loss, space = found["loss"], space_module(config.space)
     keys = [*net.choices, "head_size", "bias", "block_size", *OPTIONS] if config.space == "gpt" else defaults(vars(space))
     values = {"arch_loss": loss, "mixture_loss": mixture_loss, "gap": loss - mixture_loss, "val_arch_loss": val["loss"]}
     values |= {f"{prefix}_{key}": there[key] for prefix, there in (("arch", found), ("val_arch", val)) for key in UNITS if key in there}
@@ -349,10 +355,67 @@ def load_table(net, config):
     return table
 
 
-def make_budget(net, config):
+def network_of(net, config):
+    """What two runs agree in whose networks are the same: the space, its choices, and what some of its architectures cost."""
+    return {"space": config.space, "choices": {name: list(c.options) for name, c in net.choices.items()},
+            "costs": [net.cost(uniform(net.choices, rng("network", i))) for i in range(3)]}
+
+
+def latency_key(config, of, batch_size, length):
+    """What is measured, in words that are its key in a latency table; length 0 is block_size. An image has no length."""
+    return f"{of} {batch_size} x {length or config.block_size}" if config.space == "gpt" else f"{of} {batch_size}"
+
+
+def latency_features(net, weights):
+    """What the latency of a network is a linear function of, {name: float64 tensor}, itself linear in each row of the weights: of a GPT how
+    often it has each part, (n_embd, options); of others params, flops and how often each row has each option."""
+    weights = {name: w.double().cpu() for name, w in weights.items()}
+    shares = dict(weights)
+    for name, c in net.choices.items():
+        if c.depth: # what a layer chooses counts with the chance that it runs
+            runs = torch.tensor(net.choices[c.depth].options) > torch.arange(c.repeat).unsqueeze(-1) # (repeat, depths)
+            shares[name] = (runs.double() @ weights[c.depth]).unsqueeze(-1) * weights[name]
+    if isinstance(net, GPT):
+        parts = {"rest": shares["n_layer"], "attention": shares["n_head"].sum(0), "mlp": shares["mlp_ratio"].sum(0)}
+        return {name: torch.outer(shares["n_embd"], share) for name, share in parts.items()}
+    cost = net.cost(weights)
+    return {"constant": torch.ones(()).double(), "params": cost["params"], "flops": cost["flops"], **shares}
+
+
+def latency(net, ms):
+    """A function from weights, or an architecture, to milliseconds: float64 and linear in each row of the weights. ms: {name of a feature:
+    the milliseconds of each}."""
+    ms = {name: torch.tensor(values, dtype=torch.float64) for name, values in ms.items()}
+
+    def predict(arch):
+        mixed = all(torch.is_tensor(w) for w in arch.values())
+        found = latency_features(net, arch if mixed else one_hot(net.choices, arch))
+        total = sum((ms[name] * feature).sum() for name, feature in found.items())
+        return total if mixed else total.item()
+    return predict
+
+
+def load_latency(net, config):
+    """The latency() that config's table predicts, or None. SystemExit if the table is of another space or lacks what config asks for."""
+    path, key = config.latency_table, latency_key(config, config.latency_of, config.latency_batch_size, config.latency_length)
+    if not path:
+        if config.target_latency or (config.arch_search == "pareto" and config.pareto_cost == "latency"):
+            raise SystemExit("A target or a front of latency needs a --latency_table: measure it by python bench.py latency.")
+        return None
+    table = read_json(path)
+    if table.get("network") != network_of(net, config):
+        raise SystemExit(f"latency_table='{path}' is of another space, or of other sizes in it: run python bench.py "
+                         "latency with this search's config.")
+    if key not in table["latencies"]:
+        raise SystemExit(f"latency_table='{path}' has no {key}, but {', '.join(table['latencies'])}: choose one of these by latency_of, "
+                         "latency_batch_size and latency_length, or measure it by python bench.py latency.")
+    return latency(net, table["latencies"][key]["ms"])
+
+
+def make_budget(net, config, cost):
     """The Budget that config's targets say, or None."""
-    targets = {name: getattr(config, f"target_{name}") for name in ("params", "flops") if getattr(config, f"target_{name}")}
-    return Budget(net.choices, net.cost, targets, config.budget_penalty) if targets else None
+    targets = {name: getattr(config, f"target_{name}") for name in ("params", "flops", "latency") if getattr(config, f"target_{name}")}
+    return Budget(net.choices, cost, targets, config.budget_penalty) if targets else None
 
 
 def check(config):
@@ -361,7 +424,8 @@ def check(config):
         raise SystemExit(f"order={config.order} is for optimizer=darts alone (1 or 2); optimizer is {config.optimizer}.")
     if config.compile and config.space != "gpt" and config.optimizer in ("gdas", "spos"):
         raise SystemExit(f"compile=True would compile every architecture that {config.optimizer} draws in {config.space}: leave it out.")
-    for key, allowed in (("arch_search", ("evolution", "random", "pareto")), ("pareto_cost", ("params", "flops"))):
+    for key, allowed in (("arch_search", ("evolution", "random", "pareto")), ("pareto_cost", ("params", "flops", "latency")),
+                         ("latency_of", ("prefill", "decode"))):
         if getattr(config, key) not in allowed:
             raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
     if config.subnets_per_step < 1:
@@ -382,10 +446,13 @@ def search(config):
     net = build(vars(config)).to(run.device)
     check_stages(net, config)
     check_resolutions(net, config, run, extremes(net.choices)[0])
-    table = load_table(net, config)
+    table, predict = load_table(net, config), load_latency(net, config)
+
+    def cost(arch): # of the network of this stage
+        return net.cost(arch) | ({"latency": predict(arch)} if predict else {})
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
-                            budget=make_budget(net, config))
+                            budget=make_budget(net, config, cost))
     phases, teacher = read_phases(net.choices, config), None
     if config.inherit and config.init_from == "scratch":
         inherit_weights(net, config, run)
@@ -430,14 +497,13 @@ def search(config):
 
     with signals(run):
         loop(config, run, state, log, net.cost(chooser.mean())["flops"].item(), step,
-             lambda: evaluate(net, forward, chooser, splits, config, run, state, log, table), checkpoint, undecided,
-             schedule)
+             lambda: evaluate(net, forward, chooser, cost, splits, config, run, state, log, table), checkpoint, undecided, schedule)
         if config.optimizer == "spos":
-            search_inherited(net, forward, chooser.budget, splits, config, run, state, log, table)
-    return finish(net, config, run, state, table)
+            search_inherited(net, forward, cost, chooser.budget, splits, config, run, state, log, table)
+    return finish(cost, config, run, state, table)
 
 
-def search_inherited(net, forward, budget, splits, config, run, state, log, table):
+def search_inherited(net, forward, cost, budget, splits, config, run, state, log, table):
     """Evolutionary or random search, by the loss on the search split with the supernet's weights; for both loss and cost, pareto.json
     is what no other architecture is better than in both.
 
@@ -468,30 +534,32 @@ def search_inherited(net, forward, budget, splits, config, run, state, log, tabl
     else:
         costs = {}
 
-        def cost(arch):
+        def cost_of(arch):
             if key_of(arch) not in costs:
-                costs[key_of(arch)] = net.cost(arch)[config.pareto_cost]
+                costs[key_of(arch)] = cost(arch)[config.pareto_cost]
             return costs[key_of(arch)]
-        rank = (lambda history: by_front(history, cost)) if config.arch_search == "pareto" else None
+        rank = (lambda history: by_front(history, cost_of)) if config.arch_search == "pareto" else None
         history = evolutionary_search(net.choices, evaluate, config.arch_evals, generator, config.population, config.parents,
                                       config.mutate_prob, config.depth_mutate_prob, budget, rank)
         if rank and run.master:
-            front = [history[i] for i in fronts([(loss, cost(arch)) for loss, arch in history])[0]]
-            front = sorted(({"arch": arch, "loss": loss, **net.cost(arch)} for loss, arch in front), key=lambda point: point["loss"])
+            front = [history[i] for i in fronts([(loss, cost_of(arch)) for loss, arch in history])[0]]
+            front = sorted(({"arch": arch, "loss": loss, **cost(arch)} for loss, arch in front), key=lambda point: point["loss"])
             write_json(os.path.join(config.out_dir, "pareto.json"), {"space": config.space, "cost": config.pareto_cost, "front": front})
     found, val = score(net, forward, best_of(history)[1], splits, config, run, ("search", "val"))
-    record(net, best_of(history)[1], found, sum(losses) / len(losses), val, config, run, state, log, table)
+    record(net, cost(best_of(history)[1]), best_of(history)[1], found, sum(losses) / len(losses), val, config, run, state, log, table)
 
 
-def finish(net, config, run, state, table):
+def finish(cost, config, run, state, table):
     """result.json, the figure and the next command."""
-    result = {"out_dir": config.out_dir, "arch": state.best_arch, **net.cost(state.best_arch), "steps": state.step,
+    result = {"out_dir": config.out_dir, "arch": state.best_arch, **cost(state.best_arch), "steps": state.step,
               "seconds": state.seconds, "arch_loss": state.best_loss}
     if table:
         result |= {f"table_{key}": value for key, value in table(state.best_arch).items()}
     if run.master:
         write_json(os.path.join(config.out_dir, "result.json"), result)
-        print(f"found: {text_of(state.best_arch, config)}, {result['params']:,} parameters, loss {state.best_loss:.4f} with shared weights")
+        speed = f", {result['latency']:.3g} ms" if "latency" in result else ""
+        print(f"found: {text_of(state.best_arch, config)}, {result['params']:,} parameters{speed}, loss {state.best_loss:.4f} with shared "
+              "weights")
         if table:
             draws = ", ".join(f"of {n} {table.random_best(n):.2f}%" for n in (1, 10, 100))
             print(f"in the table: {result['table_accuracy']:.2f}%, rank {result['table_rank']} of {result['table_of']}; the best of random "

@@ -58,7 +58,7 @@ def shrink_space(words, script, space, digits_dir, out):
     if "progressive" in " ".join(words):
         sizes |= TINY_STAGES
     if script == "bench.py":
-        sizes |= dict(rounds=2, warmup=1)
+        sizes |= dict(rounds=2, warmup=1, latency_heldout=2, latency_samples=8)
         sizes |= dict(img_size=8) if configurator.given("img_size", words) else {}
     elif script == "train.py":
         sizes |= TINY_LARGEST
@@ -79,7 +79,7 @@ def shrink_space(words, script, space, digits_dir, out):
             train_search.search(search_config(space, digits_dir, out.parent / "s"))
         words = [f"--arch={out.parent}/s/arch.json" if word.startswith("--arch=") else word for word in words]
         sizes |= dict(val_portion=0.1) if space == "swinir" else {} # of 18 regions
-    return words, [*([f"--data_dir={digits_dir}"] if script != "bench.py" else []), f"--out_dir={out}", *flags(sizes)]
+    return words, [f"--data_dir={digits_dir}", f"--out_dir={out}", *flags(sizes)]
 
 
 def shrink(command, data_dir, digits_dir, finished, out):
@@ -93,8 +93,8 @@ def shrink(command, data_dir, digits_dir, finished, out):
         extra += ["--dataset=pydocs", *flags(TINY_SEARCH)]
     elif script == "bench.py":
         tiny = TINY_SEARCH | dict(rounds=2, warmup=1, dataset="pydocs", head_size=4 if "head_size" in command else 0, growth_options=[2],
-                                  growth_layers=[3])
-        extra = [*flags(tiny), f"--out_dir={out}"]
+                                  growth_layers=[3], latency_heldout=2)
+        extra += flags(tiny)
     elif script == "train_base.py":
         option, file = ("--arch_traj", "arch_traj.jsonl") if "--arch_traj" in command else ("--arch", "arch.json")
         words = [word for word in words if not word.startswith("--arch")]

@@ -1,0 +1,143 @@
+"""The latency table of a machine: how it is put together, what is predicted from it, and a search that ends within a target."""
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
+from test_budget import CHARS, drawn, generator
+
+import bench
+import train_search
+from configurator import defaults
+from model import build
+from optim_nas import Budget, uniform
+from prepare import write_json
+from supernet import one_hot
+from train import space_module
+from train_search import latency, latency_features, load_latency, network_of
+
+KEY = "prefill 1 x 16"
+PREFILL = {"rest": [[0.3] * 3, [0.4] * 3, [1.0] * 3], "attention": [[0.75, 0.85, 0.94], [1.84, 1.91, 1.97], [5.22, 5.24, 5.4]],
+           "mlp": [[0.4, 0.57, 0.73], [1.19, 1.74, 2.26], [4.12, 5.91, 7.96]]} # of 256 tokens, on one core of a server, rounded
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """latency.json of the Shakespeare-char space on this machine, measured once, in haste."""
+    out, names = tmp_path_factory.mktemp("latency"), ("block_size", "n_layer", "n_head", "n_embd", "mlp_ratio", "bias")
+    bench.measure_latency(defaults(vars(bench)) | {name: getattr(CHARS.config, name) for name in names} | dict(
+        dataset="shakespeare_char", data_dir=str(out), out_dir=str(out), device="cpu", vocab_size=65, latency_length=[16], rounds=1,
+        warmup=0, latency_heldout=3))
+    return out / "latency.json"
+
+
+def test_five_latency_targets():
+    predict = latency(CHARS, PREFILL)
+    for target in (6, 9, 16, 45, 70):
+        budget = Budget(CHARS.choices, lambda weights: {"latency": predict(weights)}, {"latency": target})
+        for seed in range(3):
+            for arch in (budget.project(drawn(CHARS.choices, seed)), budget.fit(uniform(CHARS.choices, generator(seed)), generator(seed))):
+                assert 0.95 * target <= predict(arch) <= target, (target, arch)
+
+
+def test_the_prediction_is_the_sum_of_the_tables_entries(measured):
+    table, choices = json.loads(measured.read_text()), CHARS.choices
+    for key in (KEY, "decode 1 x 16"):
+        ms, held = table["latencies"][key]["ms"], table["latencies"][key]["heldout"]
+        predict = latency(CHARS, ms)
+        for seed in range(5):
+            arch = uniform(choices, generator(seed))
+            at = {name: [c.options.index(v) for v in (arch[name] if c.repeat else [arch[name]])] for name, c in choices.items()}
+            e = at["n_embd"][0]
+            total = ms["rest"][e][at["n_layer"][0]] + sum(ms["attention"][e][h] for h in at["n_head"]) + sum(
+                ms["mlp"][e][m] for m in at["mlp_ratio"])
+            assert predict(arch) == predict(one_hot(choices, arch)).item() == pytest.approx(total, rel=1e-12)
+        assert len(held) == 3 and all(row["predicted"] == predict(row["arch"]) and row["measured"] > 0 for row in held)
+
+
+@pytest.mark.parametrize("space", ["gpt", *sorted(TINY_SPACES)])
+def test_features_are_linear_in_each_row_and_their_gradient_is_that_of_finite_differences(space):
+    config = TINY_IMAGES | TINY_SPACES.get(space, {}) | dict(img_size=8, in_channels=1, num_classes=10)
+    net = CHARS if space == "gpt" else space_module(space).build(config)
+    arch = uniform(net.choices, generator(1))
+    features = latency_features(net, one_hot(net.choices, arch))
+    ms = {name: torch.rand(f.shape, generator=generator()).tolist() for name, f in features.items()}
+    predict, weights = latency(net, ms), {name: w.double().requires_grad_() for name, w in drawn(net.choices, 3).items()}
+    gradients = dict(zip(weights, torch.autograd.grad(predict(weights), weights.values()), strict=True))
+    for name, c in net.choices.items():
+        index = (c.repeat - 1, 0) if c.repeat else (0,)
+        w = [weights[name].detach().clone() for _ in range(2)]
+        w[0][index] += 0.5
+        w[1][index] -= 0.5
+        plus, minus = (predict(weights | {name: v}).item() for v in w)
+        assert plus - minus == pytest.approx(gradients[name][index].item(), rel=1e-6), name
+    assert predict(arch) == predict(one_hot(net.choices, arch)).item()
+
+
+def test_parts_add_up_to_the_networks_that_they_were_timed_in():
+    """Of made-up times, with layers that are dearer in deep networks, and with marks that cost something."""
+    net = build(dict(n_layer=[1, 2, 4], n_head=[2, 4], n_embd=[16, 32], mlp_ratio=[1, 2, 4], vocab_size=65, block_size=16))
+
+    def layers(arch, dearer):
+        return torch.tensor([[h * arch["n_embd"] * dearer, m * arch["n_embd"] * dearer]
+                             for h, m in zip(arch["n_head"], arch["mlp_ratio"], strict=True)]).flatten()
+
+    def total(arch):
+        return layers(arch, 1.0).sum().item() + arch["n_layer"] ** 2
+    alike, mixed = bench.archs_of_parts(net.choices)
+    marked = [torch.cat((torch.tensor([3.0]), layers(arch, 1.0), torch.tensor([5.0]))).numpy() for arch in alike]
+    predict = latency(net, bench.table_of_parts(net.choices, alike, mixed, marked, [total(arch) for arch in (*alike, *mixed)]))
+    for seed in range(20):
+        arch = uniform(net.choices, generator(seed))
+        assert predict(arch) == pytest.approx(total(arch), rel=1e-6)
+
+
+def test_the_fit_finds_a_function_with_no_negative_coefficients():
+    net = space_module("toy_conv_macro").build(dict(img_size=8, in_channels=1, last_kernel_size=3, last_padding=1))
+    archs = [uniform(net.choices, generator(seed)) for seed in range(120)]
+    features = [latency_features(net, one_hot(net.choices, arch)) for arch in archs]
+    scale = {"params": 1e-6, "flops": 1e-7}
+    true = {name: scale.get(name, 1) * torch.rand(f.shape, generator=generator()) for name, f in features[0].items()}
+    ms = [sum((true[name] * f).sum().item() for name, f in row.items()) for row in features]
+    found = bench.fit(features[20:], ms[20:])
+    assert all(torch.tensor(values).min() >= 0 for values in found.values())
+    for arch, t in zip(archs[:20], ms[:20], strict=True):
+        assert latency(net, found)(arch) == pytest.approx(t, rel=0.01)
+
+
+def test_a_search_ends_in_its_latency(data_dir, tmp_path):
+    tiny = TINY_SEARCH | dict(data_dir=data_dir)
+    printed = succeeds("bench.py", "latency", *flags(tiny | dict(dataset="pydocs", out_dir=tmp_path / "l", rounds=3, latency_heldout=4)))
+    errors = json.loads(printed.splitlines()[-1])
+    table = json.loads((tmp_path / "l/latency.json").read_text())
+    assert list(errors) == [KEY, "decode 1 x 16"] and table["threads"] == 1 and table["machine"]
+    held = sorted(row["predicted"] for row in table["latencies"]["decode 1 x 16"]["heldout"])
+    target, path = held[2] + 1e-9, tmp_path / "l/latency.json"
+    succeeds("train_search.py", *flags(tiny | dict(out_dir=tmp_path / "s", latency_table=path, latency_of="decode", target_latency=target)))
+    for line in (tmp_path / "s/arch_traj.jsonl").read_text().splitlines():
+        assert 0 < json.loads(line)["cost"]["latency"] <= target
+    result, arch = (json.loads((tmp_path / f"s/{name}.json").read_text()) for name in ("result", "arch"))
+    assert result["latency"] == arch["cost"]["latency"] and {"params", "flops"} < set(arch["cost"])
+    front = dict(out_dir=tmp_path / "p", latency_table=path, optimizer="spos", arch_search="pareto", pareto_cost="latency")
+    succeeds("train_search.py", *flags(tiny | front))
+    found = json.loads((tmp_path / "p/pareto.json").read_text())
+    assert found["cost"] == "latency" and all(point["latency"] > 0 for point in found["front"])
+
+
+def test_a_table_that_does_not_fit_is_one_sentence(measured, data_dir, tmp_path):
+    config = SimpleNamespace(**defaults(vars(train_search)) | dict(space="gpt", latency_table=str(measured), block_size=256))
+    with pytest.raises(SystemExit, match="has no prefill 1 x 256, but prefill 1 x 16, decode 1 x 16"):
+        load_latency(CHARS, config)
+    config.latency_length = 16
+    assert load_latency(CHARS, config)
+    for change in (dict(n_embd=[96, 192, 480]), dict(n_layer=[4, 5]), dict(vocab_size=97), dict(head_size=64)):
+        with pytest.raises(SystemExit, match="is of another space, or of other sizes in it: run python bench"):
+            load_latency(build(vars(CHARS.config) | change), config)
+    write_json(tmp_path / "other.json", {"network": network_of(CHARS, SimpleNamespace(space="other"))})
+    config.latency_table = str(tmp_path / "other.json")
+    with pytest.raises(SystemExit, match="is of another space"):
+        load_latency(CHARS, config)
+    tiny = flags(TINY_SEARCH | dict(data_dir=data_dir, out_dir=tmp_path / "o"))
+    assert "needs a --latency_table" in fails("train_search.py", *tiny, "--target_latency=1.0")
+    assert "latency_length=17 is above block_size=16" in fails("bench.py", "latency", *tiny, "--dataset=pydocs", "--latency_length=17")
