@@ -34,7 +34,7 @@ def commands(text):
 
 def shown():
     """(where, command) of every command shown anywhere, once."""
-    places = [ROOT / "README.md", *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "config").glob("*.py"))]
+    places = [ROOT / "README.md", *(ROOT / name for name in (*SCRIPTS, "report.py")), *sorted((ROOT / "config").glob("*.py"))]
     seen = {}
     for place in places:
         text = place.read_text()
@@ -96,6 +96,9 @@ def shrink(command, data_dir, digits_dir, finished, out):
     elif script == "train_rl.py":
         words = [word for word in words if not word.startswith("--out_dir")]
         extra += [*flags(TINY_RL), f"--cache_dir={out}/cache"]
+    elif script == "analyze.py" and "report" in words:
+        words = [f"{finished}/s" if word.startswith("out/") else word for word in words]
+        extra = [*flags(TINY | dict(n_pick=3, n_rank=3)), f"--data_dir={data_dir}"]
     elif script == "analyze.py":
         extra = []
         words = [f"--out_dir={finished}/{'b' if 'base' in word else 'r' if 'rl' in word else 's'}" if word.startswith("--out_dir") else
