@@ -74,7 +74,7 @@ def load_supernet(config):
     with these weights on the alphas' part of the data, which report/inherited.jsonl remembers."""
     path = os.path.join(config["out_dir"], "ckpt.pt")
     checkpoint = load_checkpoint(path, "cpu")
-    own = {key: config[key] for key in ("device", "data_dir") if config[key]} | {"init_from": "scratch", "overwrite": True}
+    own = {key: config[key] for key in ("device", "data_dir") if config[key]} | dict(init_from="scratch", overwrite=True, zero_stage=0)
     search = SimpleNamespace(**checkpoint["config"] | own) # overwrite: setup() finds the run, of which nothing is replaced
     run = setup(search)
     if run.world > 1:
@@ -402,7 +402,7 @@ def report(config):
                "budget": bounds, "ranked": [{"arch": arch, "inherited": a, "trained": b} for arch, a, b in zip(
                    ranked, inherited, trained, strict=True)],
                "ranks": ranks({"loss with inherited weights": inherited, "number of parameters": [-n for n in params]},
-                              sign * np.array(trained)),
+                              sign * np.array(trained)) if ranked else {},
                "config": config, "made": made_by(config, search, splits, read_json(os.path.join(next(iter(jobs)), "run.json")))}
     write_json(os.path.join(folder, "report.json"), numbers)
     figures = {"search": search_figure(out), "networks": save_figure(
