@@ -5,6 +5,7 @@ Redraws the figure of any run from its files, at any time, also while it runs, a
     python analyze.py --out_dir=out/base        # of train.py or train_base.py: losses -> loss.png
     python analyze.py --out_dir=out/base_swinir_samples --images=sr_samples     # PSNR and SSIM on pairs of images -> sr_samples.png
     python analyze.py --out_dir=out/rl          # of train_rl.py: aggregate.png, frames.png, two.png, regret.png, surface.png
+    python analyze.py report out/search         # trains what a search found and its rivals: did it pay? See report.py
     python analyze.py --out_dir=out/rl --compare=numbers:out/rl_numbers_*,random:out/rl_random_*    # regret.png of groups of runs
 """
 import bisect
@@ -13,6 +14,7 @@ import glob
 import gzip
 import json
 import os
+import sys
 import zlib
 
 import numpy as np
@@ -267,13 +269,13 @@ def draw_training(ax, log, best):
     right.locator_params(axis="y", nbins=4)
 
 
-def save_figure(path, height, draw):
-    """draw(figure), then writes the figure, 9 by `height` inches, whole or not at all; returns path."""
+def save_figure(path, height, draw, width=9):
+    """draw(figure), then writes the figure, `width` by `height` inches, whole or not at all; returns path."""
     # here, for a search imports this file and draws only at its end; no pyplot, whose backend and figures are a notebook's
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context(STYLE):
-        figure = Figure((9, height), layout="constrained")
+        figure = Figure((width, height), layout="constrained")
         draw(figure)
         write(path, lambda tmp: figure.savefig(tmp, format="png"))
     return path
@@ -547,4 +549,8 @@ def main(out_dir, compare="", images=""):
 
 if __name__ == "__main__":
     from configurator import configure
-    main(**configure(globals()))
+    if sys.argv[1:2] == ["report"]:
+        import report # here, for it trains: what it imports imports this file
+        report.main(report.report, report.keys(sys.argv[2:]))
+    else:
+        main(**configure(globals()))

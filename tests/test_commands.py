@@ -36,7 +36,7 @@ def commands(text):
 
 def shown():
     """(where, command) of every command shown anywhere, once."""
-    places = [ROOT / "README.md", *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "config").glob("*.py"))]
+    places = [ROOT / "README.md", *(ROOT / name for name in (*SCRIPTS, "report.py")), *sorted((ROOT / "config").glob("*.py"))]
     seen = {}
     for place in places:
         text = place.read_text()
@@ -117,6 +117,9 @@ def shrink(command, data_dir, digits_dir, finished, out):
         sizes = {key: value for key, value in TINY_IMAGES.items() if key != "dataset"}
         succeeds("train_base.py", f"--arch={out.parent}/s/arch.json", f"--out_dir={out}", *flags(sizes))
         words, extra = ["python", "analyze.py"], [f"--out_dir={out}", "--images=sr_samples"]
+    elif script == "analyze.py" and "report" in words:
+        words = [f"{finished}/s" if word.startswith("out/") else word for word in words]
+        extra = [*flags(TINY | dict(n_pick=3, n_rank=3)), f"--data_dir={data_dir}"]
     elif script == "analyze.py":
         extra = []
         words = [f"--out_dir={finished}/{'b' if 'base' in word else 'r' if 'rl' in word else 's'}" if word.startswith("--out_dir") else

@@ -1,0 +1,200 @@
+"""The report of a search: rivals of equal budget, a statement that follows the numbers, nothing trained twice, a page that stands alone."""
+import html.parser
+import itertools
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
+
+import report
+from model import build
+from optim_nas import Budget, architectures, key_of
+
+SMALL = TINY | dict(n_pick=3, n_rank=4, n_random=2, seeds=[1, 2])
+CHARS = dict(n_layer=[4, 5, 6], n_head=[2, 4, 6], n_embd=[96, 192, 384], mlp_ratio=[2, 3, 4], vocab_size=65, block_size=256)
+
+
+@pytest.fixture(scope="module")
+def searched(data_dir, tmp_path_factory):
+    """A search with a budget."""
+    out = tmp_path_factory.mktemp("searched") / "s"
+    succeeds("train_search.py", *flags(TINY_SEARCH | dict(data_dir=data_dir, out_dir=out, target_params=4000)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def reported(searched, data_dir):
+    """Its report, as a user makes it: the folder."""
+    succeeds("analyze.py", "report", str(searched), *flags(SMALL | dict(data_dir=data_dir)))
+    return searched / "report"
+
+
+def numbers_of(folder):
+    found = json.loads((folder / "report.json").read_text())
+    return {key: found[key] for key in ("verdict", "ranked", "ranks")} | {
+        name: {key: n[key] for key in ("arch", "val", "test", "params")} for name, n in found["networks"].items()}
+
+
+def test_every_rival_is_in_the_budget(reported):
+    networks = json.loads((reported / "report.json").read_text())["networks"]
+    assert list(networks) == ["found", "largest", "standard", "picked", "random 1", "random 2"]
+    assert all(n["params"] <= 4000 and len(n["test"]) == len(n["val"]) == 2 for n in networks.values())
+
+
+def test_the_largest_by_exhaustion_and_nanogpts_shape():
+    net = build(dict(n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[16, 32], mlp_ratio=[1, 2, 4], vocab_size=65, block_size=16))
+    for target in (9_000, 20_000, 33_000):
+        budget = Budget(net.choices, net.cost, {"params": target})
+        everything = {key_of(arch): net.cost(arch)["params"] for arch in architectures(net.choices)}
+        arch = report.largest(net.choices, budget, None, torch.Generator().manual_seed(0))
+        assert everything[key_of(arch)] == max(params for params in everything.values() if params <= target)
+        assert report.largest(net.choices, budget, arch, torch.Generator().manual_seed(0)) != arch
+    net = build(CHARS)
+    for target, (depth, width) in ((10_800_000, (6, 384)), (2_750_000, (6, 192))):
+        arch = report.standard(net.choices, Budget(net.choices, net.cost, {"params": target}))
+        assert arch == dict(n_layer=depth, n_embd=width, n_head=[{384: 6, 192: 4}[width]] * depth, mlp_ratio=[4] * depth)
+    assert report.standard(net.choices, Budget(net.choices, net.cost, {"params": 340_000})) is None # mlp_ratio 4 does not fit
+
+
+def constructed(found, *rivals):
+    """networks of these mean losses, three seeds each."""
+    return {name: {"arch": {"n": i}, "val": [mean + d for d in (-0.01, 0.0, 0.01)], "test": [mean + d for d in (-0.011, 0.0, 0.01)]}
+            for i, (name, mean) in enumerate(zip(("found", "largest", "standard", "random 1", "random 2"), (found, *rivals), strict=False))}
+
+
+@pytest.mark.parametrize("found, rivals, bought, said, strongest", [
+    (2.0, (2.2, 2.1, 2.3), 5, "The search paid", "standard"),
+    (2.2, (2.4, 2.3, 2.1), 5, "The search did not pay", "random 1"),
+    (2.0, (2.2, 2.001, 2.3), 5, "cannot be told with these seeds", "standard"),
+    (2.0, (2.2, 2.2, 2.1, 1.8), 1, "The search did not pay", "random 2"), # its cost and its training are two draws,
+    (2.0, (2.2, 2.2, 2.1, 1.8), 0.5, "The search paid", "random 1")]) # or one
+def test_the_statement_follows_the_numbers(found, rivals, bought, said, strongest):
+    text, name = report.verdict(constructed(found, *rivals), bought, 1)
+    assert said in text and name == strongest and strongest in text and ("test loss" in text)
+    accuracies = constructed(-found, *(-loss for loss in rivals))
+    assert said in report.verdict(accuracies, bought, -1, "test accuracy in %")[0]
+
+
+def test_a_rival_that_the_search_found_too_means_that_it_did_not_pay():
+    networks = constructed(2.0, 2.2) | {"standard": constructed(2.0)["found"]}
+    assert "did not pay: what it found is standard" in report.verdict(networks, 5, 1)[0]
+    assert "Nothing can be said" in report.verdict(constructed(2.0), 5, 1)[0]
+
+
+def test_differences_by_hand():
+    told = report.compare([2.0, 2.1, 2.2], [3.5, 3.4, 3.9], 1)
+    assert told["gain"] == pytest.approx(1.5) and told["std"] == pytest.approx(0.2) and told["words"] == "the found one is better"
+    t = 1.5 / math.sqrt((0.01 + 0.07) / 3) # Welch's statistic; its degrees of freedom by Welch-Satterthwaite
+    df = (0.08 / 3) ** 2 / ((0.01 / 3) ** 2 / 2 + (0.07 / 3) ** 2 / 2)
+    x = np.linspace(t, 4000, 4_000_001)
+    tail = np.trapezoid((1 + x ** 2 / df) ** (-(df + 1) / 2), x) * math.gamma((df + 1) / 2) / math.sqrt(df * math.pi) / math.gamma(df / 2)
+    assert told["p"] == pytest.approx(2 * tail, rel=1e-3)
+    assert report.compare([1.0, 1.0], [1.0, 1.0], 1)["words"] == "cannot be told apart"
+
+
+def test_kendalls_tau_by_pairs():
+    rng = np.random.default_rng(0)
+    trained, inherited = rng.random(20), rng.random(20)
+    inherited += trained
+    agree = [np.sign((inherited[i] - inherited[j]) * (trained[i] - trained[j])) for i, j in itertools.combinations(range(20), 2)]
+    found = report.ranks({"inherited": inherited, "same": trained ** 3}, trained)
+    assert found["inherited"]["tau"] == pytest.approx(np.mean(agree)) and found["inherited"]["tau_p"] < 0.05
+    assert found["same"]["tau"] == pytest.approx(1) and found["same"]["rho"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("optimizer, order, batches", [("drnas", 1, 30 * 5), ("darts", 2, 30 * 15), ("spos", 1, 30 * 3 + 7 * 2)])
+def test_the_flops_of_a_search(optimizer, order, batches):
+    net = build(dict(n_layer=[1, 2], n_head=[1], n_embd=[16, 32], mlp_ratio=[1, 2], vocab_size=65, block_size=16))
+    search = SimpleNamespace(optimizer=optimizer, order=order, max_iters=10, gradient_accumulation_steps=3, eval_iters=2, batch_size=4)
+    costs = [net.cost(arch)["flops"] for arch in architectures(net.choices)]
+    flops = report.search_flops(net, search, 7 if optimizer == "spos" else 0) / 4 / batches
+    assert min(costs) < flops < max(costs) if optimizer == "spos" else flops == max(costs)
+
+
+def test_killed_and_rerun_it_has_the_same_numbers_and_trains_nothing_again(searched, reported, data_dir, tmp_path):
+    shutil.copytree(searched, tmp_path / "s", ignore=shutil.ignore_patterns("report"))
+    command = [sys.executable, "analyze.py", "report", str(tmp_path / "s"), *flags(SMALL | dict(data_dir=data_dir))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    runs, deadline = tmp_path / "s/report/runs", time.monotonic() + 120
+    while len(list(runs.glob("*/result.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in (*runs.glob("*/result.json"), *runs.parent.glob("inherited.jsonl"))}
+    assert len(done) >= 4 and not (runs.parent / "report.json").exists()
+    assert "of which 0 are left" not in succeeds(*command[1:])
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert numbers_of(tmp_path / "s/report") == numbers_of(reported)
+
+
+class Page(html.parser.HTMLParser):
+    """Every tag closed in order, and the text of the page."""
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.seen, self.text = [], [], ""
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_stands_alone(reported):
+    text = (reported / "report.html").read_text()
+    page, numbers = Page(text), json.loads((reported / "report.json").read_text())
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.seen} and "http" not in text and "url(" not in text
+    images = [attrs["src"] for tag, attrs in page.seen if tag == "img"]
+    assert len(images) == 3 and all(src.startswith("data:image/png;base64,") for src in images)
+    markdown = (reported / "report.md").read_text()
+    for said in (numbers["verdict"], "analyze.py report", *numbers["networks"], numbers["made"]["commit"], "Kendall's tau"):
+        assert said in page.text and said in markdown, said
+    assert "<b>&lt;" not in Page(report.to_html([("h1", "a <b> & c"), ("table", ["x\"y"], [["<script>"]])])).text
+
+
+def test_more_networks_are_added(searched, reported, data_dir):
+    before = numbers_of(reported)
+    said = succeeds("analyze.py", "report", str(searched), *flags(SMALL | dict(data_dir=data_dir, n_random=3, n_rank=5)))
+    after = numbers_of(reported)
+    assert all(after[name] == before[name] for name in ("found", "largest", "random 1", "random 2"))
+    assert after["ranked"][:4] == before["ranked"] and "trainings of 4 steps" in said
+
+
+def test_accuracies_of_an_image_space(digits_dir, tmp_path):
+    options = TINY_IMAGES | TINY_SPACES["toy_conv_macro"] | dict(space="toy_conv_macro", data_dir=digits_dir, out_dir=tmp_path)
+    succeeds("train_search.py", *flags(options))
+    sizes = TINY_IMAGES | dict(n_pick=0, n_rank=3, n_random=1, seeds=[1, 2], data_dir=digits_dir)
+    succeeds("analyze.py", "report", str(tmp_path), *flags(sizes))
+    numbers = json.loads((tmp_path / "report/report.json").read_text())
+    assert "test accuracy" in numbers["metric"] and "standard" not in numbers["networks"]
+    assert all(0 <= value <= 100 for n in numbers["networks"].values() for value in n["test"])
+    assert "no standard shape" in (tmp_path / "report/report.md").read_text()
+
+
+def test_what_cannot_be_reported_is_one_sentence(searched, tmp_path):
+    assert "two or more different" in fails("analyze.py", "report", str(searched), "--seeds=[1,1]")
+    assert "val_portion" in fails("analyze.py", "report", str(searched), "--val_portion=0.0")
+    assert "cannot be read" in fails("analyze.py", "report", str(tmp_path))
+    shutil.copy(searched / "arch.json", tmp_path)
+    assert "no finished search" in fails("analyze.py", "report", str(tmp_path))
+
+
+def test_help_lists_the_keys_of_a_report():
+    said = succeeds("analyze.py", "report", "--help")
+    assert "n_rank = 20" in said and "learning_rate = " in said and "arch_traj" not in said
