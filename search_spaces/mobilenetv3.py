@@ -18,6 +18,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import defaults
+from model import run_blocks
 from supernet import BatchNorm2d, Choice, Conv2d, ImageNetwork, Linear, Size, check_arch, one_hot, options_of, prefixes, straight
 
 # -----------------------------------------------------------------------------
@@ -201,32 +202,11 @@ class MobileNetV3(ImageNetwork):
         x = self.first(F.hardswish(self.stem_norm(self.stem(x))))
         for s, blocks in enumerate(self.stages, 1):
             nothing = (self.depths[s - 1][-1], *[[None] * len(blocks)] * 2)
-            x = self.stage(x, s, *nothing if arch is None else (arch[f"{name}_{s}"] for name in NAMES))
+            depth, kernels, expands = nothing if arch is None else (arch[f"{name}_{s}"] for name in NAMES)
+            x = run_blocks(blocks, x, depth, self.depths[s - 1], list(zip(kernels, expands, strict=True)))
         x = F.hardswish(self.last_norm(self.last(x))).mean((2, 3)) # (B, last_channels)
         logits = self.classifier(self.dropout(F.hardswish(self.mix(x))))
         return logits, None if targets is None else F.cross_entropy(logits, targets)
-
-    def stage(self, x, s, d, kernels, expands):
-        """d: the depth, the weights of all, (depths,), or the depth and those weights, of which its own is 1."""
-        blocks, depths, out = list(zip(self.stages[s - 1], kernels, expands, strict=False)), self.depths[s - 1], 0
-        if isinstance(d, int):
-            for block, k, e in blocks[:d]:
-                x = block(x, k, e)
-            return x
-        if isinstance(d, torch.Tensor): # sum_d p_d x_d
-            for n, (block, k, e) in enumerate(blocks, 1):
-                x = block(x, k, e)
-                out = out + x * d[depths.index(n)].to(x.dtype) if n in depths else out
-            return out
-        (d, p), chosen = d, None # the norm that follows hides the scale of x_d: the other depths must have gradients too, or none learns
-        for n, (block, k, e) in enumerate(blocks, 1):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and n <= d):
-                x = block(x, k, e)
-            chosen = x if n == d else chosen
-            if n in depths:
-                weight = p[depths.index(n)].to(x.dtype)
-                out = out + x.detach() * (weight - weight.detach())
-        return chosen + out
 
     def unlock(self, old, new):
         """Before the options of the choices `old` become those of `new`: the channels of smaller expansions will be those that matter."""

@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import defaults
-from model import MLP, CausalSelfAttention
+from model import MLP, CausalSelfAttention, run_blocks
 from supernet import Choice, Conv2d, Embedding, ImageNetwork, LayerNorm, Size, check_arch, drop_path as drop_samples, options_of, prefixes
 from supernet import size_of, straight, window_attention
 
@@ -107,35 +107,15 @@ class Layer(nn.Module):
         shift = self.shift if min(H, W) > self.size else 0 # one window is all there is
         mask = shift_mask(H, W, self.size, shift, x.device) if shift else None
         x = windows(x, self.size, shift) # (B * windows, size^2, n_embd)
-        x = x + self.dropped(self.attn(self.ln_1(x, e), mask, e, n_head))
-        x = x + self.dropped(self.mlp(self.ln_2(x, e), e, mlp_ratio))
+        drop = self.drop if self.training else 0.0
+        x = x + drop_samples(self.attn(self.ln_1(x, e), mask, e, n_head), drop)
+        x = x + drop_samples(self.mlp(self.ln_2(x, e), e, mlp_ratio), drop)
         return unwindows(x, self.size, shift, H, W)
-
-    def dropped(self, x):
-        return drop_samples(x, self.drop) if self.training and self.drop else x
 
 
 def conv(module, x, *sizes):
     """A convolution of pixels whose channels come last: (B, H, W, in) -> (B, H, W, out)."""
     return module(x.permute(0, 3, 1, 2), *sizes).permute(0, 2, 3, 1)
-
-
-def run_blocks(blocks, x, n_layer, depths, args):
-    """x behind n_layer of the blocks, called with their args; n_layer is one of the depths, or says how they mix: weights (len(depths),),
-    for sum_d p_d x_d, or a depth and the weights, 1 there and 0 elsewhere. The norm that follows hides the scale of what was picked, so
-    all depths must have gradients: the blocks behind the one picked run forward alone."""
-    mixed = isinstance(n_layer, torch.Tensor)
-    depth, p = (depths[-1], n_layer) if mixed else n_layer if isinstance(n_layer, tuple) else (n_layer, None)
-    out, deeper = 0, x
-    for i, (block, arg) in enumerate(zip(blocks[:depth] if p is None else blocks, args, strict=False), 1):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and i <= depth):
-            deeper = block(deeper, *arg)
-        if i == depth:
-            x = deeper
-        if p is not None and i in depths:
-            weight = p[depths.index(i)]
-            out = out + (deeper * weight if mixed else deeper.detach() * (weight - weight.detach()))
-    return out if mixed else x + out
 
 
 class RSTB(nn.Module):
