@@ -175,7 +175,7 @@ def export_huggingface(net, trained, x):
         if name.endswith(".weight") and "wte" not in name and "wpe" not in name:
             state.setdefault(name.replace("weight", "bias"), torch.zeros(len(w)))
             state[name] = w.T.contiguous() # a Conv1D, or a norm
-    files = {"model.safetensors": save(state, {"format": "pt"}), "config.json": json.dumps(config, indent=2).encode()}
+    files = {"config.json": json.dumps(config, indent=2).encode(), "model.safetensors": save(state, {"format": "pt"})}
     if not n_head:
         files["modeling_gpt2_heads.py"] = Path(__file__).with_name("modeling_gpt2_heads.py").read_bytes()
     with tempfile.TemporaryDirectory() as folder:
