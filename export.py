@@ -30,6 +30,7 @@ A .pt2 file has pickles in it, which may run code when they are loaded: load tho
 only what torch.load(path, weights_only=True) reads.
 """
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -56,8 +57,8 @@ img_size = 0 # pixels a side of the images that it takes; 0: those it was traine
 # -----------------------------------------------------------------------------
 
 TOLERANCE = 1e-4 # how far the outputs of a file may be from the network's, relative to the largest
-NANOGPT = {"gelu": "gelu"} # our activations that it has; transformers, by its names:
-GPT2 = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "mish": "mish"}
+NANOGPT = ("gelu",) # the activations that it has
+GPT2 = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "mish": "mish"} # those that transformers has, and its names
 OTHERS = "take --format=safetensors, onnx or torch, which hold every network"
 
 
@@ -145,14 +146,11 @@ def export_nanogpt(net, trained, x):
     torch.save({"model": alike(net, n_head, 4 * E), "model_args": args, "optimizer": optimizer.state_dict(), "iter_num": 0,
                 "best_val_loss": 1e9, "config": {"dataset": trained.dataset}}, file)
     twin.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True)["model"])
-    run = Outputs(twin, True).eval()
-    expected = run(x)
-    for block in twin.transformer.h:
+    run, exact = Outputs(twin, True).eval(), Outputs(copy.deepcopy(twin), True).eval()
+    for block in exact.net.transformer.h:
         block.mlp.act = F.gelu
-    print(f"with nanoGPT's nn.GELU() the logits are within {difference([run(x)], [expected]):.1e} of these, relative to the largest; "
+    print(f"with nanoGPT's nn.GELU() the logits are within {difference([exact(x)], [run(x)]):.1e} of these, relative to the largest; "
           "with nn.GELU(approximate='tanh') in its model.py they are these")
-    for block in twin.transformer.h:
-        block.mlp.act = net.transformer.h[0].mlp.act
     return {"nanogpt/ckpt.pt": file.getvalue()}, run
 
 
@@ -175,7 +173,7 @@ def export_huggingface(net, trained, x):
         if name.endswith(".weight") and "wte" not in name and "wpe" not in name:
             state.setdefault(name.replace("weight", "bias"), torch.zeros(len(w)))
             state[name] = w.T.contiguous() # a Conv1D, or a norm
-    files = {"model.safetensors": save(state, {"format": "pt"}), "config.json": json.dumps(config, indent=2).encode()}
+    files = {"config.json": json.dumps(config, indent=2).encode(), "model.safetensors": save(state, {"format": "pt"})}
     if not n_head:
         files["modeling_gpt2_heads.py"] = Path(__file__).with_name("modeling_gpt2_heads.py").read_bytes()
     with tempfile.TemporaryDirectory() as folder:

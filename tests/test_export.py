@@ -109,7 +109,7 @@ def test_a_file_computes_what_the_network_does(space, format, trained, capsys):
     ("onnx", dict(norm="rmsnorm", position="rope", activation="swiglu", residual="parallel", n_expert=3)),
     ("torch", dict(norm="partial_rmsnorm", position="sinusoidal", activation="mish", residual="post", loss_chunk=7, head_size=3))])
 def test_the_options_of_a_gpt_export(format, change, tmp_path):
-    net, config = saved(tmp_path, **change)
+    net, config = saved(tmp_path, n_layer=1, **change)
     path, _ = export.export(options(tmp_path, format))
     assert_same(load(path), net, config)
 
@@ -157,7 +157,7 @@ def test_mistakes_are_one_sentence(trained, tmp_path, monkeypatch):
                           "huggingface is for a GPT, and this network is one of nb201": options(out, "huggingface")}.items():
         with pytest.raises(SystemExit, match=words):
             export.export(config)
-    for format, package in {"onnx": "onnxruntime", "safetensors": "safetensors", "huggingface": "transformers"}.items():
+    for format, package in {"onnx": "onnxruntime", "huggingface": "transformers", "safetensors": "safetensors"}.items():
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(SystemExit, match=f"{package}.*pip install .*{package}"):
             export.export(options(trained("gpt"), format))
