@@ -175,7 +175,7 @@ def export_huggingface(net, trained, x):
             state[name] = w.T.contiguous() # a Conv1D, or a norm
     files = {"config.json": json.dumps(config, indent=2).encode(), "model.safetensors": save(state, {"format": "pt"})}
     if not n_head:
-        files["modeling_gpt2_heads.py"] = Path(__file__).with_name("modeling_gpt2_heads.py").read_bytes()
+        files["modeling_gpt2_heads.py"] = (Path(__file__).parent / "assets/modeling_gpt2_heads.py").read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
             Path(folder, name).write_bytes(data)
