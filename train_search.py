@@ -368,7 +368,8 @@ def latency_key(config, of, batch_size, length):
 
 def latency_features(net, weights):
     """What the latency of a network is a linear function of, {name: float64 tensor}, itself linear in each row of the weights: of a GPT how
-    often it has each part, (n_embd, options); of others params, flops and how often each row has each option."""
+    often it has each part, (n_embd, options); of others params, flops and how often each option is there, in all
+    rows and in each."""
     weights = {name: w.double().cpu() for name, w in weights.items()}
     shares = dict(weights)
     for name, c in net.choices.items():
@@ -379,7 +380,8 @@ def latency_features(net, weights):
         parts = {"rest": shares["n_layer"], "attention": shares["n_head"].sum(0), "mlp": shares["mlp_ratio"].sum(0)}
         return {name: torch.outer(shares["n_embd"], share) for name, share in parts.items()}
     cost = net.cost(weights)
-    return {"constant": torch.ones(()).double(), "params": cost["params"], "flops": cost["flops"], **shares}
+    counts = {f"all {name}": share.sum(0) for name, share in shares.items() if share.dim() == 2}
+    return {"constant": torch.ones(()).double(), "params": cost["params"], "flops": cost["flops"], **counts, **shares}
 
 
 def latency(net, ms):
