@@ -199,8 +199,11 @@ def draw_weights(figure, ax, labels, matrix, lines, best, width):
     for choice, name, row, used in groups(best):
         if start:
             ax.axhline(start, color="white", linewidth=0.6 if choice == previous else 2.5)
-        if used:
-            ax.plot(best["step"], start + np.argmax(row) + 0.5, markersize=6, **STAR)
+        if used: # in a budget it is not always the largest weight
+            chosen, options = best["arch"][choice], best.get("options", {}).get(choice)
+            chosen = chosen[int(name.rpartition(".")[2])] if isinstance(chosen, list) else chosen
+            place = options.index(chosen) if options else np.argmax(row)
+            ax.plot(best["step"], start + place + 0.5, markersize=6, **STAR)
         names[start + len(row) / 2] = name
         start, previous = start + len(row), choice
     options = [label.split(" ", 1)[1] for label in labels]

@@ -54,13 +54,13 @@ SURE = 0.05 # the chance of a difference by luck below which two networks are to
 KINDS = {"found": "by the search", "largest": "what uses most of the budget", "standard": "nanoGPT's proportions", "random": "drawn",
          "picked": "of {n_pick} drawn ones the best with inherited weights"}
 CSS = """:root{color-scheme:light}
-body{max-width:56rem;margin:0 auto;padding:1rem 1rem 3rem;font:16px/1.55 system-ui,sans-serif;color:#222;background:#fff}
+body{max-width:60rem;margin:0 auto;padding:1rem 1rem 3rem;font:16px/1.55 system-ui,sans-serif;color:#222;background:#fff}
 h1{font-size:1.6rem;line-height:1.25}h2{font-size:1.2rem;margin:2.2rem 0 .6rem}
 .verdict{padding:.8rem 1rem;border-left:5px solid #0072B2;background:#f3f6f9;font-size:1.1rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.35rem .5rem;border-bottom:1px solid #ddd;text-align:right;vertical-align:top}
 th:first-child,td:first-child,.text th,.text td{text-align:left}
-td,code{overflow-wrap:anywhere}code{font-size:.9em;background:#f3f6f9}
+.numbers td{white-space:nowrap}.text td,code{overflow-wrap:anywhere}code{font-size:.9em;background:#f3f6f9}
 figure{margin:1rem 0}img{max-width:100%;height:auto}figcaption{font-size:.9rem;color:#555}
 @media(max-width:44rem){thead{display:none}table,tbody,tr{display:block}tr{padding:.5rem 0;border-bottom:1px solid #ccc}
 td{display:flex;justify-content:space-between;gap:1rem;padding:.1rem 0;border:0}td:first-child{font-weight:600}
@@ -186,7 +186,7 @@ def compare(found, rival, sign):
     differences = sign * (rival - found)
     constant = np.ptp(found) == np.ptp(rival) == 0
     p = float(not differences.any()) if constant else float(ttest_ind(found, rival, equal_var=False).pvalue)
-    words = "cannot be told apart" if not p < SURE else "the found one is better" if differences.mean() > 0 else "the found one is worse"
+    words = "not told apart" if not p < SURE else "better" if differences.mean() > 0 else "worse"
     return {"gain": differences.mean(), "std": differences.std(ddof=1), "p": p, "words": words}
 
 
@@ -209,7 +209,7 @@ def verdict(networks, bought, sign, what="test loss"):
     found = compare(networks["found"]["test"], networks[best]["test"], sign)
     test = f"in {what} (Welch's t-test, p = {found['p']:.2g}, {len(networks['found']['test'])} seeds)"
     rival = f"{best}, the strongest rival of equal budget that needs no search,"
-    if found["words"] == "cannot be told apart":
+    if found["words"] == "not told apart":
         return ("Whether the search paid cannot be told with these seeds: the found network cannot be told apart from "
                 f"{rival} they differ by {abs(found['gain']):.4f} {test}."), best
     if found["gain"] > 0:
@@ -303,7 +303,7 @@ def pages(numbers, figures):
         ("verdict", numbers["verdict"]),
         ("p", f"Every network costs at most {numbers['budget']} (in brackets: the share in use), and was trained from scratch alike, for "
               f"{config['max_iters']} steps, with each of the seeds {', '.join(map(str, config['seeds']))}: mean ± standard deviation."),
-        ("table", ["network", "parameters", f"val {what[5:]}", what, "found is better by", "p", "in words"], rows),
+        ("table", ["network", "parameters", f"val {what[5:]}", what, "found is better by", "p", "found is"], rows),
         ("p", f"The difference is that in {what}, paired by seed. p is of Welch's t-test, not corrected for the number of rivals; below "
               f"{SURE} two networks are told apart." + f" The means of the {len(drawn)} random ones: {mean_of(drawn)}." * bool(drawn)),
         ("figure", figures["networks"], f"The {what} of every training; bars are means, the line is that of the found network."),
@@ -334,7 +334,7 @@ def made_by(config, search, splits, run):
     """Commands, commit, machine, data and settings, in words. run: the run.json of one of the trainings."""
     first = read_json(os.path.join(config["out_dir"], "run.json"))
     keys = ("batch_size", "gradient_accumulation_steps", "learning_rate", "min_lr", "warmup_iters", "weight_decay", "val_portion")
-    machine = f"{run['device']} in {run['dtype']}, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    machine = f"{run['device']} in {run['dtype']}, {platform.processor() or platform.machine()}, PyTorch threads: {torch.get_num_threads()}"
     unit = "tokens" if config["space"] == "gpt" else "images"
     return {"search": f"`python {shlex.join(first['argv'])}`", "report": f"`python {shlex.join(sys.argv)}`",
             "commit": " and ".join(dict.fromkeys(r["commit"] or "unknown" for r in (first, run))), "machine": machine,
@@ -397,7 +397,8 @@ def report(config):
     cost["bought"] = cost["search_flops"] / cost["random_flops"]
     trained, params = ([results[key_of(arch), seeds[0]][name] for arch in ranked] for name in (f"test_{key}", "params"))
     said, strongest = verdict(nets, cost["bought"], sign, what)
-    bounds = " and ".join(f"{target:,} {name}" for name, target in budget.targets.items())
+    units = {"params": "parameters", "flops": "FLOPs"}
+    bounds = " and ".join(f"{target:,} {units.get(name, name)}" for name, target in budget.targets.items())
     numbers = {"verdict": said, "strongest": strongest, "metric": what, "dataset": search.dataset, "networks": nets, "cost": cost,
                "budget": bounds, "ranked": [{"arch": arch, "inherited": a, "trained": b} for arch, a, b in zip(
                    ranked, inherited, trained, strict=True)],
