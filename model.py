@@ -22,8 +22,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from supernet import Choice, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, causal_attention, check_arch, extract, mixed_attention
-from supernet import mixed_rotary_attention, one_hot, options_of, prefixes, rotary, size_of, straight
+from supernet import Choice, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, causal_attention, check_arch, extract
+from supernet import mixed_attention, mixed_rotary_attention, one_hot, options_of, prefixes, ranking, reorder, rotary, size_of
+from supernet import straight
 
 
 @dataclass
@@ -101,6 +102,28 @@ class CausalSelfAttention(nn.Module):
         y = straight(causal_attention(q, k, v, h, self.dropout if self.training else 0.0, is_causal=is_causal), a)
         return self.resid_dropout(self.c_proj(y, None if plain else Size(n, groups), e))
 
+    def heads(self):
+        """What can be ordered here, each as a function like MLP.neurons(): the heads, or with head_size 0 the channels inside each."""
+        h = self.n_head[-1]
+
+        def parts(of):
+            """[(3, head, channel, ...)] of query, key and value, and (head, channel, n_embd) of what reads them"""
+            return [of(p).unflatten(0, (3, h, -1)) for p in self.c_attn.parameters()], of(self.c_proj.weight).T.unflatten(0, (h, -1))
+
+        def whole(of):
+            qkv, read = parts(of)
+            return [*(t.transpose(0, 1) for t in qkv), read]
+
+        def values(of, i):
+            qkv, read = parts(of)
+            return [*(t[2, i] for t in qkv), read[i]]
+
+        def keys(of, i):
+            return [t[:2, i].transpose(0, 1) for t in parts(of)[0]]
+        if self.head_size:
+            return [whole]
+        return [partial(f, i=i) for i in range(h) for f in (values, keys)[:1 if self.rope else 2]]
+
     def mixture(self, x, e, a):
         """a: (n_head,) weights. Every head count attends in its own layout, with the scale of its true head size.
 
@@ -133,6 +156,10 @@ class MLP(nn.Module):
         self.register_buffer("share", prefixes(n_hidden, n_hidden[-1][-1]), persistent=False) # (n_embd, mlp_ratio, hidden)
         self.n_hidden = tuple(sorted({n for row in n_hidden for n in row}))
         self.register_buffer("last", torch.tensor(self.n_hidden) - 1, persistent=False)
+
+    def neurons(self, of):
+        """of(parameter), for those with hidden neurons, each as (neuron, ...)."""
+        return [*(of(p).unflatten(0, (1 + self.gated, -1)).transpose(0, 1) for p in self.c_fc.parameters()), of(self.c_proj.weight).T]
 
     def hidden(self, e, m):
         """The Size of the hidden dimension, n_embd * mlp_ratio."""
@@ -369,6 +396,39 @@ class GPT(nn.Module):
         small = GPT(self.config, arch).to(self.lm_head.weight.device)
         one = torch.zeros(1, 1, dtype=torch.long, device=self.lm_head.weight.device)
         return extract(self, small, lambda: self(one, one, arch))
+
+    @torch.no_grad()
+    def sort(self, score):
+        """Orders neurons, heads and channels by importance, the largest first, so that a smaller option keeps what matters most; the
+        largest network computes what it did. score: a parameter -> how much each of its entries matters, (the parameter's shape).
+
+        neurons     of every MLP
+        heads       of a fixed head_size. Else all head counts use all channels, and what a smaller n_embd cuts off are the last channels
+                    of every head of the largest count: those of the values are ordered, and with them, apart, those of queries and
+                    keys, but not under rope, where each has a frequency of its own
+        channels    of n_embd, in all layers alike; but where a channel's place counts they stay: in sinusoidal positions, and in
+                    partial_rmsnorm
+        """
+        assert not self.config.n_expert, "experts have fixed sizes, and nothing to order"
+
+        def order(units):
+            reorder(units(lambda p: p), ranking(sum(t.reshape(len(t), -1).sum(1) for t in units(score))))
+        for block in self.transformer.h:
+            order(block.mlp.neurons)
+            for units in block.attn.heads():
+                order(units)
+        if self.config.position != "sinusoidal" and self.config.norm != "partial_rmsnorm":
+            order(self.channels)
+
+    def channels(self, of):
+        """of(parameter), for those with channels of n_embd, each as (channel, ...)."""
+        t = self.transformer
+        columns = [t.wte.weight, *([t.wpe.weight] if self.config.position == "learned" else [])]
+        rows = [p for module in self.modules() if isinstance(module, LayerNorm | RMSNorm) for p in module.parameters()]
+        for block in t.h:
+            columns += [block.attn.c_attn.weight, block.mlp.c_fc.weight]
+            rows += [*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()]
+        return [of(p) for p in rows] + [of(p).T for p in columns]
 
     def cost(self, arch=None):
         """{"params", "flops"} of an architecture: whole numbers; of weights: the differentiable expectations, float64.

@@ -85,6 +85,7 @@ learning_rate = 2e-3
 min_lr = 2e-4
 # -----------------------------------------------------------------------------
 
+IMPORTANCE_STEPS = 8
 PHASE_KEYS = {"share": float, "learning_rate": float, "warmup_iters": int, "subnets_per_step": int} # a phase may have its own
 
 
@@ -163,6 +164,21 @@ def taught(forward, teacher, distill):
         logits, loss = forward(x, y, arch)
         return logits, loss + distill * F.cross_entropy(logits, answers)
     return loss_of
+
+
+def importance(net, data, config, run):
+    """{parameter: (weight * gradient)^2 of the largest network, summed over IMPORTANCE_STEPS batches}: to first order, the square of how
+    the loss would change without that entry (Molchanov et al. 2019, equation 8)."""
+    largest, total = extremes(net.choices)[1], {p: torch.zeros_like(p) for p in net.parameters()}
+    net.eval() # no dropout
+    for step in range(IMPORTANCE_STEPS):
+        backward(net, micro_batches(data, config, run, "train", step), run, (largest,))
+        average([p.grad for p in total], run)
+        for p, score in total.items():
+            score += (p.detach() * p.grad).square()
+            p.grad = None
+    net.train()
+    return total
 
 
 def trained(out_dir, key, config, run):
