@@ -4,6 +4,7 @@ Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) o
     python train_search.py                                      # a laptop: the quick search on pydocs, some minutes
     python train_search.py config/search_toy_cell_digits.py config/drnas.py     # a laptop: a space of search_spaces/, on images
     python train_search.py config/search_shakespeare_char.py config/drnas.py                         # one GPU
+    python train_search.py config/search_gpt2.py --target_params=80_000_000     # one GPU: a pretrained GPT-2 is cut to a budget
     python train_search.py config/shrink_mobilenetv3_digits.py  # progressive shrinking of a network that config/ tells how to train
     torchrun --standalone --nproc_per_node=4 train_search.py config/search_tinystories.py config/drnas.py    # one node of 4 GPUs
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/search_owt.py
@@ -13,6 +14,8 @@ Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) o
 A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the first train_portion of the training data, the alphas on
 the rest; val is only reported. Progressive shrinking starts with the largest network and unlocks smaller options phase by phase, each with
 a schedule of its own and, where it says so, other settings: 'kernel_size=3, depth=3 share=0.2 learning_rate=2e-3, depth=2'.
+With --init_from=gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, the largest network of the supernet starts as that GPT-2, reordered:
+the smaller options are its most important heads, neurons and channels.
 Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at every evaluation), arch.json (the best of them by the loss
 on the alphas' part, all that train_base.py needs), ckpt.pt, result.json and search.png; of --optimizer=spos also arch_search.jsonl (what it
 evaluated with inherited weights), and with --arch_search=pareto pareto.json.
@@ -30,15 +33,15 @@ from tqdm import tqdm
 
 from analyze import Benchmark, describe, read_lines, search_figure
 from configurator import defaults
-from model import OPTIONS
+from model import OPTIONS, load_gpt2
 from optim_nas import ArchOptimizer, Budget, best_of, by_front, entropy, evolutionary_search, fronts, key_of, picked, random_search
 from optim_nas import rowwise, uniform, unrolled_gradient
 from prepare import rng, seal, unseal, write, write_json
 from supernet import extremes, use_fused_ops, widen
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
 from train import Log, append, average, backward, begin, build, calibrate, check_resolutions, check_split, configure_optimizer, cut
-from train import estimate, fault, get_lr, load_checkpoint, load_data, load_model, loop, main, micro_batches, resume, save, setup, share
-from train import signals, space_module, stop_if_told, train_step, with_space
+from train import estimate, fault, get_lr, load_checkpoint, load_data, load_model, loop, main, micro_batches, pretrained, resume, resumes
+from train import save, setup, share, signals, space_module, stop_if_told, train_step, with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -403,13 +406,16 @@ def search(config):
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
                             budget=make_budget(net, config))
     phases, teacher = read_phases(net.choices, config), None
+    if pretrained(config):
+        load_gpt2(net, config.init_from)
+        net.sort(importance(net, splits["train"], config, run).__getitem__)
     if config.inherit and config.init_from == "scratch":
         inherit_weights(net, config, run)
     if config.teacher:
         teacher = trained(config.teacher, "teacher", config, run)
     optimizer = configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1)
-    if config.init_from != "scratch":
+    if resumes(config):
         net, optimizer = resume_search(net, optimizer, chooser, config, run, state)
     begin(config, run)
     chooser.open = phase_of(phases, max(0, state.step - 1)).choices
@@ -460,7 +466,7 @@ def search_inherited(net, forward, budget, splits, config, run, state, log, tabl
     arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
     path, lines, losses = os.path.join(config.out_dir, "arch_search.jsonl"), [], []
     if run.master:
-        if config.init_from != "scratch" and os.path.exists(path):
+        if resumes(config) and os.path.exists(path):
             lines = [unseal(line, path) for line in read_lines(path)]
         write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
     known = {key_of(line["arch"]): line["loss"] for line in lines}
