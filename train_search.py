@@ -76,7 +76,9 @@ target_params = 0 # a budget for the architecture that is found: never more, wit
 target_flops = 0 # of a forward pass of one sequence of block_size tokens, or of one image; 2 a multiply-add
 budget_penalty = 1.0 # weight of log(expected cost / target)^2 in the alphas' loss
 shrink = '' # progressive shrinking (spos): 'kernel_size=3, depth=2, expand=3', phases that each go down to an option; '': all at once
-subnets_per_step = 1 # draws whose gradients a step of the weights averages
+subnets_per_step = 1 # draws whose gradients a step of the weights averages: so many sizes learn from one batch
+sandwich = False # of spos: the first of these draws is the largest architecture, the last the smallest (Yu & Huang 2019)
+inplace_distill = False # of sandwich: all but the largest learn from its answers to the batch, in the place of labels
 inherit = '' # the out_dir of a training of the largest network, whose weights the supernet starts with
 teacher = '' # such an out_dir: the weights are also trained towards what its network answers,
 distill = 1.0 # by the cross-entropy to that, times this
@@ -145,6 +147,9 @@ def bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, l
         arch_step(net, forward, chooser, splits, config, run, state)
     generator = rng(config.seed, "sample", "weights", state.step)
     archs = [weight_arch(net, chooser, config, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
+    if config.sandwich:
+        archs[-1], archs[0] = extremes(chooser.open)
+    forward = distilled(forward) if config.inplace_distill else forward
     forward = taught(forward, teacher, config.distill) if teacher else forward
     return train_step(net, forward, optimizer, splits["train"], config, run, state, lr, archs)
 
@@ -166,6 +171,21 @@ def taught(forward, teacher, distill):
                 known, answers = x, teacher(x)[0].softmax(-1)
         logits, loss = forward(x, y, arch)
         return logits, loss + distill * F.cross_entropy(logits, answers)
+    return loss_of
+
+
+def distilled(forward):
+    """forward(x, y, arch), whose first architecture of a batch learns from y, and all others from its answers alone: their loss is the
+    cross-entropy to its softmax, which has no gradient (in-place distillation, Yu & Huang 2019)."""
+    known, answers = None, None
+
+    def loss_of(x, y, arch):
+        nonlocal known, answers
+        logits, loss = forward(x, y, arch)
+        if known is x:
+            return logits, F.cross_entropy(logits.flatten(0, -2), answers)
+        known, answers = x, logits.detach().flatten(0, -2).softmax(-1)
+        return logits, loss
     return loss_of
 
 
@@ -389,6 +409,19 @@ def check(config):
         raise SystemExit("teacher and inherit are for the spaces of search_spaces/; space is gpt.")
 
 
+def check_sandwich(choices, phases, config):
+    """SystemExit unless the sandwich rule and in-place distillation are possible, if they are asked for."""
+    loss_chunk, fewest = getattr(config, "loss_chunk", 0), min(phase.config.subnets_per_step for phase in phases)
+    if config.inplace_distill and (not config.sandwich or loss_chunk):
+        raise SystemExit(f"inplace_distill=True needs sandwich=True (it is {config.sandwich}), to have the largest's answers, and "
+                         f"loss_chunk=0 (it is {loss_chunk}), to have answers at all.")
+    if config.sandwich and (config.optimizer != "spos" or fewest < 2):
+        raise SystemExit(f"sandwich=True draws the largest and the smallest in every step: it needs optimizer=spos (it is "
+                         f"{config.optimizer}) and in every phase subnets_per_step of 2 or more (it is {fewest}).")
+    if config.sandwich and any(isinstance(choice.options[0], str) for choice in choices.values()):
+        raise SystemExit(f"sandwich=True needs a space of sizes: {config.space} chooses operations, of which none is the largest.")
+
+
 def search(config):
     """Runs the search of config (a dict); returns what it writes to result.json."""
     config = SimpleNamespace(**config)
@@ -406,6 +439,7 @@ def search(config):
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
                             budget=make_budget(net, config))
     phases, teacher = read_phases(net.choices, config), None
+    check_sandwich(net.choices, phases, config)
     if pretrained(config):
         load_gpt2(net, config.init_from)
         net.sort(importance(net, splits["train"], config, run).__getitem__)

@@ -1,5 +1,6 @@
-# GPT-2 (124 million parameters) cut to 80 million: its own weights, with what matters most in front, learn to be cut, and evolution finds
-# the best network within the budget. One GPU; --init_from=FOLDER takes a config.json and a model.safetensors from there.
+# GPT-2 (124 million parameters) cut to 80 million: its own weights, with what matters most in front, learn to be cut from the answers of
+# the whole, and evolution finds the best network within the budget. One GPU; --init_from=FOLDER takes a config.json and a
+# model.safetensors from there.
 # python prepare.py --dataset=openwebtext
 # python train_search.py config/search_gpt2.py --target_params=80_000_000
 out_dir = 'out/search_gpt2'
@@ -13,6 +14,9 @@ head_size = 64 # fewer heads are then the most important ones, whatever the widt
 bias = True
 
 optimizer = 'spos'
+subnets_per_step = 4 # the largest, two at random and the smallest
+sandwich = True
+inplace_distill = True
 train_portion = 0.99
 batch_size = 8
 block_size = 1024
