@@ -13,7 +13,9 @@ Attention heads follow one of two conventions:
                     owns the channels from j*E/h on (E the largest n_embd), of which a width e uses the first e/h.
     head_size=64    fixed: n_head heads of 64 channels each, whatever n_embd is; fewer heads are the first ones.
 """
+import json
 import math
+import os
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -22,8 +24,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from supernet import Choice, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, causal_attention, check_arch, extract, mixed_attention
-from supernet import mixed_rotary_attention, one_hot, options_of, prefixes, rotary, size_of, straight
+from supernet import Choice, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, causal_attention, check_arch, extract, extremes
+from supernet import mixed_attention, mixed_rotary_attention, one_hot, options_of, prefixes, ranking, reorder, rotary, size_of
+from supernet import straight
 
 
 @dataclass
@@ -101,6 +104,28 @@ class CausalSelfAttention(nn.Module):
         y = straight(causal_attention(q, k, v, h, self.dropout if self.training else 0.0, is_causal=is_causal), a)
         return self.resid_dropout(self.c_proj(y, None if plain else Size(n, groups), e))
 
+    def heads(self):
+        """What can be ordered here, each as a function like MLP.neurons(): the heads, or with head_size 0 the channels inside each."""
+        h = self.n_head[-1]
+
+        def parts(of):
+            """[(3, head, channel, ...)] of query, key and value, and (head, channel, n_embd) of what reads them"""
+            return [of(p).unflatten(0, (3, h, -1)) for p in self.c_attn.parameters()], of(self.c_proj.weight).T.unflatten(0, (h, -1))
+
+        def whole(of):
+            qkv, read = parts(of)
+            return [*(t.transpose(0, 1) for t in qkv), read]
+
+        def values(of, i):
+            qkv, read = parts(of)
+            return [*(t[2, i] for t in qkv), read[i]]
+
+        def keys(of, i):
+            return [t[:2, i].transpose(0, 1) for t in parts(of)[0]]
+        if self.head_size:
+            return [whole]
+        return [partial(f, i=i) for i in range(h) for f in (values, keys)[:1 if self.rope else 2]]
+
     def mixture(self, x, e, a):
         """a: (n_head,) weights. Every head count attends in its own layout, with the scale of its true head size.
 
@@ -133,6 +158,10 @@ class MLP(nn.Module):
         self.register_buffer("share", prefixes(n_hidden, n_hidden[-1][-1]), persistent=False) # (n_embd, mlp_ratio, hidden)
         self.n_hidden = tuple(sorted({n for row in n_hidden for n in row}))
         self.register_buffer("last", torch.tensor(self.n_hidden) - 1, persistent=False)
+
+    def neurons(self, of):
+        """of(parameter), for those with hidden neurons, each as (neuron, ...)."""
+        return [*(of(p).unflatten(0, (1 + self.gated, -1)).transpose(0, 1) for p in self.c_fc.parameters()), of(self.c_proj.weight).T]
 
     def hidden(self, e, m):
         """The Size of the hidden dimension, n_embd * mlp_ratio."""
@@ -370,6 +399,39 @@ class GPT(nn.Module):
         one = torch.zeros(1, 1, dtype=torch.long, device=self.lm_head.weight.device)
         return extract(self, small, lambda: self(one, one, arch))
 
+    @torch.no_grad()
+    def sort(self, score):
+        """Orders neurons, heads and channels by importance, the largest first, so that a smaller option keeps what matters most; the
+        largest network computes what it did. score: a parameter -> how much each of its entries matters, (the parameter's shape).
+
+        neurons     of every MLP
+        heads       of a fixed head_size. Else all head counts use all channels, and what a smaller n_embd cuts off are the last channels
+                    of every head of the largest count: those of the values are ordered, and with them, apart, those of queries and
+                    keys, but not under rope, where each has a frequency of its own
+        channels    of n_embd, in all layers alike; but where a channel's place counts they stay: in sinusoidal positions, and in
+                    partial_rmsnorm
+        """
+        assert not self.config.n_expert, "experts have fixed sizes, and nothing to order"
+
+        def order(units):
+            reorder(units(lambda p: p), ranking(sum(t.reshape(len(t), -1).sum(1) for t in units(score))))
+        for block in self.transformer.h:
+            order(block.mlp.neurons)
+            for units in block.attn.heads():
+                order(units)
+        if self.config.position != "sinusoidal" and self.config.norm != "partial_rmsnorm":
+            order(self.channels)
+
+    def channels(self, of):
+        """of(parameter), for those with channels of n_embd, each as (channel, ...)."""
+        t = self.transformer
+        columns = [t.wte.weight, *([t.wpe.weight] if self.config.position == "learned" else [])]
+        rows = [p for module in self.modules() if isinstance(module, LayerNorm | RMSNorm) for p in module.parameters()]
+        for block in t.h:
+            columns += [block.attn.c_attn.weight, block.mlp.c_fc.weight]
+            rows += [*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()]
+        return [of(p) for p in rows] + [of(p).T for p in columns]
+
     def cost(self, arch=None):
         """{"params", "flops"} of an architecture: whole numbers; of weights: the differentiable expectations, float64.
 
@@ -431,3 +493,62 @@ def build(config, arch=None):
     """A GPT from a dict of GPTConfig's fields; other keys are left alone. arch: the sizes of a stand-alone network."""
     known = {field.name for field in fields(GPTConfig)}
     return GPT(GPTConfig(**{key: value for key, value in config.items() if key in known}), arch)
+
+
+GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") # on the Hugging Face hub
+GPT2_CONFIG = {"activation_function": {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu", "silu": "silu"}, # as we call them
+               "layer_norm_epsilon": {1e-5: 1e-5}, "scale_attn_weights": {True: True}, "scale_attn_by_inverse_layer_idx": {False: False},
+               "tie_word_embeddings": {True: True}}
+
+
+def read_gpt2(source):
+    """A pretrained GPT-2 (Radford et al. 2019): its sizes, under the names of GPTConfig, and its weights, {our name: tensor}.
+
+    source: one of GPT2, or a folder with a config.json and a model.safetensors in the format of transformers. SystemExit if it cannot
+    be had, or computes something that our GPT does not.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+        from safetensors.torch import load_file
+        config, weights = (os.path.join(source, name) if os.path.isdir(source) else hf_hub_download(f"openai-community/{source}", name)
+                           for name in ("config.json", "model.safetensors"))
+        with open(config, encoding="utf-8") as f:
+            config = {"activation_function": "gelu_new"} | json.load(f)
+        sizes = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")} | {"block_size": config["n_positions"]}
+        weights = load_file(weights)
+    except Exception as e: # the hub, the network, the packages and damaged files have errors of every kind
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else ""
+        raise SystemExit(f"init_from='{source}' cannot be loaded ({type(e).__name__}: {reason}): name a folder with a GPT-2's config.json "
+                         f"and model.safetensors, or one of {', '.join(GPT2)} where the Hugging Face hub can be reached.") from None
+    for key, known in GPT2_CONFIG.items():
+        if key in config and config[key] not in known:
+            raise SystemExit(f"init_from='{source}' has {key}={config[key]}, and this GPT can only have {', '.join(map(str, known))}.")
+    inner = config.get("n_inner") or 4 * config["n_embd"]
+    sizes |= {"mlp_ratio": inner / config["n_embd"], "activation": GPT2_CONFIG["activation_function"][config["activation_function"]]}
+    sizes |= {"bias": True, "norm": "layernorm", "position": "learned", "residual": "pre", "n_expert": 0}
+    renamed = {}
+    for name, t in weights.items():
+        name = "transformer." + name.removeprefix("transformer.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")): # masks, and what is tied to wte
+            matrix = ".h." in name and t.dim() == 2 # transformers has them the other way round
+            renamed[name] = t.T if matrix else t
+    return sizes, renamed
+
+
+def load_gpt2(net, source, arch=None):
+    """Fills net, a GPT or a supernet of which it is the largest network, with the weights of a pretrained GPT-2; of its positions it
+    takes the first block_size. arch: that of a net without choices. SystemExit, with the first key that differs, if it is another."""
+    sizes, weights = read_gpt2(source)
+    arch = arch or extremes(net.choices)[1]
+    own = vars(net.config) | {name: arch[name] for name in SIZES[:2]}
+    own |= {name: next((v for v in arch[name] if v != sizes[name]), sizes[name]) for name in SIZES[2:]}
+    own["block_size"] = max(sizes["block_size"], net.config.block_size) # a shorter one is right
+    for name, value in sizes.items():
+        if own[name] != value:
+            raise SystemExit(f"init_from='{source}' has {name}={value}, and this network, at its largest, {own[name]}: set " + (
+                f"--{name}={value}, or a list that ends there." if name in SIZES else f"--{name}={value}." if name != "vocab_size" else
+                "--dataset to one prepared with its tokens, such as by prepare.py --tokenizer=gpt2."))
+    if net.config.head_size not in (0, sizes["n_embd"] // sizes["n_head"]):
+        raise SystemExit(f"init_from='{source}' has heads of {sizes['n_embd'] // sizes['n_head']} channels: set --head_size to that or 0.")
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:net.config.block_size]
+    net.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})

@@ -203,6 +203,18 @@ def take(w, dim, size):
     assert w.shape[dim] % size.groups == 0 and size.n % size.groups == 0, (w.shape, dim, size)
     return w.unflatten(dim, (size.groups, -1)).narrow(dim + 1, 0, size.n // size.groups).flatten(dim, dim + 1)
 
+
+def ranking(importance, ends=None):
+    """The places of importance: (n,), the largest first; with ends those of each band that they end stay in it."""
+    ends = ends or [len(importance)]
+    return torch.cat([start + importance[start:end].argsort(descending=True, stable=True) for start, end in itertools.pairwise([0, *ends])])
+
+
+def reorder(tensors, order):
+    """Each tensor's rows in that order, in place."""
+    for t in tensors:
+        t.copy_(t[order])
+
 # -----------------------------------------------------------------------------
 # mixing, and depthwise convolution: each in PyTorch, which says what is computed, and for a CPU in fused_ops.cpp
 

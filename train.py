@@ -10,7 +10,8 @@ Trains a GPT of fixed sizes on prepared data; its functions also run the searche
 
 Writes to out_dir: run.json (what was run), log.jsonl (one object a printed line), ckpt.pt (the newest state) and ckpt.prev.pt (the
 one before it), best.pt (the weights of the lowest validation loss) and result.json. SIGTERM or Ctrl-C ends a run after its step
-with a checkpoint; with --init_from=resume it goes on as if nothing had happened, on any number of processes.
+with a checkpoint; with --init_from=resume it goes on as if nothing had happened, on any number of processes. With --init_from=gpt2,
+gpt2-medium, gpt2-large, gpt2-xl, or a folder with such a config.json and model.safetensors, it starts with the weights of that GPT-2.
 """
 import contextlib
 import hashlib
@@ -36,7 +37,7 @@ from tqdm import tqdm
 import model
 from configurator import defaults, given
 from prepare import Images, Pairs, blocks, check_length, draw_index, get_batch, get_images, get_patches, image_batches, load_images
-from prepare import load_meta, load_pairs, load_tokens, pair_batches, prepare, rng, write, write_json
+from prepare import load_meta, load_pairs, load_tokens, pair_batches, prepare, read_json, rng, write, write_json
 from recipes import change_batch, change_pixels, check_recipe, sides
 from supernet import batch_norms, measure_norms, use_fused_ops
 
@@ -49,7 +50,7 @@ log_interval = 10
 eval_iters = 20 # batches an evaluation
 save_interval = 0 # steps between checkpoints, besides those at evaluations; 0: none
 save_minutes = 10.0 # a checkpoint also whenever so much time has passed; 0: never
-init_from = 'scratch' # 'resume': from ckpt.pt, 'previous': from the checkpoint before it
+init_from = 'scratch' # 'resume': from ckpt.pt, 'previous': from the checkpoint before it; 'gpt2' or a folder: pretrained weights
 wandb_log = False
 wandb_project = 'nas'
 tensorboard = False
@@ -208,14 +209,26 @@ def pick_dtype(dtype, device_type):
     return dtype
 
 
+def resumes(config):
+    return config.init_from in ("resume", "previous")
+
+
+def pretrained(config):
+    """Whether init_from names the weights of a GPT-2."""
+    return config.init_from != "scratch" and not resumes(config)
+
+
 def check_out_dir(config, run):
     """SystemExit if out_dir holds a run that would be lost, or none to go on with."""
-    if config.init_from not in ("scratch", "resume", "previous"):
-        raise SystemExit(f"init_from='{config.init_from}' is not 'scratch', 'resume' or 'previous'.")
+    if pretrained(config) and config.init_from not in model.GPT2 and not os.path.isdir(config.init_from):
+        raise SystemExit(f"init_from='{config.init_from}' is not 'scratch', 'resume' or 'previous', nor a pretrained network: "
+                         f"{', '.join(model.GPT2)}, or a folder with such a config.json and model.safetensors.")
+    if pretrained(config) and vars(config).get("space") != "gpt":
+        raise SystemExit(f"init_from='{config.init_from}' is for the GPT of train.py and train_search.py alone.")
     held = os.path.exists(os.path.join(config.out_dir, "run.json"))
-    if config.init_from != "scratch" and not held:
+    if resumes(config) and not held:
         raise SystemExit(f"out_dir={config.out_dir} holds no run to resume: leave out --init_from, or name the run's --out_dir.")
-    if config.init_from == "scratch" and held and not config.overwrite:
+    if not resumes(config) and held and not config.overwrite:
         raise SystemExit(f"out_dir={config.out_dir} holds another run: choose another --out_dir, go on with it by "
                          "--init_from=resume, or replace it by --overwrite=True.")
     if run.world > 1:
@@ -224,7 +237,7 @@ def check_out_dir(config, run):
 
 def begin(config, run):
     """Makes out_dir and writes run.json: the data and the network are there, what follows is work that must not be lost."""
-    if not run.master or config.init_from != "scratch":
+    if not run.master or resumes(config):
         return
     try:
         os.makedirs(config.out_dir, exist_ok=True)
@@ -404,8 +417,17 @@ def load_data(config, run):
         train, val = (load_images(config.data_dir, config.dataset, split) for split in ("train", "val"))
         return train, val, {"img_size": train.pixels.shape[1], "in_channels": train.pixels.shape[3], "num_classes": train.num_classes}
     train, val = (load_tokens(config.data_dir, config.dataset, split) for split in ("train", "val"))
-    size = load_meta(config.data_dir, config.dataset)["vocab_size"]
-    return train, val, {"vocab_size": size if size < 1000 else -(-size // 64) * 64} # large ones in multiples of 64, for speed
+    return train, val, {"vocab_size": vocabulary(load_meta(config.data_dir, config.dataset)["vocab_size"], config)}
+
+
+def vocabulary(size, config):
+    """The vocab_size of the network for so many tokens: large ones in multiples of 64, for speed, but where it began as a pretrained
+    one, whose logits are those of its tokens."""
+    if pretrained(config):
+        return size
+    padded = size if size < 1000 else -(-size // 64) * 64
+    begun = read_json(os.path.join(config.out_dir, "run.json"))["config"].get("vocab_size") if resumes(config) else padded
+    return begun if begun == size else padded
 
 
 def cut(data, start, stop):
@@ -788,9 +810,11 @@ def train(config, arch=None, test=False):
     if arch is None and config.space != "gpt" and any(len(c.options) > 1 for c in net.choices.values()):
         raise SystemExit(f"space={config.space} leaves {', '.join(net.choices)} open: train one of its architectures by train_base.py.")
     check_resolutions(net, config, run)
+    if pretrained(config):
+        model.load_gpt2(net, config.init_from, arch)
     cost, optimizer = net.cost(), configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best=math.inf, strikes=0)
-    if config.init_from != "scratch":
+    if resumes(config):
         resume(config, run, net, optimizer, state)
     begin(config, run)
     forward = torch.compile(net) if config.compile else net

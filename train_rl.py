@@ -29,7 +29,7 @@ from analyze import rl_figures
 from env import * # noqa: F403 (every key of env.py)
 from env import EVALUATORS, N, REWARDS, ArchEnv, arch_of, regret, reward_table, shards_of
 from prepare import write_json
-from train import Log, begin, main, resume, rng, save, setup, signals, stop_if_told
+from train import Log, begin, main, resume, resumes, rng, save, setup, signals, stop_if_told
 
 # -----------------------------------------------------------------------------
 # the keys of env.py, and:
@@ -287,7 +287,7 @@ def learn(config):
         _, rewards = reward_table(config.table, reward_of(config), vars(config))
     if config.algo != "random":
         model = ALGOS[config.algo](env=build_envs(config, mode_of(config, 0)), **settings_of(config))
-    if config.init_from != "scratch":
+    if resumes(config):
         checkpoint = resume(config, run, model and model.policy, model and model.policy.optimizer, state)
         if checkpoint:
             load_agent(model, checkpoint["agent"])

@@ -4,6 +4,7 @@ Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) o
     python train_search.py                                      # a laptop: the quick search on pydocs, some minutes
     python train_search.py config/search_toy_cell_digits.py config/drnas.py     # a laptop: a space of search_spaces/, on images
     python train_search.py config/search_shakespeare_char.py config/drnas.py                         # one GPU
+    python train_search.py config/search_gpt2.py --target_params=80_000_000     # one GPU: a pretrained GPT-2 is cut to a budget
     python train_search.py config/shrink_mobilenetv3_digits.py  # progressive shrinking of a network that config/ tells how to train
     torchrun --standalone --nproc_per_node=4 train_search.py config/search_tinystories.py config/drnas.py    # one node of 4 GPUs
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/search_owt.py
@@ -14,6 +15,8 @@ A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the firs
 the rest; val is only reported. Progressive shrinking starts with the largest network and unlocks smaller options phase by phase, each with
 a schedule of its own and, where it says so, other settings: 'kernel_size=3, depth=3 share=0.2 learning_rate=2e-3, depth=2'.
 For --target_latency, `python bench.py latency` with the same config measures a table on the machine that the network is for.
+With --init_from=gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, the largest network of the supernet starts as that GPT-2, reordered:
+the smaller options are its most important heads, neurons and channels.
 Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at every evaluation), arch.json (the best of them by the loss
 on the alphas' part, all that train_base.py needs), ckpt.pt, result.json and search.png; of --optimizer=spos also arch_search.jsonl (what it
 evaluated with inherited weights), and with --arch_search=pareto pareto.json.
@@ -31,15 +34,15 @@ from tqdm import tqdm
 
 from analyze import Benchmark, describe, read_lines, search_figure
 from configurator import defaults
-from model import GPT, OPTIONS
+from model import GPT, OPTIONS, load_gpt2
 from optim_nas import ArchOptimizer, Budget, best_of, by_front, entropy, evolutionary_search, fronts, key_of, picked, random_search
 from optim_nas import rowwise, uniform, unrolled_gradient
 from prepare import read_json, rng, seal, unseal, write, write_json
 from supernet import extremes, one_hot, use_fused_ops, widen
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
 from train import Log, append, average, backward, begin, build, calibrate, check_resolutions, check_split, configure_optimizer, cut
-from train import estimate, fault, get_lr, load_checkpoint, load_data, load_model, loop, main, micro_batches, resume, save, setup, share
-from train import signals, space_module, stop_if_told, train_step, with_space
+from train import estimate, fault, get_lr, load_checkpoint, load_data, load_model, loop, main, micro_batches, pretrained, resume, resumes
+from train import save, setup, share, signals, space_module, stop_if_told, train_step, with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -79,7 +82,9 @@ latency_batch_size = 1
 latency_length = 0 # tokens of the prefill, or that a decoded token sees; 0: block_size
 budget_penalty = 1.0 # weight of log(expected cost / target)^2 in the alphas' loss
 shrink = '' # progressive shrinking (spos): 'kernel_size=3, depth=2, expand=3', phases that each go down to an option; '': all at once
-subnets_per_step = 1 # draws whose gradients a step of the weights averages
+subnets_per_step = 1 # draws whose gradients a step of the weights averages: so many sizes learn from one batch
+sandwich = False # of spos: the first of these draws is the largest architecture, the last the smallest (Yu & Huang 2019)
+inplace_distill = False # of sandwich: all but the largest learn from its answers to the batch, in the place of labels
 inherit = '' # the out_dir of a training of the largest network, whose weights the supernet starts with
 teacher = '' # such an out_dir: the weights are also trained towards what its network answers,
 distill = 1.0 # by the cross-entropy to that, times this
@@ -91,6 +96,7 @@ learning_rate = 2e-3
 min_lr = 2e-4
 # -----------------------------------------------------------------------------
 
+IMPORTANCE_STEPS = 8
 PHASE_KEYS = {"share": float, "learning_rate": float, "warmup_iters": int, "subnets_per_step": int} # a phase may have its own
 UNITS = {"acc": "%", "psnr": " dB"} # of what images have besides a loss
 
@@ -148,6 +154,9 @@ def bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, l
         arch_step(net, forward, chooser, splits, config, run, state)
     generator = rng(config.seed, "sample", "weights", state.step)
     archs = [weight_arch(net, chooser, config, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
+    if config.sandwich:
+        archs[-1], archs[0] = extremes(chooser.open)
+    forward = distilled(forward) if config.inplace_distill else forward
     forward = taught(forward, teacher, config.distill) if teacher else forward
     return train_step(net, forward, optimizer, splits["train"], config, run, state, lr, archs)
 
@@ -170,6 +179,36 @@ def taught(forward, teacher, distill):
         logits, loss = forward(x, y, arch)
         return logits, loss + distill * F.cross_entropy(logits, answers)
     return loss_of
+
+
+def distilled(forward):
+    """forward(x, y, arch), whose first architecture of a batch learns from y, and all others from its answers alone: their loss is the
+    cross-entropy to its softmax, which has no gradient (in-place distillation, Yu & Huang 2019)."""
+    known, answers = None, None
+
+    def loss_of(x, y, arch):
+        nonlocal known, answers
+        logits, loss = forward(x, y, arch)
+        if known is x:
+            return logits, F.cross_entropy(logits.flatten(0, -2), answers)
+        known, answers = x, logits.detach().flatten(0, -2).softmax(-1)
+        return logits, loss
+    return loss_of
+
+
+def importance(net, data, config, run):
+    """{parameter: (weight * gradient)^2 of the largest network, summed over IMPORTANCE_STEPS batches}: to first order, the square of how
+    the loss would change without that entry (Molchanov et al. 2019, equation 8)."""
+    largest, total = extremes(net.choices)[1], {p: torch.zeros_like(p) for p in net.parameters()}
+    net.eval() # no dropout
+    for step in range(IMPORTANCE_STEPS):
+        backward(net, micro_batches(data, config, run, "train", step), run, (largest,))
+        average([p.grad for p in total], run)
+        for p, score in total.items():
+            score += (p.detach() * p.grad).square()
+            p.grad = None
+    net.train()
+    return total
 
 
 def trained(out_dir, key, config, run):
@@ -436,6 +475,19 @@ def check(config):
         raise SystemExit("teacher and inherit are for the spaces of search_spaces/; space is gpt.")
 
 
+def check_sandwich(choices, phases, config):
+    """SystemExit unless the sandwich rule and in-place distillation are possible, if they are asked for."""
+    loss_chunk, fewest = getattr(config, "loss_chunk", 0), min(phase.config.subnets_per_step for phase in phases)
+    if config.inplace_distill and (not config.sandwich or loss_chunk):
+        raise SystemExit(f"inplace_distill=True needs sandwich=True (it is {config.sandwich}), to have the largest's answers, and "
+                         f"loss_chunk=0 (it is {loss_chunk}), to have answers at all.")
+    if config.sandwich and (config.optimizer != "spos" or fewest < 2):
+        raise SystemExit(f"sandwich=True draws the largest and the smallest in every step: it needs optimizer=spos (it is "
+                         f"{config.optimizer}) and in every phase subnets_per_step of 2 or more (it is {fewest}).")
+    if config.sandwich and any(isinstance(choice.options[0], str) for choice in choices.values()):
+        raise SystemExit(f"sandwich=True needs a space of sizes: {config.space} chooses operations, of which none is the largest.")
+
+
 def search(config):
     """Runs the search of config (a dict); returns what it writes to result.json."""
     config = SimpleNamespace(**config)
@@ -456,13 +508,17 @@ def search(config):
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
                             budget=make_budget(net, config, cost))
     phases, teacher = read_phases(net.choices, config), None
+    check_sandwich(net.choices, phases, config)
+    if pretrained(config):
+        load_gpt2(net, config.init_from)
+        net.sort(importance(net, splits["train"], config, run).__getitem__)
     if config.inherit and config.init_from == "scratch":
         inherit_weights(net, config, run)
     if config.teacher:
         teacher = trained(config.teacher, "teacher", config, run)
     optimizer = configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1)
-    if config.init_from != "scratch":
+    if resumes(config):
         net, optimizer = resume_search(net, optimizer, chooser, config, run, state)
     begin(config, run)
     chooser.open = phase_of(phases, max(0, state.step - 1)).choices
@@ -512,7 +568,7 @@ def search_inherited(net, forward, cost, budget, splits, config, run, state, log
     arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
     path, lines, losses = os.path.join(config.out_dir, "arch_search.jsonl"), [], []
     if run.master:
-        if config.init_from != "scratch" and os.path.exists(path):
+        if resumes(config) and os.path.exists(path):
             lines = [unseal(line, path) for line in read_lines(path)]
         write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
     known = {key_of(line["arch"]): line["loss"] for line in lines}

@@ -10,7 +10,6 @@ Stage s chooses depth_s, and that many entries of kernel_size_s and expand_s. Th
 each stage: [[[3, 6], [7, 4]], ...].
 """
 import json
-from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -19,7 +18,8 @@ from torch.nn import functional as F
 
 from configurator import defaults
 from model import run_blocks
-from supernet import BatchNorm2d, Choice, Conv2d, ImageNetwork, Linear, Size, check_arch, one_hot, options_of, prefixes, straight
+from supernet import BatchNorm2d, Choice, Conv2d, ImageNetwork, Linear, Size, check_arch, one_hot, options_of, prefixes, ranking
+from supernet import reorder, straight
 
 # -----------------------------------------------------------------------------
 depth = [2, 3, 4] # blocks of each stage
@@ -133,23 +133,15 @@ class Block(nn.Module):
         """Orders the middle channels, and those of the squeeze, by the L1 norm of the weights that read them, largest first. The
         expansions in `trained`, the largest among them, compute what they did before: each keeps its channels."""
         places = [place for place, e in enumerate(self.expands) if e in trained]
-
-        def order(weight, ends): # weight: (out, n)
-            norms = weight.abs().sum(0)
-            return torch.cat([start + norms[start:end].argsort(descending=True, stable=True) for start, end in pairwise([0, *ends])])
-        mid = order(self.project.weight.flatten(1), [self.mid[place] for place in places])
-        rows = [self.expand.weight, self.depthwise.weight]
+        mid = ranking(self.project.weight.flatten(1).abs().sum(0), [self.mid[place] for place in places])
+        rows = [self.expand.weight, self.depthwise.weight, self.project.weight.transpose(0, 1)]
         for norm in (self.expand_norm, self.depthwise_norm):
             rows += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         if self.se is not None:
-            reduced = order(self.se.expand.weight, [self.reduced[place] for place in places])
-            self.se.reduce.weight.copy_(self.se.reduce.weight[reduced][:, mid])
-            self.se.reduce.bias.copy_(self.se.reduce.bias[reduced])
-            self.se.expand.weight.copy_(self.se.expand.weight[:, reduced])
-            rows += [self.se.expand.weight, self.se.expand.bias]
-        for t in rows:
-            t.copy_(t[mid])
-        self.project.weight.copy_(self.project.weight[:, mid])
+            reduced = ranking(self.se.expand.weight.abs().sum(0), [self.reduced[place] for place in places])
+            reorder([self.se.reduce.weight, self.se.reduce.bias, self.se.expand.weight.T], reduced)
+            rows += [self.se.reduce.weight.T, self.se.expand.weight, self.se.expand.bias]
+        reorder(rows, mid)
 
 
 class MobileNetV3(ImageNetwork):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH, TINY_SPACES, TINY_STAGES, flags, run, succeeds
+from test_pretrained import SPACE, save_gpt2
 from test_train import train_config
 from test_vision import FOUR, search_config, space_config
 
@@ -18,7 +19,7 @@ import train
 import train_base
 import train_search
 from optim_nas import space_size, uniform
-from prepare import rng
+from prepare import load_meta, rng
 from train import build, with_space
 
 SCRIPTS = ("train.py", "train_search.py", "train_base.py", "bench.py", "sample.py", "export.py", "analyze.py", "prepare.py", "env.py",
@@ -91,6 +92,8 @@ def shrink(command, data_dir, digits_dir, finished, out):
         words, extra = shrink_space(words, script, space, digits_dir, out)
     elif script == "train_search.py":
         extra += ["--dataset=pydocs", *flags(TINY_SEARCH)]
+        if "search_gpt2" in command: # a budget between the smallest and the largest
+            extra += [*flags(SPACE), f"--init_from={finished}/gpt2", "--target_params=20_000"]
     elif script == "bench.py":
         tiny = TINY_SEARCH | dict(rounds=2, warmup=1, dataset="pydocs", head_size=4 if "head_size" in command else 0, growth_options=[2],
                                   growth_layers=[3], latency_heldout=2)
@@ -134,11 +137,12 @@ def shrink(command, data_dir, digits_dir, finished, out):
 
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
-    """A search, a training from its architecture, and a policy, which later commands start from."""
+    """A search, a training from its architecture, a policy, and a pretrained GPT-2, which later commands start from."""
     out = tmp_path_factory.mktemp("finished")
     succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={out}/s", *flags(TINY_SEARCH))
     succeeds("train_base.py", f"--arch={out}/s/arch.json", f"--out_dir={out}/b", *flags(TINY))
     succeeds("train_rl.py", f"--out_dir={out}/r", *flags(TINY_RL))
+    save_gpt2(out / "gpt2", load_meta(data_dir, "pydocs")["vocab_size"])
     return out
 
 

@@ -1,0 +1,166 @@
+"""--init_from with the weights of a GPT-2: it computes what transformers' GPT-2 computes, as a network and inside a supernet."""
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from conftest import fails, flags
+from test_survival import state_of
+from test_train import search_config, train_config
+from test_vision import signalled
+
+import train
+import train_search
+from analyze import read_lines
+from model import build, load_gpt2
+from prepare import load_meta, load_tokens, read_json
+from supernet import extremes
+
+GPT2 = dict(n_layer=2, n_head=4, n_embd=32)
+OURS = GPT2 | dict(bias=True, mlp_ratio=4.0)
+SPACE = dict(n_layer=[1, 2], n_head=[2, 4], n_embd=[16, 32], mlp_ratio=[2, 4], head_size=8, bias=True, optimizer="spos")
+
+
+def save_gpt2(folder, vocab_size, **rest):
+    """A random GPT-2, as transformers saves it; weights large enough to show a wrong place."""
+    torch.manual_seed(3)
+    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | dict(vocab_size=vocab_size, n_positions=24) | rest)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn(p.shape) * 0.1)
+    net.save_pretrained(folder)
+    return net
+
+
+@pytest.fixture(scope="module")
+def gpt2(data_dir, tmp_path_factory):
+    """(the folder, transformers' network) of a GPT-2 for the tokens of data_dir."""
+    folder = str(tmp_path_factory.mktemp("gpt2"))
+    return folder, save_gpt2(folder, load_meta(data_dir, "pydocs")["vocab_size"])
+
+
+def x_of(net, T):
+    return torch.randint(net.config.vocab_size, (3, T), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("rest", [{}, dict(n_inner=48), dict(activation_function="relu", n_head=2)])
+def test_logits_are_those_of_transformers(rest, tmp_path):
+    theirs, x = save_gpt2(tmp_path, 31, **rest), None
+    ours = OURS | dict(vocab_size=31, n_head=theirs.config.n_head, activation="relu" if "activation_function" in rest else "gelu",
+                       mlp_ratio=rest.get("n_inner", 128) / 32)
+    for block_size in (24, 10):
+        net, x = build(ours | dict(block_size=block_size)).eval(), x_of(theirs, block_size)
+        load_gpt2(net, str(tmp_path))
+        assert (net(x, x)[0] - theirs(x).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("head_size", [0, 8])
+def test_the_largest_network_of_the_supernet_is_the_pretrained_one(head_size, gpt2):
+    folder, theirs = gpt2
+    net, x = build(SPACE | dict(head_size=head_size, vocab_size=theirs.config.vocab_size, block_size=24)).eval(), x_of(theirs, 24)
+    load_gpt2(net, folder)
+    for _ in range(2):
+        for one in (net.extract(extremes(net.choices)[1]).eval(), lambda x, y: net(x, y, extremes(net.choices)[1])):
+            assert (one(x, x)[0] - theirs(x).logits).abs().max() < 1e-4
+        net.sort(torch.abs)
+
+
+def test_a_file_as_on_the_hub(gpt2, tmp_path):
+    """Whose names have no prefix, and which holds the masks of attention."""
+    from safetensors.torch import load_file, save_file
+    folder, theirs = gpt2
+    weights = {name.removeprefix("transformer."): t for name, t in load_file(f"{folder}/model.safetensors").items()}
+    weights = {name: t for name, t in weights.items() if name != "lm_head.weight"}
+    weights |= {f"h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(2)}
+    save_file(weights, tmp_path / "model.safetensors")
+    shutil.copy(f"{folder}/config.json", tmp_path)
+    net, x = build(OURS | dict(vocab_size=theirs.config.vocab_size, block_size=24)).eval(), x_of(theirs, 24)
+    load_gpt2(net, str(tmp_path))
+    assert (net(x, x)[0] - theirs(x).logits).abs().max() < 1e-4
+
+
+def test_training_starts_with_the_pretrained_loss(gpt2, data_dir, tmp_path):
+    folder, theirs = gpt2
+    config = train_config(data_dir, tmp_path / "t", **OURS, init_from=folder)
+    train.train(config)
+    config = SimpleNamespace(**config)
+    run = train.setup(SimpleNamespace(**vars(config) | {"out_dir": str(tmp_path / "none")}))
+
+    def net(x, y):
+        logits = theirs(x).logits
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+    net.training, net.eval, net.train = False, lambda: None, lambda mode: None
+    expected = train.estimate(net, load_tokens(data_dir, "pydocs", "val"), config, run, "val")["loss"]
+    first = next(line for line in read_lines(tmp_path / "t/log.jsonl") if line.get("step") == 0 and "val_loss" in line)
+    assert first["val_loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_search_cuts_it_to_a_budget_and_resumes_exactly(gpt2, data_dir, tmp_path):
+    folder, theirs = gpt2
+    config = search_config(data_dir, tmp_path / "whole", **SPACE, init_from=folder, max_iters=6, learning_rate=1e-9, min_lr=0.0)
+    net = build(config | {"vocab_size": theirs.config.vocab_size})
+    small, large = (net.cost(arch)["params"] for arch in extremes(net.choices))
+    config["target_params"] = (small + large) // 2
+    result = train_search.search(config)
+    assert 0.95 * config["target_params"] <= result["params"] <= config["target_params"]
+    with signalled(train, "update", lambda *args: args[-1].step == 2):
+        train_search.search(config | {"out_dir": str(tmp_path / "parts")})
+    train_search.search(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"})
+    assert state_of(tmp_path / "whole") == state_of(tmp_path / "parts")
+    net = build(read_json(tmp_path / "whole/run.json")["config"]).eval() # with hardly a step made, it still is the pretrained one
+    net.load_state_dict(torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)["model"])
+    x = x_of(theirs, 16)
+    assert (net(x, x, extremes(net.choices)[1])[0] - theirs(x).logits).abs().max() < 1e-3
+    assert not torch.equal(net.transformer.wte.weight, theirs.transformer.wte.weight), "it is in another order"
+
+
+def test_the_vocabulary_is_not_padded(tmp_path):
+    config = SimpleNamespace(out_dir=str(tmp_path), init_from="scratch")
+    assert train.vocabulary(50257, config) == 50304 and train.vocabulary(65, config) == 65
+    config.init_from = "gpt2"
+    assert train.vocabulary(50257, config) == 50257
+    config.init_from = "resume"
+    for size in (50257, 50304):
+        (tmp_path / "run.json").write_text(json.dumps({"config": {"vocab_size": size}}))
+        assert train.vocabulary(50257, config) == size
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(n_layer=[1, 3]), ["n_layer=2", "at its largest, 3", "--n_layer=2"]), (dict(n_head=[2, 8]), ["n_head=4", "8"]),
+    (dict(n_embd=[16, 48]), ["n_embd=32", "48"]), (dict(mlp_ratio=[1, 2]), ["mlp_ratio=4", "2"]), (dict(bias=False), ["bias=True"]),
+    (dict(norm="rmsnorm"), ["norm=layernorm"]), (dict(position="rope"), ["position=learned"]),
+    (dict(activation="silu"), ["activation=gelu"]), (dict(residual="post"), ["residual=pre"]),
+    (dict(block_size=25), ["block_size=24", "25"]), (dict(head_size=4), ["heads of 8", "head_size"]),
+    (dict(space="toy_cell", dataset="digits"), ["for the GPT"]), (dict(init_from="gpt5"), ["gpt5", "gpt2-xl"])])
+def test_another_network_is_one_sentence(change, words, gpt2, data_dir, tmp_path):
+    with pytest.raises(SystemExit) as e:
+        train_search.search(search_config(data_dir, tmp_path / "s", **SPACE | {"init_from": gpt2[0]} | change))
+    assert all(word in str(e.value) for word in words) and "\n" not in str(e.value), e.value
+    assert not os.path.exists(tmp_path / "s")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda folder: os.remove(f"{folder}/model.safetensors"), ["model.safetensors"]),
+    (lambda folder: os.truncate(f"{folder}/model.safetensors", 1000), ["SafetensorError"]),
+    (lambda folder: open(f"{folder}/config.json", "w").write("{"), ["JSONDecodeError"]),
+    (lambda folder: open(f"{folder}/config.json", "w").write("{}"), ["KeyError"]),
+    (lambda folder: save_gpt2(folder, 30, activation_function="gelu"), ["activation_function=gelu", "gelu_new"]),
+    (lambda folder: save_gpt2(folder, 30, layer_norm_epsilon=1e-3), ["layer_norm_epsilon=0.001"]),
+    (lambda folder: save_gpt2(folder, 30), ["vocab_size=30", "--tokenizer=gpt2"])])
+def test_a_folder_that_cannot_be_used_is_one_sentence(change, words, gpt2, data_dir, tmp_path):
+    folder = tmp_path / "gpt2"
+    shutil.copytree(gpt2[0], folder)
+    change(folder)
+    with pytest.raises(SystemExit) as e:
+        train.train(train_config(data_dir, tmp_path / "t", **OURS, init_from=str(folder)))
+    assert all(word in str(e.value) for word in [*words, str(folder)]) and "\n" not in str(e.value), e.value
+    assert not os.path.exists(tmp_path / "t")
+
+
+def test_without_the_hub_it_is_one_sentence(data_dir, tmp_path):
+    message = fails("train.py", "--init_from=gpt2", *flags(train_config(data_dir, tmp_path / "t", **OURS) | {"init_from": "gpt2"}),
+                    HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert "init_from='gpt2' cannot be loaded" in message and "folder" in message
