@@ -214,7 +214,7 @@ def resumes(config):
 
 
 def pretrained(config):
-    """Whether init_from names the weights of a GPT-2."""
+    """Whether init_from names weights to start with."""
     return config.init_from != "scratch" and not resumes(config)
 
 
@@ -313,6 +313,16 @@ def load_model(net, checkpoint, path):
                              "Use the sizes that it was trained with.")
     net.load_state_dict(other)
     return net
+
+
+def load_pretrained(net, arch, config, run):
+    """Fills net from what init_from names: a GPT-2, or the out_dir of a search, whose supernet has weights for this architecture."""
+    path = os.path.join(config.init_from, "ckpt.pt")
+    if not os.path.exists(path):
+        return model.load_gpt2(net, config.init_from, arch)
+    checkpoint = load_checkpoint(path, run.device)
+    whole = load_model(build(checkpoint["config"]).to(run.device), checkpoint, path)
+    return load_model(net, {"model": whole.extract(arch).state_dict()}, path)
 
 
 class Log:
@@ -423,11 +433,11 @@ def load_data(config, run):
 def vocabulary(size, config):
     """The vocab_size of the network for so many tokens: large ones in multiples of 64, for speed, but where it began as a pretrained
     one, whose logits are those of its tokens."""
-    if pretrained(config):
-        return size
     padded = size if size < 1000 else -(-size // 64) * 64
-    begun = read_json(os.path.join(config.out_dir, "run.json"))["config"].get("vocab_size") if resumes(config) else padded
-    return begun if begun == size else padded
+    path = os.path.join(config.out_dir if resumes(config) else config.init_from, "run.json")
+    if os.path.exists(path): # of the run that goes on, or that the weights are from
+        return size if read_json(path)["config"].get("vocab_size") == size else padded
+    return size if pretrained(config) else padded
 
 
 def cut(data, start, stop):
@@ -811,7 +821,7 @@ def train(config, arch=None, test=False):
         raise SystemExit(f"space={config.space} leaves {', '.join(net.choices)} open: train one of its architectures by train_base.py.")
     check_resolutions(net, config, run)
     if pretrained(config):
-        model.load_gpt2(net, config.init_from, arch)
+        load_pretrained(net, arch, config, run)
     cost, optimizer = net.cost(), configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best=math.inf, strikes=0)
     if resumes(config):

@@ -1,8 +1,9 @@
 """
-Trains an architecture that a search found, from scratch, and measures its test loss on data that nothing else has touched.
+Trains an architecture that a search found, and measures its test loss on data that nothing else has touched.
 
     python train_base.py --arch=out/search/arch.json                  # the best architecture of a search
     python train_base.py --arch_traj=out/search/arch_traj.jsonl       # the last one of its trajectory
+    python train_base.py --arch=out/search_gpt2/arch.json --init_from=out/search_gpt2      # from the weights that it has in the supernet
     python train_base.py --space=nb201 --genotype="|nor_conv_3x3~0|+|none~0|nor_conv_3x3~1|+|skip_connect~0|none~1|nor_conv_3x3~2|"
     python train_base.py config/table_conv_macro_digits.py            # every architecture of a small space, into a table
     torchrun --standalone --nproc_per_node=4 train_base.py config/base_tinystories.py --arch=out/search/arch.json
@@ -10,6 +11,7 @@ Trains an architecture that a search found, from scratch, and measures its test 
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_base.py --arch=...
     python train_base.py --help                                       # every key with its default
 
+It starts from scratch, or, with the out_dir of a search of the GPT as --init_from, from the weights that it has in that supernet.
 The last val_portion of the training data validates; val.bin, or val.npy, is read once, at the end. A network of search_spaces/ is
 that of the search, unless a key of its space says otherwise, such as the number of cells. Writes what train.py writes.
 """

@@ -101,6 +101,7 @@ def shrink(command, data_dir, digits_dir, finished, out):
     elif script == "train_base.py":
         option, file = ("--arch_traj", "arch_traj.jsonl") if "--arch_traj" in command else ("--arch", "arch.json")
         words = [word for word in words if not word.startswith("--arch")]
+        words = [f"--init_from={finished}/s" if word.startswith("--init_from") else word for word in words]
         extra += ["--dataset=pydocs", *flags(TINY), f"{option}={finished}/s/{file}"]
     elif script == "train.py":
         extra += ["--dataset=pydocs", *flags(TINY), "--n_layer=1", "--n_head=2", "--n_embd=8"]

@@ -9,14 +9,16 @@ import torch
 import transformers
 from conftest import fails, flags
 from test_survival import state_of
-from test_train import search_config, train_config
+from test_train import base_config, search_config, train_config
 from test_vision import signalled
 
 import train
+import train_base
 import train_search
 from analyze import read_lines
 from model import build, load_gpt2
 from prepare import load_meta, load_tokens, read_json
+from sample import load_run
 from supernet import extremes
 
 GPT2 = dict(n_layer=2, n_head=4, n_embd=32)
@@ -114,7 +116,20 @@ def test_a_search_cuts_it_to_a_budget_and_resumes_exactly(gpt2, data_dir, tmp_pa
     net.load_state_dict(torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)["model"])
     x = x_of(theirs, 16)
     assert (net(x, x, extremes(net.choices)[1])[0] - theirs(x).logits).abs().max() < 1e-3
-    assert not torch.equal(net.transformer.wte.weight, theirs.transformer.wte.weight), "it is in another order"
+    assert (net.transformer.wte.weight - theirs.transformer.wte.weight).abs().max() > 0.1, "its channels are in another order"
+    found = read_json(tmp_path / "whole/arch.json")["arch"]
+    train_base.train_found(base_config(data_dir, tmp_path / "base", tmp_path / "whole/arch.json", init_from=str(tmp_path / "whole"),
+                                       learning_rate=1e-9, min_lr=0.0))
+    cut, _ = load_run(str(tmp_path / "base"), "cpu")
+    assert (cut(x, x)[0] - net(x, x, found)[0]).abs().max() < 1e-4
+
+
+def test_a_new_run_knows_nothing_of_the_one_it_replaces(gpt2, data_dir, tmp_path):
+    config = search_config(data_dir, tmp_path, **SPACE, init_from=gpt2[0], overwrite=True)
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "arch_search.jsonl").write_text("no line of ours\n")
+    train_search.search(config)
+    assert len(read_lines(tmp_path / "arch_search.jsonl")) == config["arch_evals"]
 
 
 def test_the_vocabulary_is_not_padded(tmp_path):
