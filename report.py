@@ -35,7 +35,7 @@ from supernet import check_arch, extremes, use_fused_ops
 from train_base import * # noqa: F403 (every key of train_base.py)
 from train_base import aside, build, read_arch, space_module, train_found, with_space
 from train import append, fingerprint, load_checkpoint, load_model, setup
-from train_search import make_budget, score, split_data
+from train_search import load_latency, make_budget, score, split_data, with_latency
 
 # -----------------------------------------------------------------------------
 # the keys of train_base.py but four, and:
@@ -358,7 +358,9 @@ def report(config):
     searched, found = read_json(os.path.join(out, "result.json")), read_arch(os.path.join(out, "arch.json"), "")
     search, net, splits, score_of = load_supernet(config)
     os.makedirs(os.path.join(folder, "runs"), exist_ok=True)
-    budget = make_budget(net, search) or Budget(net.choices, net.cost, {"params": net.cost(found["arch"])["params"]})
+    predict = load_latency(net, search)
+    budget = make_budget(net, search, lambda arch: with_latency(net, arch, predict))
+    budget = budget or Budget(net.choices, net.cost, {"params": net.cost(found["arch"])["params"]})
     with tqdm(desc="inherited weights", unit=" networks", total=config["n_pick"] + config["n_rank"]) as bar:
         def scored(arch):
             bar.update()

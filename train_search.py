@@ -453,6 +453,11 @@ def load_latency(net, config):
     return latency(net, table["latencies"][key]["ms"])
 
 
+def with_latency(net, arch, predict):
+    """net.cost(), with the latency in milliseconds where there is a load_latency() that predicts it."""
+    return net.cost(arch) | ({"latency": predict(arch)} if predict else {})
+
+
 def make_budget(net, config, cost):
     """The Budget that config's targets say, or None."""
     targets = {name: getattr(config, f"target_{name}") for name in ("params", "flops", "latency") if getattr(config, f"target_{name}")}
@@ -503,7 +508,7 @@ def search(config):
     table, predict = load_table(net, config), load_latency(net, config)
 
     def cost(arch): # of the network of this stage
-        return net.cost(arch) | ({"latency": predict(arch)} if predict else {})
+        return with_latency(net, arch, predict)
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
                             budget=make_budget(net, config, cost))

@@ -75,6 +75,13 @@ def digits_dir(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(autouse=True)
+def no_kernels():
+    """A search in this process turns them on, and PyTorch's counter of FLOPs does not know them."""
+    yield
+    supernet.use_fused_ops(False)
+
+
 def turn_kernels_on():
     """fused_ops.cpp in use from here on; the test is skipped where there is no compiler, and fails where it does not compile."""
     supernet.use_fused_ops()

@@ -55,7 +55,8 @@ def space_of(words):
 
 def shrink_space(words, script, space, digits_dir, out):
     """What makes the command of a space of search_spaces/ small."""
-    sizes = TINY_IMAGES | TINY_SPACES[space] | (TINY_EVALS if script in ("train_search.py", "bench.py") else {})
+    evals = TINY_EVALS if script in ("train_search.py", "bench.py") else {}
+    sizes = TINY_IMAGES | dict(repeated_augmentation=1) | TINY_SPACES[space] | evals
     if "progressive" in " ".join(words):
         sizes |= TINY_STAGES
     if script == "bench.py":

@@ -39,7 +39,8 @@ def trained(data_dir, digits_dir, tmp_path_factory):
             train.train(train_config(data_dir, out, n_layer=2, n_head=2, n_embd=8))
         elif space not in made:
             arch = uniform(build(search_config(space, digits_dir, "") | dict(img_size=8, in_channels=1, num_classes=10)).choices, rng(1))
-            train.train(space_config(train, space, digits_dir, out, **{"n_layer": 1} if space == "darts" else {}), arch)
+            change = {"darts": {"n_layer": 1}, "swinir": {"val_portion": 0.1}}.get(space, {})
+            train.train(space_config(train, space, digits_dir, out, **change), arch)
         made[space] = out
         return out
     return make
@@ -92,16 +93,17 @@ def outputs(net, space, x):
 @pytest.mark.parametrize("space, format", TRACED + [(space, "safetensors") for space in SPACES])
 def test_a_file_computes_what_the_network_does(space, format, trained, capsys):
     out = trained(space)
-    path, difference = export.export(options(out, format))
+    path, difference = export.export(options(out, format, img_size=8 if space == "swinir" else 0))
     said, size = capsys.readouterr().out, Path(path).stat().st_size
     assert difference <= 1e-4 and f"{size / 1e6:,.2f} MB" in said and f"{difference:.1e}" in said and not list(out.glob("*.tmp"))
     net, config = sample.load_run(str(out), "cpu")
     file = load(path)
     for batch_size in (1, 5, 8):
-        shape = (batch_size, 3 + batch_size) if space == "gpt" else (batch_size, 1, 8, 8)
+        shape = (batch_size, 3 + batch_size) if space == "gpt" else (batch_size, 3 if space == "swinir" else 1, 8, 8)
         x = torch.randint(config.vocab_size, shape, generator=rng(2)) if space == "gpt" else torch.randn(shape, generator=rng(2))
         y = outputs(net, space, x)
-        assert y.shape == ((*shape, config.vocab_size) if space == "gpt" else (batch_size, 10))
+        assert y.shape == ((*shape, config.vocab_size) if space == "gpt" else (batch_size, 3, 16, 16) if space == "swinir" else
+                           (batch_size, 10))
         assert (file(x) - y).abs().max() <= 1e-4 * y.abs().max()
 
 

@@ -202,7 +202,7 @@ def test_resolutions_are_equally_likely(digits_dir, tmp_path):
     assert train.draw(splits["search"], config, run, "search", 0)[0].shape[-1] == 8
 
 
-@pytest.mark.parametrize("space", TINY_SPACES)
+@pytest.mark.parametrize("space", [space for space in TINY_SPACES if space != "swinir"]) # which has no classes
 def test_every_space_learns_from_probabilities(space, digits_dir):
     net = build(search_config(space, digits_dir, "") | dict(img_size=8, in_channels=1, num_classes=10))
     arch, y = uniform(net.choices, rng(0)), torch.arange(8)
