@@ -223,8 +223,6 @@ def measure(config):
     run = setup(config)
     if config.space == "gpt":
         config.vocab_size = config.vocab_size or VOCAB_SIZE[config.dataset]
-    if not config.img_size:
-        del config.img_size
     config.gradient_accumulation_steps, config.arch_warmup_iters = 1, 0 # the alphas move in every iteration
     use_fused_ops(config.fused and run.device_type == "cpu")
     plain, *searches = (contender(config, run, method) for method in ("", *config.methods))
@@ -302,7 +300,8 @@ def facts_of(config, run):
     prepared = os.path.exists(os.path.join(config.data_dir, config.dataset, "meta.json"))
     if config.space == "gpt" and (config.vocab_size or not prepared):
         return {"vocab_size": config.vocab_size or VOCAB_SIZE[config.dataset]}
-    return load_data(config, run)[2] if prepared or config.dataset == "digits" else {}
+    facts = load_data(config, run)[2] if prepared or config.dataset == "digits" else {}
+    return facts | {key: value for key, value in vars(config).items() if key == "img_size"}
 
 
 def stand_alone(config, arch, pool):
@@ -490,6 +489,8 @@ def where(config):
 
 def main(config):
     os.makedirs(config["out_dir"], exist_ok=True)
+    if not config["img_size"]:
+        del config["img_size"]
     if config["latency"]:
         print(json.dumps(measure_latency(config)))
         return
