@@ -20,6 +20,7 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
+from optim_nas import fronts
 from prepare import load_pairs, pair_batches, read_json, write
 
 # -----------------------------------------------------------------------------
@@ -243,6 +244,16 @@ def draw_table(ax, lines):
     ax.set_ylabel("accuracy, %")
 
 
+def draw_front(ax, searched, cost):
+    """Loss over cost of what a search for both has evaluated, and the front: what nothing else is better than in both."""
+    points = [(line["cost"], line["loss"]) for line in searched]
+    front = sorted(points[i] for i in fronts(points)[0])
+    ax.plot(*zip(*points, strict=True), "o", color=BLUE, label="evaluated")
+    ax.step(*zip(*front, strict=True), "o-", where="post", color=RED, label="front")
+    ax.set(xlabel={"latency": "latency, ms"}.get(cost, cost), ylabel="loss")
+    draw_legend(ax)
+
+
 def draw_searched(ax, searched):
     """What the search over the inherited weights, after spos, has logged."""
     losses = {line["evaluation"]: line["loss"] for line in searched}
@@ -311,6 +322,8 @@ def search_figure(out_dir):
             draw_rows(figure, axes[-1], lines, best)
         elif labels:
             draw_weights(figure, axes[-1], labels, matrix, lines, best, config["eval_interval"])
+        elif searched and "cost" in searched[0]:
+            draw_front(axes[-1], searched, config["pareto_cost"])
         elif searched:
             draw_searched(axes[-1], searched)
         axes[1 + bool(table) if searched or many else -1].set_xlabel("step")

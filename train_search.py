@@ -578,13 +578,21 @@ def search_inherited(net, forward, cost, budget, splits, config, run, state, log
         write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
     known = {key_of(line["arch"]): line["loss"] for line in lines}
 
+    costs = {} # of a search for both
+
+    def cost_of(arch):
+        if key_of(arch) not in costs:
+            costs[key_of(arch)] = cost(arch)[config.pareto_cost]
+        return costs[key_of(arch)]
+
     def evaluate(arch):
         stop_if_told(run, lambda: None)
         loss = share(known.get(key_of(arch), math.nan), run)[0] # rank 0 knows
         if math.isnan(loss):
             loss = score(net, forward, arch, splits, config, run)["loss"]
             if run.master:
-                append(path, seal({"evaluation": len(losses) + 1, "arch": arch, "loss": loss}))
+                both = {"cost": cost_of(arch)} if config.arch_search == "pareto" else {}
+                append(path, seal({"evaluation": len(losses) + 1, "arch": arch, "loss": loss, **both}))
         losses.append(loss)
         if run.master and (loss == min(losses) or len(losses) % 25 == 0):
             count = f"{config.arch_search} {len(losses)}/{config.arch_evals}"
@@ -595,12 +603,6 @@ def search_inherited(net, forward, cost, budget, splits, config, run, state, log
     if config.arch_search == "random":
         history = random_search(net.choices, evaluate, config.arch_evals, generator, budget)
     else:
-        costs = {}
-
-        def cost_of(arch):
-            if key_of(arch) not in costs:
-                costs[key_of(arch)] = cost(arch)[config.pareto_cost]
-            return costs[key_of(arch)]
         rank = (lambda history: by_front(history, cost_of)) if config.arch_search == "pareto" else None
         history = evolutionary_search(net.choices, evaluate, config.arch_evals, generator, config.population, config.parents,
                                       config.mutate_prob, config.depth_mutate_prob, budget, rank)
