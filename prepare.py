@@ -15,7 +15,7 @@ Turns text or images into data/<name>/{train,val}.bin or .npy + meta.json, once,
 
     python prepare.py --dataset=sr_samples --scale=2        # pairs for super-resolution of 2 photographs that scikit-learn brings
     python prepare.py --dataset=set5 --path=FOLDER --scale=4             # to test on, as set14; div2k, to train on
-    python prepare.py --dataset=pairs --path=FILE_OR_FOLDER --name=bsd   # your own images, or FILE.zip or FILE.zip/FOLDER
+    python prepare.py --dataset=pairs --path=FOLDER --name=bsd   # your own images; or FILE.zip or FILE.zip/FOLDER
 
 Text: --path is a file or a folder of plain text (.txt, .md, .py, ...), .gz of text, .jsonl or .parquet (column "text"). Files whose
 names start with train and val are the two splits of a folder; otherwise its last val_fraction of characters is the validation
@@ -478,7 +478,7 @@ def read_pictures(path):
             zipped, inside = zipfile.ZipFile(archive), Path(path).relative_to(archive)
         except (OSError, zipfile.BadZipFile) as error:
             raise SystemExit(f"{archive} is damaged ({error}): take an undamaged copy") from None
-        names = [Path(name) for name in sorted(zipped.namelist())]
+        names = [Path(name) for name in sorted(zipped.namelist()) if not Path(name).name.startswith("._")] # which macOS adds
         files = {str(name.relative_to(inside)): partial(zipped.read, name.as_posix()) for name in names if name.is_relative_to(inside)}
     else:
         files = {str(f.relative_to(path)): f.read_bytes for f in list_files(path)}
@@ -499,6 +499,9 @@ def read_pair_splits(settings, path):
     own = {name: get for name, get in files.items() if dataset in Path(name.lower()).parts} if dataset in ("set5", "set14") else {}
     low, splits, files = {}, {"train": [], "val": [], "": []}, own or files
     for name in files:
+        if re.search(r"(^|_)LR$", Path(name).stem):
+            raise SystemExit(f"{name} in {path} is called a low resolution, which must lie in a folder LR and be called <name>x{scale}: "
+                             "move such files there, or leave them out")
         if re.search(r"(^|[_/])LR([_/])", name):
             low.setdefault(Path(name).stem, []).append(name)
     for name, get in files.items():
@@ -895,7 +898,7 @@ def load_meta(data_dir, dataset, kind=""):
         command += f" --path=FILE_OR_FOLDER --name={dataset}"
     if kind == "pairs":
         name, _, scale = dataset.rpartition("_x")
-        path = "" if name == "sr_samples" else f" --path=FILE_OR_FOLDER{'' if name in PAIR_SETS else f' --name={name}'}"
+        path = "" if name == "sr_samples" else f" --path=FOLDER{'' if name in PAIR_SETS else f' --name={name}'}"
         command = f"python prepare.py --dataset={name if name in PAIR_SETS else 'pairs'} --scale={scale}{path}"
     command += data_dir_option(data_dir)
     if not (folder / "meta.json").exists():

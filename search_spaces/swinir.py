@@ -54,7 +54,8 @@ def unwindows(x, size, shift, H, W):
     return torch.roll(x, (shift, shift), (1, 2)) if shift else x
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=2) # of the crops and of the image at hand
+@torch.inference_mode(False) # it is kept for training, too
 def shift_mask(H, W, size, shift, device):
     """(windows, size^2, size^2): -100 between pixels of a shifted window that are no neighbours in the image, else 0."""
     part = [(torch.arange(n) >= n - size).int() + (torch.arange(n) >= n - shift) for n in (H, W)] # 0, 1 or 2
@@ -156,7 +157,10 @@ class SwinIR(ImageNetwork):
             for h in {h for row in rows for n_head, _ in row for h in n_head}:
                 if e % h:
                     raise SystemExit(f"n_embd={e} is not divisible by n_head={h}: choose widths and head counts that divide.")
-        E, total, drop = self.n_embd[-1], sum(n[-1] for n in depths), 0.0 if self.choices else c.drop_path
+        if not 0 <= c.drop_path < 1:
+            raise SystemExit(f"drop_path={c.drop_path} must be at least 0 and below 1.")
+        something_to_choose = any(len(choice.options) > 1 for choice in self.choices.values())
+        E, total, drop = self.n_embd[-1], sum(n[-1] for n in depths), 0.0 if something_to_choose else c.drop_path
         self.conv_first, self.ln_first = Conv2d(3, E, 3, bias=True), LayerNorm(E, bias=True)
         self.rstb = nn.ModuleList()
         for r, n in enumerate(depths):

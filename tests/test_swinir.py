@@ -332,7 +332,7 @@ def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path):
         time.sleep(0.002)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    with pytest.raises(SystemExit, match=r"run python prepare.py --dataset=pairs --scale=2 --path=FILE_OR_FOLDER --name=killed"):
+    with pytest.raises(SystemExit, match=r"run python prepare.py --dataset=pairs --scale=2 --path=FOLDER --name=killed"):
         p.load_pairs(tmp_path, "killed", "train", 2)
     for name in ("killed", "whole"):
         p.prepare("pairs", str(path), data_dir=tmp_path, name=name)
