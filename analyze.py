@@ -322,7 +322,7 @@ def search_figure(out_dir):
             draw_rows(figure, axes[-1], lines, best)
         elif labels:
             draw_weights(figure, axes[-1], labels, matrix, lines, best, config["eval_interval"])
-        elif searched and "cost" in searched[0]:
+        elif searched and all("cost" in line for line in searched):
             draw_front(axes[-1], searched, config["pareto_cost"])
         elif searched:
             draw_searched(axes[-1], searched)

@@ -165,13 +165,14 @@ def search_flops(net, search, evaluated):
     """FLOPs of a search: its steps, and its `evaluated` networks with inherited weights.
 
     A mixture of sizes computes what the largest network does, one of operations all of them; gdas and spos compute an architecture. The
-    step of the weights costs three forward passes; that of the alphas two, for it needs no weight gradients; of second order twelve."""
+    step of the weights costs three forward passes; that of the alphas two, for it needs no weight gradients; of second order twelve.
+    A teacher's answers count as one of this network."""
     if search.optimizer in ("gdas", "spos"):
         weights = {name: torch.full(c.shape, 1 / len(c.options)) for name, c in net.choices.items()}
     else:
         operations = all(isinstance(option, str) for c in net.choices.values() for option in c.options)
         weights = {name: torch.ones(c.shape) for name, c in net.choices.items()} if operations else extremes(net.choices)[1]
-    passes = 3 + {"spos": 0}.get(search.optimizer, 12 if search.order == 2 else 2)
+    passes = 3 * search.subnets_per_step + {"spos": 0}.get(search.optimizer, 12 if search.order == 2 else 2) + bool(search.teacher)
     batches = passes * search.max_iters * search.gradient_accumulation_steps + evaluated * search.eval_iters
     return float(net.cost(weights)["flops"]) * search.batch_size * batches
 
@@ -347,7 +348,7 @@ def made_by(config, search, splits, run):
 
 def report(config):
     """Writes the report of the search in config["out_dir"]; returns its numbers, those of report.json."""
-    out, seeds = config["out_dir"], config["seeds"]
+    out, seeds = config["out_dir"], config["seeds"] if isinstance(config["seeds"], list) else [config["seeds"]]
     folder = os.path.join(out, "report")
     if len(set(seeds)) < max(2, len(seeds)):
         raise SystemExit(f"seeds={seeds} must be two or more different ones, such as --seeds=[1,2,3].")
@@ -383,8 +384,8 @@ def report(config):
     results = {(key_of(arch), seed): train_one(path, arch, seed, found, config)
                for path, (arch, seed) in tqdm(jobs.items(), desc="report", unit=" trainings")}
 
-    key = "acc" if "test_acc" in next(iter(results.values())) else "loss"
-    sign, what = -1 if key == "acc" else 1, "test accuracy in %" if key == "acc" else "test loss"
+    key = next((key for key in ("acc", "psnr") if f"test_{key}" in next(iter(results.values()))), "loss")
+    sign, what = 1 if key == "loss" else -1, {"acc": "test accuracy in %", "psnr": "test PSNR in dB", "loss": "test loss"}[key]
     nets = {}
     for name, arch in archs.items():
         runs = [results[key_of(arch), seed] for seed in seeds]

@@ -382,8 +382,9 @@ def get_lr(step, config):
     """Linear warmup, cosine decay to min_lr, min_lr from then on; or halved at the milestones."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    if any(config.milestones):
-        return config.learning_rate * 0.5 ** sum(step >= milestone for milestone in config.milestones)
+    milestones = config.milestones if isinstance(config.milestones, list) else [config.milestones]
+    if any(milestones):
+        return config.learning_rate * 0.5 ** sum(step >= milestone for milestone in milestones)
     end = config.lr_decay_iters or config.max_iters
     if not config.decay_lr or end <= config.warmup_iters:
         return config.learning_rate

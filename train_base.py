@@ -98,10 +98,11 @@ def train_table(config):
     """Trains every architecture of the space once a seed, without a look at the test split before the end, into config["table"]."""
     path, module = config["table"], space_module(config["space"])
     config["dataset"] = config["dataset"] or own_data(module)
-    if config["space"] == "gpt":
-        raise SystemExit(f"table='{path}' is for the spaces of search_spaces/: name one by --space.")
+    seeds = config["seeds"] if isinstance(config["seeds"], list) else [config["seeds"]]
+    if config["space"] == "gpt" or hasattr(module, "scale"):
+        raise SystemExit(f"table='{path}' is for the spaces of search_spaces/ that classify: name one by --space.")
     choices = build(config).choices
-    rows = [(module.columns(arch), arch, seed) for seed in config["seeds"] for arch in architectures(choices)]
+    rows = [(module.columns(arch), arch, seed) for seed in seeds for arch in architectures(choices)]
     head = [*rows[0][0], "seed", *COLUMNS]
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)

@@ -217,9 +217,9 @@ def trained(out_dir, key, config, run):
     checkpoint = load_checkpoint(path, run.device)
     for name in ("space", "in_channels", "num_classes"):
         theirs = checkpoint["config"].get(name)
-        if theirs != getattr(config, name):
-            raise SystemExit(f"{key}='{out_dir}' has {name}={theirs}, and this search {getattr(config, name)}: name a training of the "
-                             "search's space, on its data.")
+        if theirs != getattr(config, name, None):
+            raise SystemExit(f"{key}='{out_dir}' has {name}={theirs}, and this search {getattr(config, name, None)}: name a training of "
+                             "the search's space, on its data.")
     return load_model(build(checkpoint["config"], checkpoint["arch"]).to(run.device), checkpoint, path).eval()
 
 
@@ -476,6 +476,10 @@ def check(config):
             raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
     if config.subnets_per_step < 1:
         raise SystemExit(f"subnets_per_step={config.subnets_per_step} must be 1 or more.")
+    if hasattr(space_module(config.space), "scale") and (config.teacher or config.inplace_distill):
+        raise SystemExit("teacher and inplace_distill need classes or tokens, which super-resolution does not have: leave them out.")
+    if config.prune_keep and (config.target_params or config.target_flops or config.target_latency):
+        raise SystemExit(f"prune_keep={config.prune_keep} may take out what the budget needs: leave out prune_keep, or the targets.")
     if config.space == "gpt" and (config.teacher or config.inherit):
         raise SystemExit("teacher and inherit are for the spaces of search_spaces/; space is gpt.")
 
@@ -525,6 +529,8 @@ def search(config):
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1)
     if resumes(config):
         net, optimizer = resume_search(net, optimizer, chooser, config, run, state)
+        if chooser.budget and state.best_arch and chooser.budget.used(chooser.budget.of(state.best_arch)) > 1: # of a search without it
+            state.best_loss, state.evaluated = math.inf, -1
     begin(config, run)
     chooser.open = phase_of(phases, max(0, state.step - 1)).choices
     forward = (net.compile_parts() if config.space == "gpt" else torch.compile(net)) if config.compile else net
@@ -562,19 +568,19 @@ def search(config):
         loop(config, run, state, log, net.cost(chooser.mean())["flops"].item(), step,
              lambda: evaluate(net, forward, chooser, cost, splits, config, run, state, log, table), checkpoint, undecided, schedule)
         if config.optimizer == "spos":
-            search_inherited(net, forward, cost, chooser.budget, splits, config, run, state, log, table)
+            search_inherited(net, forward, cost, chooser, splits, config, run, state, log, table)
     return finish(cost, config, run, state, table)
 
 
-def search_inherited(net, forward, cost, budget, splits, config, run, state, log, table):
-    """Evolutionary or random search, by the loss on the search split with the supernet's weights; for both loss and cost, pareto.json
-    is what no other architecture is better than in both.
+def search_inherited(net, forward, cost, chooser, splits, config, run, state, log, table):
+    """Evolutionary or random search among what was trained, by the loss on the search split with the supernet's weights; for both loss
+    and cost, pareto.json is what no other architecture is better than in both.
 
     arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
     path, lines, losses = os.path.join(config.out_dir, "arch_search.jsonl"), [], []
     if run.master:
         if resumes(config) and os.path.exists(path):
-            lines = [unseal(line, path) for line in read_lines(path)]
+            lines = [line for line in (unseal(line, path) for line in read_lines(path)) if line["step"] == state.step] # of these weights
         write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
     known = {key_of(line["arch"]): line["loss"] for line in lines}
 
@@ -592,7 +598,7 @@ def search_inherited(net, forward, cost, budget, splits, config, run, state, log
             loss = score(net, forward, arch, splits, config, run)["loss"]
             if run.master:
                 both = {"cost": cost_of(arch)} if config.arch_search == "pareto" else {}
-                append(path, seal({"evaluation": len(losses) + 1, "arch": arch, "loss": loss, **both}))
+                append(path, seal({"evaluation": len(losses) + 1, "step": state.step, "arch": arch, "loss": loss, **both}))
         losses.append(loss)
         if run.master and (loss == min(losses) or len(losses) % 25 == 0):
             count = f"{config.arch_search} {len(losses)}/{config.arch_evals}"
@@ -601,11 +607,11 @@ def search_inherited(net, forward, cost, budget, splits, config, run, state, log
 
     generator = rng(config.seed, "arch_search")
     if config.arch_search == "random":
-        history = random_search(net.choices, evaluate, config.arch_evals, generator, budget)
+        history = random_search(chooser.open, evaluate, config.arch_evals, generator, chooser.budget)
     else:
         rank = (lambda history: by_front(history, cost_of)) if config.arch_search == "pareto" else None
-        history = evolutionary_search(net.choices, evaluate, config.arch_evals, generator, config.population, config.parents,
-                                      config.mutate_prob, config.depth_mutate_prob, budget, rank)
+        history = evolutionary_search(chooser.open, evaluate, config.arch_evals, generator, config.population, config.parents,
+                                      config.mutate_prob, config.depth_mutate_prob, chooser.budget, rank)
         if rank and run.master:
             front = [history[i] for i in fronts([(loss, cost_of(arch)) for loss, arch in history])[0]]
             front = sorted(({"arch": arch, "loss": loss, **cost(arch)} for loss, arch in front), key=lambda point: point["loss"])

@@ -145,8 +145,8 @@ class AutoFormer(ImageNetwork):
         super().__init__()
         self.config = c
         if c.patch_size < 1 or c.head_size < 1 or not 0 <= c.dropout < 1:
-            raise SystemExit(f"patch_size={c.patch_size} and head_size={c.head_size} must be at least 1, and dropout={c.dropout} at least 0 "
-                             "and below 1.")
+            raise SystemExit(f"patch_size={c.patch_size} and head_size={c.head_size} must be at least 1, and dropout={c.dropout} at least "
+                             "0 and below 1.")
         if c.img_size % c.patch_size:
             raise SystemExit(f"patch_size={c.patch_size} does not divide img_size={c.img_size}: choose another, such as {c.img_size // 4}.")
         if not 0 <= c.drop_path < 1 or c.rel_pos_clip < 1:

@@ -153,10 +153,10 @@ class MobileNetV3(ImageNetwork):
         if not all(k % 2 for k in options["kernel_size"]):
             raise SystemExit(f"kernel_size={c.kernel_size} must be odd numbers: the output has the size of the input.")
         if options["expand"][0] < 2:
-            raise SystemExit(f"expand={c.expand} must be 2 or more: a block without an expansion has a layer less, and is no part of others.")
+            raise SystemExit(f"expand={c.expand} must be 2 or more: without an expansion a block has a layer less, and is no part of it.")
         if min(c.stem_stride, *c.strides, *c.widths, c.stem_channels) < 1 or c.width_mult <= 0 or not 0 <= c.dropout < 1:
-            raise SystemExit(f"stem_stride={c.stem_stride}, strides={c.strides}, widths={c.widths} and stem_channels={c.stem_channels} must "
-                             f"be 1 or more, width_mult={c.width_mult} above 0, and dropout={c.dropout} at least 0 and below 1.")
+            raise SystemExit(f"stem_stride={c.stem_stride}, strides={c.strides}, widths={c.widths} and stem_channels={c.stem_channels} "
+                             f"must be 1 or more, width_mult={c.width_mult} above 0, and dropout={c.dropout} at least 0 and below 1.")
         for key in ("strides", "se", "hswish"):
             if len(getattr(c, key)) != stages:
                 raise SystemExit(f"{key}={getattr(c, key)} needs one entry a stage, and widths={c.widths} has {stages}.")
