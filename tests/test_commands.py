@@ -1,4 +1,5 @@
 """Every command that the README, a script's head or a config file shows runs, at tiny size; every config file's keys are real."""
+import json
 import importlib
 import re
 import shlex
@@ -93,6 +94,14 @@ def shrink(command, data_dir, digits_dir, finished, out):
         words, extra = shrink_space(words, script, space, digits_dir, out)
     elif script == "train_search.py":
         extra += ["--dataset=pydocs", *flags(TINY_SEARCH)]
+        words = ["--target_params=3000" if word == "--target_params=400000" else word for word in words] # of tiny networks
+        if "--latency_table" in command:
+            small = [*extra, *flags(dict(out_dir=out.parent / "latency", rounds=2, warmup=1, latency_heldout=2))]
+            succeeds("bench.py", "latency", *(word for word in words if word.startswith("config/search")), *small)
+            table = json.loads((out.parent / "latency/latency.json").read_text())
+            reached = next(iter(table["latencies"].values()))["heldout"][0]["predicted"]
+            words = [word for word in words if "latency" not in word]
+            extra += [f"--latency_table={out.parent}/latency/latency.json", f"--target_latency={reached}"]
         if "search_gpt2" in command: # a budget between the smallest and the largest
             extra += [*flags(SPACE), f"--init_from={finished}/gpt2", "--target_params=20_000"]
     elif script == "bench.py":
