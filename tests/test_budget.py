@@ -137,6 +137,16 @@ def test_a_search_ends_in_its_budget(optimizer, data_dir, tmp_path):
         assert 0.9 * target <= json.loads(line)["cost"]["flops"] <= target
 
 
+def test_a_finished_search_goes_on_within_a_budget(data_dir, tmp_path):
+    """Its best architecture so far may cost more, and must not stay; its losses are those of other weights."""
+    options = TINY_SEARCH | dict(optimizer="spos", data_dir=data_dir, out_dir=tmp_path)
+    succeeds("train_search.py", *flags(options))
+    costs = sorted(line["cost"]["params"] for line in map(json.loads, (tmp_path / "arch_traj.jsonl").read_text().splitlines()))
+    succeeds("train_search.py", *flags(options | dict(max_iters=6)), "--init_from=resume", f"--target_params={costs[0] - 1}")
+    assert json.loads((tmp_path / "arch.json").read_text())["cost"]["params"] < costs[0]
+    assert {json.loads(line)["step"] for line in (tmp_path / "arch_search.jsonl").read_text().splitlines()} == {6}
+
+
 def test_evolution_towards_small_loss_and_small_cost(data_dir, tmp_path):
     options = TINY_SEARCH | TINY_EVALS | dict(optimizer="spos", arch_search="pareto", arch_evals=12, data_dir=data_dir, out_dir=tmp_path)
     succeeds("train_search.py", *flags(options))

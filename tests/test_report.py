@@ -111,10 +111,12 @@ def test_kendalls_tau_by_pairs():
     assert found["same"]["tau"] == pytest.approx(1) and found["same"]["rho"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("optimizer, order, batches", [("drnas", 1, 30 * 5), ("darts", 2, 30 * 15), ("spos", 1, 30 * 3 + 7 * 2)])
-def test_the_flops_of_a_search(optimizer, order, batches):
+@pytest.mark.parametrize("optimizer, order, draws, batches", [
+    ("drnas", 1, 1, 30 * 5), ("darts", 2, 1, 30 * 15), ("spos", 1, 1, 30 * 3 + 7 * 2), ("spos", 1, 4, 30 * 12 + 7 * 2)])
+def test_the_flops_of_a_search(optimizer, order, draws, batches):
     net = build(dict(n_layer=[1, 2], n_head=[1], n_embd=[16, 32], mlp_ratio=[1, 2], vocab_size=65, block_size=16))
-    search = SimpleNamespace(optimizer=optimizer, order=order, max_iters=10, gradient_accumulation_steps=3, eval_iters=2, batch_size=4)
+    search = SimpleNamespace(optimizer=optimizer, order=order, max_iters=10, gradient_accumulation_steps=3, eval_iters=2, batch_size=4,
+                             subnets_per_step=draws, teacher="")
     costs = [net.cost(arch)["flops"] for arch in architectures(net.choices)]
     flops = report.search_flops(net, search, 7 if optimizer == "spos" else 0) / 4 / batches
     assert min(costs) < flops < max(costs) if optimizer == "spos" else flops == max(costs)
