@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -46,23 +47,135 @@ Tensor rows_of(const Tensor& x) {
 constexpr int64_t grain(int64_t work_per_item) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_per_item)); }
 
 // ---------------------------------------------------------------------------------------------------------------------------
+// Vectors, as wide as the processor has them.
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  typedef T anywhere __attribute__((vector_size(vector_bytes), aligned(sizeof(T)))); // in memory, at any address
+  static constexpr int64_t size = vector_bytes / sizeof(T);
+};
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Zeros in memory from a whole cache line on: a vector that lies in two of them takes twice as long.
+template <typename T>
+struct Buffer {
+  std::vector<T> all;
+  T* first;
+  explicit Buffer(int64_t n) : all(n + vector_bytes / sizeof(T)) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(all.data());
+    first = reinterpret_cast<T*>((address + vector_bytes - 1) / vector_bytes * vector_bytes);
+  }
+  Buffer(const Buffer&) = delete;
+  operator T*() { return first; }
+  typename Vector<T>::type* vectors() { return reinterpret_cast<typename Vector<T>::type*>(first); }
+};
+
+// Every lane of x in the place of the one whose number has bit w changed.
+template <typename T, int w>
+typename Vector<T>::type swapped(typename Vector<T>::type x) {
+  typename Vector<T>::type y{};
+#pragma GCC unroll 16
+  for (int l = 0; l < Vector<T>::size; l++) y[l] = x[l ^ w]; // one instruction
+  return y;
+}
+
+// What op makes of all lanes of x.
+template <typename T, int w = Vector<T>::size / 2, typename F>
+T across(typename Vector<T>::type x, F op) {
+  x = op(x, swapped<T, w>(x));
+  if constexpr (w > 1) return across<T, w / 2>(x, op);
+  else return x[0];
+}
+
+// As many rows as lanes, in place: of each pair of rows it exchanges the lanes with bit w, once for every w.
+template <typename T, int w = Vector<T>::size / 2>
+void transpose(typename Vector<T>::type* rows) {
+  using V = typename Vector<T>::type;
+  V has{};
+#pragma GCC unroll 16
+  for (int l = 0; l < Vector<T>::size; l++) has[l] = l & w ? 1 : 0;
+#pragma GCC unroll 16
+  for (int r = 0; r < Vector<T>::size; r++)
+    if (!(r & w)) {
+      const V a = rows[r], b = rows[r | w];
+      rows[r] = has > 0 ? swapped<T, w>(b) : a;
+      rows[r | w] = has > 0 ? b : swapped<T, w>(a);
+    }
+  if constexpr (w > 1) transpose<T, w / 2>(rows);
+}
+
+// As many rows of x as a vector has lanes, and as many columns, transposed; the rows of out are multiplied by scale, if there is one.
+template <typename T>
+void transpose(const T* x, int64_t stride, T* out, int64_t ld, const T* scale = nullptr) {
+  constexpr int64_t v = Vector<T>::size;
+  typename Vector<T>::type rows[v];
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < v; r++) rows[r] = *reinterpret_cast<const typename Vector<T>::anywhere*>(x + r * stride);
+  transpose<T>(rows);
+#pragma GCC unroll 16
+  for (int64_t r = 0; r < v; r++)
+    *reinterpret_cast<typename Vector<T>::anywhere*>(out + r * ld) = scale ? rows[r] * scale[r] : rows[r];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------
 // y = weight * sum_k p_k pad((x[:n_k] - mean_k) * rstd_k) + bias. Inside block b, the channels between two options, this is
 // weight * (x * A_b - B_b) + bias, A_b = sum_{k >= b} p_k rstd_k, B_b = sum_{k >= b} p_k rstd_k mean_k.
 
-// The mean of every block of a row, and the mean and 1 / deviation of every prefix.
+// Up to as many rows of x as a vector has lanes, a lane each: X (N, v), with zeros where there are fewer; and back.
 template <typename T, typename scalar_t>
-void prefix_moments(const scalar_t* x, Sizes n, T eps, T* block_means, T* mean, T* rstd) {
-  T m = 0, m2 = 0; // of the channels so far; blocks are merged as in Chan et al. 1979
+void to_lanes(const scalar_t* x, int64_t stride, int64_t rows, int64_t N, T* X) {
+  constexpr int64_t v = Vector<T>::size;
+  if constexpr (std::is_same_v<T, scalar_t>)
+    if (rows == v && N >= v) {
+      for (int64_t c = 0; c < N; c += v) transpose<T>(x + std::min(c, N - v), stride, X + std::min(c, N - v) * v, v);
+      return;
+    }
+  for (int64_t c = 0; c < N; c++)
+    for (int64_t r = 0; r < v; r++) X[c * v + r] = r < rows ? T(x[r * stride + c]) : T(0);
+}
+
+template <typename T, typename scalar_t>
+void from_lanes(const T* X, int64_t rows, int64_t N, scalar_t* y) {
+  constexpr int64_t v = Vector<T>::size;
+  if constexpr (std::is_same_v<T, scalar_t>)
+    if (rows == v && N >= v) {
+      for (int64_t c = 0; c < N; c += v) transpose<T>(X + std::min(c, N - v) * v, v, y + std::min(c, N - v), N);
+      return;
+    }
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < N; c++) y[r * N + c] = scalar_t(X[c * v + r]);
+}
+
+// f(from) + ... + f(to - 1)
+template <typename T, typename F>
+typename Vector<T>::type sum(int64_t from, int64_t to, F f) {
+  typename Vector<T>::type sums[4] = {}; // an addition waits for the last but three
+  for (; from + 4 <= to; from += 4)
+    for (int64_t i = 0; i < 4; i++) sums[i] += f(from + i);
+  for (; from < to; from++) sums[0] += f(from);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// The mean of every block of the rows, and the mean and 1 / deviation of every prefix.
+template <typename T, typename V = typename Vector<T>::type>
+void prefix_moments(const V* x, Sizes n, T eps, V* block_means, V* mean, V* rstd) {
+  V m{}, m2{}; // of the channels so far; blocks are merged as in Chan et al. 1979
   for (size_t k = 0, c0 = 0; k < n.size(); c0 = n[k++]) {
-    const size_t c1 = n[k];
-    T sum = 0, square = 0;
-    for (size_t c = c0; c < c1; c++) sum += T(x[c]);
-    const T size = c1 - c0, block_mean = block_means[k] = sum / size, delta = block_mean - m;
-    for (size_t c = c0; c < c1; c++) square += (T(x[c]) - block_mean) * (T(x[c]) - block_mean);
-    m2 += square + delta * delta * (c0 * size / c1);
-    m += delta * (size / c1);
+    const T before = c0, all = n[k], size = all - before;
+    const V block_mean = block_means[k] = sum<T>(c0, n[k], [&](int64_t c) { return x[c]; }) / size, delta = block_mean - m;
+    m2 += sum<T>(c0, n[k], [&](int64_t c) { return (x[c] - block_mean) * (x[c] - block_mean); }) + delta * delta * (before * size / all);
+    m += delta * (size / all);
     mean[k] = m;
-    rstd[k] = 1 / std::sqrt(m2 / c1 + eps);
+    for (int64_t l = 0; l < Vector<T>::size; l++) rstd[k][l] = 1 / std::sqrt(m2[l] / all + eps);
   }
 }
 
@@ -73,22 +186,23 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias, 
   Tensor w = small(weight, x), b = bias ? small(*bias, x) : Tensor(), ps = small(p, x);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::layer_norm", [&] {
     using T = acc<scalar_t>;
+    constexpr int64_t v = Vector<T>::size;
     const scalar_t* px = x2.const_data_ptr<scalar_t>();
     scalar_t* py = y.data_ptr<scalar_t>();
     const T *pw = w.const_data_ptr<T>(), *pb = bias ? b.const_data_ptr<T>() : nullptr, *pp = ps.const_data_ptr<T>();
-    at::parallel_for(0, rows, grain(4 * N), [&](int64_t begin, int64_t end) {
-      std::vector<T> block_means(K), mean(K), rstd(K);
-      for (int64_t r = begin; r < end; r++) {
-        const scalar_t* xr = px + r * stride;
-        scalar_t* yr = py + r * N;
-        prefix_moments<T>(xr, n, T(eps), block_means.data(), mean.data(), rstd.data());
-        T A = 0, B = 0;
+    at::parallel_for(0, (rows + v - 1) / v, grain(4 * N * v), [&](int64_t begin, int64_t end) {
+      Buffer<T> X(N * v), moments(3 * K * v);
+      auto *xs = X.vectors(), *block_means = moments.vectors(), *mean = block_means + K, *rstd = mean + K;
+      for (int64_t r = begin * v; r < std::min(rows, end * v); r += v) {
+        to_lanes<T>(px + r * stride, stride, std::min(v, rows - r), N, X.first);
+        prefix_moments<T>(xs, n, T(eps), block_means, mean, rstd);
+        typename Vector<T>::type A{}, B{};
         for (int64_t k = K - 1; k >= 0; k--) {
           A += pp[k] * rstd[k];
           B += pp[k] * rstd[k] * mean[k];
-          if (pb) for (int64_t c = k ? n[k - 1] : 0; c < n[k]; c++) yr[c] = scalar_t(pw[c] * (T(xr[c]) * A - B) + pb[c]);
-          else for (int64_t c = k ? n[k - 1] : 0; c < n[k]; c++) yr[c] = scalar_t(pw[c] * (T(xr[c]) * A - B));
+          for (int64_t c = k ? n[k - 1] : 0; c < n[k]; c++) xs[c] = pw[c] * (xs[c] * A - B) + (pb ? pb[c] : T(0));
         }
+        from_lanes<T>(X.first, std::min(v, rows - r), N, py + r * N);
       }
     });
   });
@@ -101,56 +215,59 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& g, 
                                                                Sizes n, double eps) {
   const int64_t N = x.size(-1), K = n.size();
   Tensor x2 = rows_of(x), g2 = rows_of(g.to(x.scalar_type())), dx = at::empty(x2.sizes(), x.options());
-  const int64_t rows = x2.size(0), xs = x2.stride(0), gs = g2.stride(0);
+  const int64_t rows = x2.size(0), stride = x2.stride(0), g_stride = g2.stride(0);
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), rows / grain(8 * N)));
-  Tensor sums = at::zeros({parts, 2 * N + K}, acc_options(x)); // of dweight, dbias, dp
+  Tensor sums = at::empty({parts, 2 * N + K}, acc_options(x)); // dweight, dbias, dp
   Tensor w = small(weight, x), ps = small(p, x);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::layer_norm_backward", [&] {
     using T = acc<scalar_t>;
+    using V = typename Vector<T>::type;
+    constexpr int64_t v = Vector<T>::size;
+    const int64_t tiles = (rows + v - 1) / v;
     const scalar_t *px = x2.const_data_ptr<scalar_t>(), *pg = g2.const_data_ptr<scalar_t>();
     scalar_t* pdx = dx.data_ptr<scalar_t>();
     const T *pw = w.const_data_ptr<T>(), *pp = ps.const_data_ptr<T>();
     T* psums = sums.data_ptr<T>();
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-      std::vector<T> block_means(K), mean(K), rstd(K), g_sums(K), h_sums(K);
       for (int64_t part = begin; part < end; part++) {
-        T *dw = psums + part * (2 * N + K), *db = dw + N, *dp = db + N;
-        for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; r++) {
-          const scalar_t *xr = px + r * xs, *gr = pg + r * gs;
-          scalar_t* dxr = pdx + r * N;
-          prefix_moments<T>(xr, n, T(eps), block_means.data(), mean.data(), rstd.data());
+        Buffer<T> X(N * v), Y(N * v), moments(5 * K * v), all((2 * N + K) * v);
+        V *xs = X.vectors(), *gs = Y.vectors(), *block_means = moments.vectors(), *mean = block_means + K, *rstd = mean + K;
+        V *g_sums = rstd + K, *h_sums = g_sums + K, *dw = all.vectors(), *db = dw + N, *dp = db + N;
+        for (int64_t tile = part * tiles / parts; tile < (part + 1) * tiles / parts; tile++) {
+          const int64_t r = tile * v, used = std::min(v, rows - r);
+          to_lanes<T>(px + r * stride, stride, used, N, X.first);
+          to_lanes<T>(pg + r * g_stride, g_stride, used, N, Y.first);
+          prefix_moments<T>(xs, n, T(eps), block_means, mean, rstd);
           for (int64_t k = 0, c0 = 0; k < K; c0 = n[k++]) {
-            T sum_g = 0, sum_h = 0;
-            for (int64_t c = c0; c < n[k]; c++) {
-              const T gw = T(gr[c]) * pw[c];
-              sum_g += gw;
-              sum_h += gw * (T(xr[c]) - block_means[k]);
-            }
-            g_sums[k] = sum_g;
-            h_sums[k] = sum_h;
+            g_sums[k] = sum<T>(c0, n[k], [&](int64_t c) { return gs[c] * pw[c]; });
+            h_sums[k] = sum<T>(c0, n[k], [&](int64_t c) { return gs[c] * pw[c] * (xs[c] - block_means[k]); });
           }
-          const T m = mean[K - 1];
-          T A = 0, B = 0, D = 0, E = 0;
+          const V m = mean[K - 1];
+          V A{}, B{}, D{}, E{};
           for (int64_t k = K - 1; k >= 0; k--) {
-            T G = 0, H = 0; // sums over c < n_k of g w, and of g w (x - mean_k)
+            V G{}, H{}; // sums over c < n_k of g w, and of g w (x - mean_k)
             for (int64_t i = 0; i <= k; i++) {
               G += g_sums[i];
               H += h_sums[i] - (mean[k] - block_means[i]) * g_sums[i];
             }
-            const T scale = pp[k] * rstd[k], shift = mean[k] - m, Q = rstd[k] * H, slope = scale * rstd[k] * Q / n[k];
+            const T size = n[k];
+            const V scale = pp[k] * rstd[k], shift = mean[k] - m, Q = rstd[k] * H, slope = scale * rstd[k] * Q / size;
             dp[k] += Q;
             A += scale;
             B += scale * shift;
             D += slope;
-            E += scale * G / n[k] - slope * shift;
+            E += scale * G / size - slope * shift;
             for (int64_t c = k ? n[k - 1] : 0; c < n[k]; c++) {
-              const T gc = T(gr[c]), xc = T(xr[c]) - m;
-              dxr[c] = scalar_t(gc * pw[c] * A - xc * D - E);
+              const V gc = gs[c], xc = xs[c] - m;
+              xs[c] = gc * pw[c] * A - xc * D - E;
               dw[c] += gc * (xc * A - B);
               db[c] += gc;
             }
           }
+          from_lanes<T>(X.first, used, N, pdx + r * N);
         }
+        for (int64_t i = 0; i < 2 * N + K; i++)
+          psums[part * (2 * N + K) + i] = across<T>(dw[i], [](V a, V b) { return a + b; });
       }
     });
   });
@@ -276,19 +393,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_linear_backward(const Tensor& g
 // ---------------------------------------------------------------------------------------------------------------------------
 // C (m, n) = or += A (m, k) B (k, n). A has any strides; B and C have contiguous rows, and m is a multiple of 8, n of a vector.
 
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-#elif defined(__AVX__)
-constexpr int vector_bytes = 32;
-#else
-constexpr int vector_bytes = 16;
-#endif
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(vector_bytes)));
-  typedef T anywhere __attribute__((vector_size(vector_bytes), aligned(sizeof(T)))); // in memory, at any address
-  static constexpr int64_t size = vector_bytes / sizeof(T);
-};
 constexpr int tile_rows = vector_bytes == 64 ? 8 : 4;
 
 template <typename T, int columns>
@@ -328,45 +432,70 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* A, int64_t ai, int64_t ak, c
     }
 }
 
-// e^x for x <= 0, to 2 units in the last place; a loop over it becomes vector instructions.
-inline float fast_exp(float x) {
-  x = x < -87.f ? -87.f : x;
-  const float n = std::floor(x * 1.44269504f + 0.5f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float y = 1.f / 5040;
-  y = y * r + 1.f / 720;
+// e^x for x <= 0, to 2 units in the last place.
+inline Vector<float>::type exponential(Vector<float>::type x) {
+  using V = Vector<float>::type;
+  typedef int32_t I __attribute__((vector_size(vector_bytes)));
+  x = x < -87.f ? V{} - 87.f : x;
+  const I whole = __builtin_convertvector(x * 1.44269504f - 0.5f, I); // it rounds toward zero
+  const V n = __builtin_convertvector(whole, V), r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V y = r * (1.f / 5040) + 1.f / 720;
   y = y * r + 1.f / 120;
   y = y * r + 1.f / 24;
   y = y * r + 1.f / 6;
   y = y * r + 0.5f;
   y = y * r + 1.f;
   y = y * r + 1.f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
+  const I exponent = (whole + 127) << 23;
+  V scale;
+  std::memcpy(&scale, &exponent, sizeof(scale));
   return y * scale;
 }
-inline double fast_exp(double x) { return std::exp(x); }
+inline Vector<double>::type exponential(Vector<double>::type x) {
+  for (int64_t l = 0; l < Vector<double>::size; l++) x[l] = std::exp(x[l]);
+  return x;
+}
 
 // Row i of S, (rows, width), holds the scores of a token for the keys 0 .. first + i, or for `all` keys if there is a bias, (rows, all),
-// to add and a mask like it: softmax over these, zeros behind them.
+// to add and a mask like it. They become e^(score - the highest), with zeros behind them, and inverse[i] one over their sum.
 template <typename T>
-void softmax(T* S, int64_t rows, int64_t width, int64_t first, int64_t all, const T* bias, const T* mask) {
+void exponentials(T* S, int64_t rows, int64_t width, int64_t first, int64_t all, const T* bias, const T* mask, T* inverse) {
+  using V = typename Vector<T>::type;
+  using Anywhere = typename Vector<T>::anywhere;
+  constexpr int64_t v = Vector<T>::size;
+  V lane;
+  for (int64_t l = 0; l < v; l++) lane[l] = l;
   for (int64_t i = 0; i < rows; i++) {
-    constexpr int64_t v = Vector<T>::size;
-    const int64_t keys = bias ? all : first + i + 1;
-    for (int64_t j = 0; bias && j < keys; j++) S[i * width + j] += bias[i * all + j];
-    for (int64_t j = 0; mask && j < keys; j++) S[i * width + j] += mask[i * all + j];
-    T *s = S + i * width, top = s[0], sum = 0, tops[v];
-    std::fill(tops, tops + v, top);
-    for (int64_t j = 0; j + v <= keys; j += v)
-      for (int64_t l = 0; l < v; l++) tops[l] = s[j + l] > tops[l] ? s[j + l] : tops[l];
-    for (int64_t l = 0; l < v; l++) top = tops[l] > top ? tops[l] : top;
-    for (int64_t j = keys / v * v; j < keys; j++) top = s[j] > top ? s[j] : top;
-    for (int64_t j = 0; j < keys; j++) sum += s[j] = fast_exp(s[j] - top);
-    const T inverse = 1 / sum;
-    for (int64_t j = 0; j < keys; j++) s[j] *= inverse;
-    for (int64_t j = keys; j < width; j++) s[j] = 0;
+    const int64_t keys = bias ? all : first + i + 1, whole = keys / v * v;
+    T* s = S + i * width;
+    const auto at = [&](int64_t j) -> Anywhere& { return *reinterpret_cast<Anywhere*>(s + j); };
+    for (int64_t j = 0; bias && !mask && j < keys; j++) s[j] += bias[i * all + j];
+    for (int64_t j = 0; bias && mask && j < keys; j++) s[j] += bias[i * all + j] + mask[i * all + j];
+    const auto in = lane < V{} + T(keys - whole); // of the last vector
+    V x = V{} + s[0], top = whole < keys ? in ? at(whole) : x : x, sum{};
+    for (int64_t j = 0; j < whole; j += v) top = at(j) > top ? at(j) : top;
+    top = V{} + across<T>(top, [](V a, V b) -> V { return a > b ? a : b; });
+    for (int64_t j = 0; j < whole; j += v) sum += at(j) = exponential(at(j) - top);
+    if (whole < keys) sum += at(whole) = in ? exponential(at(whole) - top) : V{};
+    for (int64_t j = round_up(keys, v); j < width; j += v) at(j) = V{};
+    inverse[i] = 1 / across<T>(sum, [](V a, V b) { return a + b; });
+  }
+}
+
+// dP, (rows, width), the gradient of the softmax times `inverse`, becomes that of the scores; it is added to db, if there is one.
+template <typename T>
+void score_gradients(const T* P, T* dP, int64_t rows, int64_t width, const T* inverse, T* db) {
+  using V = typename Vector<T>::type;
+  using Anywhere = typename Vector<T>::anywhere;
+  constexpr int64_t v = Vector<T>::size;
+  for (int64_t r = 0; r < rows; r++) {
+    const auto s = [&](int64_t c) { return *reinterpret_cast<const Anywhere*>(P + r * width + c); };
+    const auto a = [&](int64_t c) -> Anywhere& { return *reinterpret_cast<Anywhere*>(dP + r * width + c); };
+    V dot{};
+    for (int64_t c = 0; c < width; c += v) dot += s(c) * a(c);
+    dot = V{} + inverse[r] * across<T>(dot, [](V a, V b) { return a + b; });
+    for (int64_t c = 0; c < width; c += v) a(c) = s(c) * (a(c) - dot);
+    for (int64_t c = 0; db && c < width; c += v) *reinterpret_cast<Anywhere*>(db + r * width + c) += a(c);
   }
 }
 
@@ -377,20 +506,30 @@ void softmax(T* S, int64_t rows, int64_t width, int64_t first, int64_t all, cons
 // (M, T, T), of which sequence b has the b % M-th.
 
 constexpr int64_t block = 64; // query rows at a time
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// The first rows of a head, times scale (or 1), as T: out (rows, d), or its transpose, a cache line of tokens at a time, (size, ld).
+// The first rows of a head, times scale, as T: out (rows, d), or its transpose, (d, ld). d is size, in whole vectors: what follows
+// in x comes along, if there is room for it behind the last row's start, and if there is not, in all rows but the last.
 template <typename T, typename scalar_t>
-void load(const scalar_t* x, int64_t stride, int64_t rows, int64_t size, const T* scale, T* out, int64_t d) {
-  for (int64_t t = 0; t < rows; t++)
-    for (int64_t c = 0; c < size; c++) out[t * d + c] = scale ? T(x[t * stride + c]) * scale[c] : T(x[t * stride + c]);
+void load(const scalar_t* x, int64_t stride, int64_t rows, int64_t size, int64_t room, const T* scale, T* out, int64_t d) {
+  constexpr int64_t v = Vector<T>::size;
+  const int64_t wide = room >= d ? rows : stride >= d ? rows - 1 : 0;
+  for (int64_t t = 0; t < wide; t++)
+    for (int64_t c = 0; c < d; c += v)
+      for (int64_t l = 0; l < v; l++) out[t * d + c + l] = T(x[t * stride + c + l]) * scale[c + l];
+  for (int64_t t = wide; t < rows; t++)
+    for (int64_t c = 0; c < size; c++) out[t * d + c] = T(x[t * stride + c]) * scale[c];
 }
 
 template <typename T, typename scalar_t>
-void load_transposed(const scalar_t* x, int64_t stride, int64_t rows, int64_t size, const T* scale, T* out, int64_t ld) {
-  for (int64_t t0 = 0; t0 < rows; t0 += 16)
-    for (int64_t c = 0; c < size; c++)
-      for (int64_t t = t0; t < std::min(t0 + 16, rows); t++) out[c * ld + t] = T(x[t * stride + c]) * scale[c];
+void load_transposed(const scalar_t* x, int64_t stride, int64_t rows, int64_t size, int64_t room, const T* scale, T* out, int64_t ld,
+                     int64_t d) {
+  constexpr int64_t v = Vector<T>::size;
+  int64_t t = 0;
+  if constexpr (std::is_same_v<T, scalar_t>)
+    for (const int64_t wide = room >= d ? rows : stride >= d ? rows - 1 : 0; t + v <= wide; t += v)
+      for (int64_t c = 0; c < d; c += v) transpose<T>(x + t * stride + c, stride, out + c * ld + t, ld, scale + c);
+  for (int64_t c = 0; c < size; c++)
+    for (int64_t r = t; r < rows; r++) out[c * ld + r] = T(x[r * stride + c]) * scale[c];
 }
 
 Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale, Sizes n_head, const OptTensor& bias,
@@ -408,22 +547,27 @@ Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale
       const int64_t h = n_head[j], size = E / h, d = round_up(size, Vector<T>::size), width = round_up(L, Vector<T>::size);
       const T *pq = qs.const_data_ptr<T>() + j * E, *po = ys.const_data_ptr<T>() + j * E;
       at::parallel_for(0, B * h, 1, [&](int64_t begin, int64_t end) {
-        std::vector<T> k(d * width), v(width * d), q(block * d), S(block * width), out(block * d);
+        Buffer<T> k(d * width), v(width * d), q(block * d), S(block * width), out(block * d), inverse(block);
+        Buffer<T> one(d), q_scale(d), y_scale(d);
+        std::fill(one + 0, one + d, T(1));
         for (int64_t item = begin; item < end; item++) {
           const int64_t b = item / h, c0 = item % h * size;
           const scalar_t* head = px + b * sb + c0;
-          load_transposed<T>(head + E, st, L, size, pq + c0, k.data(), width);
-          load<T>(head + 2 * E, st, L, size, po + c0, v.data(), d);
+          std::copy(pq + c0, pq + c0 + size, q_scale + 0);
+          std::copy(po + c0, po + c0 + size, y_scale + 0);
+          load_transposed<T>(head + E, st, L, size, 2 * E - c0, q_scale, k, width, d);
+          load<T>(head + 2 * E, st, L, size, E - c0, y_scale, v, d);
           for (int64_t t = 0; t < L; t += block) {
             const int64_t rows = std::min(block, L - t), padded = round_up(rows, tile_rows);
             const int64_t keys = pb ? width : round_up(t + rows, Vector<T>::size);
-            load<T, scalar_t>(head + t * st, st, rows, size, nullptr, q.data(), d);
-            gemm<T>(padded, keys, size, q.data(), d, 1, k.data(), width, S.data(), keys, false);
-            softmax(S.data(), rows, keys, t, L, pb ? pb + (item % h * L + t) * L : nullptr, pm ? pm + (b % ms.size(0) * L + t) * L : nullptr);
-            gemm<T>(padded, d, std::min(keys, L), S.data(), keys, 1, v.data(), d, out.data(), d, false);
+            load<T>(head + t * st, st, rows, size, 3 * E - c0, one, q, d);
+            gemm<T>(padded, keys, size, q, d, 1, k, width, S, keys, false);
+            exponentials<T>(S, rows, keys, t, L, pb ? pb + (item % h * L + t) * L : nullptr, pm ? pm + (b % ms.size(0) * L + t) * L : nullptr,
+                            inverse);
+            gemm<T>(padded, d, std::min(keys, L), S, keys, 1, v, d, out, d, false);
             for (int64_t r = 0; r < rows; r++) {
               T* row = py + (b * L + t + r) * E + c0;
-              for (int64_t c = 0; c < size; c++) row[c] = (j ? row[c] : T(0)) + out[r * d + c];
+              for (int64_t c = 0; c < size; c++) row[c] = (j ? row[c] : T(0)) + inverse[r] * out[r * d + c];
             }
           }
         }
@@ -433,17 +577,18 @@ Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale
   return y.to(qkv.scalar_type());
 }
 
-// The gradients of qkv, q_scale, y_scale and the bias; the last is summed in one place a thread.
+// The gradients of qkv, q_scale, y_scale and, where asked for, the bias: one sum a thread, for not to wait for each other.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& g, const Tensor& qkv, const Tensor& q_scale,
                                                               const Tensor& y_scale, Sizes n_head, const OptTensor& bias,
-                                                              const OptTensor& mask) {
+                                                              const OptTensor& mask, bool need_bias) {
   Tensor x = qkv.stride(2) == 1 ? qkv : qkv.contiguous(), gc = g.to(qkv.scalar_type()).contiguous();
   const int64_t B = x.size(0), L = x.size(1), E = x.size(2) / 3, sb = x.stride(0), st = x.stride(1), J = n_head.size();
   Tensor dx = at::empty({B, L, 3 * E}, acc_options(x)), dq_scale = at::empty({B, J, E}, acc_options(x));
   Tensor dy_scale = at::empty({B, J, E}, acc_options(x)), qs = small(q_scale, x), ys = small(y_scale, x);
   const Tensor bs = bias ? small(*bias, x) : Tensor(), ms = mask ? small(*mask, x) : Tensor();
-  const int64_t places = bias ? std::min<int64_t>(at::get_num_threads(), B) : 1;
-  Tensor dbias = at::zeros({places, bias ? bias->numel() : 0}, acc_options(x));
+  const int64_t places = need_bias ? std::min<int64_t>(at::get_num_threads(), B) : 1;
+  Tensor dbias = at::zeros({places, need_bias ? bias->size(0) : 0, L, round_up(L, vector_bytes / acc_options(x).dtype().itemsize())},
+                           acc_options(x)); // with a row's padding
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::attention_backward", [&] {
     using T = acc<scalar_t>;
     const scalar_t *px = x.const_data_ptr<scalar_t>(), *pg = gc.const_data_ptr<scalar_t>();
@@ -452,38 +597,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& g, c
     for (int64_t j = 0; j < J; j++) {
       const int64_t h = n_head[j], size = E / h, d = round_up(size, Vector<T>::size), width = round_up(L, Vector<T>::size);
       const T *pq = qs.const_data_ptr<T>() + j * E, *po = ys.const_data_ptr<T>() + j * E;
-      const int64_t parts = pb ? places : B * h;
+      const int64_t parts = need_bias ? places : B * h;
       at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-        std::vector<T> k(width * d), kT(d * width), vT(d * width), q(block * d), gy(block * d), out(block * d);
-        std::vector<T> P(block * width), dP(block * width), w(width * d), u(width * d); // w, u: before the scales' product with dk, dv
+        Buffer<T> k(width * d), kT(d * width), vT(d * width), q(block * d), gy(block * d), out(block * d), inverse(block);
+        Buffer<T> P(block * width), dP(block * width), w(width * d), u(width * d); // w, u: before the scales' product with dk, dv
+        Buffer<T> one(d), q_scale(d), y_scale(d);
+        std::fill(one + 0, one + d, T(1));
         for (int64_t part = begin; part < end; part++)
         for (int64_t item = part * B * h / parts; item < (part + 1) * B * h / parts; item++) {
           const int64_t b = item / h, c0 = item % h * size;
           const scalar_t* head = px + b * sb + c0;
-          load<T>(head + E, st, L, size, pq + c0, k.data(), d);
-          load_transposed<T>(head + E, st, L, size, pq + c0, kT.data(), width);
-          load_transposed<T>(head + 2 * E, st, L, size, po + c0, vT.data(), width);
-          std::fill(w.begin(), w.end(), T(0));
-          std::fill(u.begin(), u.end(), T(0));
+          std::copy(pq + c0, pq + c0 + size, q_scale + 0);
+          std::copy(po + c0, po + c0 + size, y_scale + 0);
+          load<T>(head + E, st, L, size, 2 * E - c0, q_scale, k, d);
+          load_transposed<T>(head + E, st, L, size, 2 * E - c0, q_scale, kT, width, d);
+          load_transposed<T>(head + 2 * E, st, L, size, E - c0, y_scale, vT, width, d);
+          std::fill(w + 0, w + width * d, T(0));
+          std::fill(u + 0, u + width * d, T(0));
           for (int64_t t = 0; t < L; t += block) {
             const int64_t rows = std::min(block, L - t), padded = round_up(rows, tile_rows);
             const int64_t keys = pb ? width : round_up(t + rows, Vector<T>::size);
-            load<T, scalar_t>(head + t * st, st, rows, size, nullptr, q.data(), d);
-            load<T, scalar_t>(pg + (b * L + t) * E + c0, E, rows, size, nullptr, gy.data(), d);
-            gemm<T>(padded, keys, size, q.data(), d, 1, kT.data(), width, P.data(), keys, false);
-            softmax(P.data(), rows, keys, t, L, pb ? pb + (item % h * L + t) * L : nullptr, pm ? pm + (b % ms.size(0) * L + t) * L : nullptr);
-            gemm<T>(keys, d, rows, P.data(), 1, keys, gy.data(), d, u.data(), d, true);
-            gemm<T>(padded, keys, size, gy.data(), d, 1, vT.data(), width, dP.data(), keys, false);
-            for (int64_t r = 0; r < rows; r++) { // dP becomes the gradient of the scores
-              T *a = dP.data() + r * keys, dot = 0;
-              const T* s = P.data() + r * keys;
-              for (int64_t c = 0; c < keys; c++) dot += s[c] * a[c];
-              for (int64_t c = 0; c < keys; c++) a[c] = s[c] * (a[c] - dot);
-              T* db = pdb + part * dbias.size(1) + (item % h * L + t + r) * L;
-              for (int64_t c = 0; pb && c < L; c++) db[c] += a[c];
-            }
-            gemm<T>(keys, d, rows, dP.data(), 1, keys, q.data(), d, w.data(), d, true);
-            gemm<T>(padded, d, std::min(keys, L), dP.data(), keys, 1, k.data(), d, out.data(), d, false);
+            load<T>(head + t * st, st, rows, size, 3 * E - c0, one, q, d);
+            load<T>(pg + (b * L + t) * E + c0, E, rows, size, E - c0, one, gy, d);
+            gemm<T>(padded, keys, size, q, d, 1, kT, width, P, keys, false);
+            exponentials<T>(P, rows, keys, t, L, pb ? pb + (item % h * L + t) * L : nullptr, pm ? pm + (b % ms.size(0) * L + t) * L : nullptr,
+                            inverse);
+            for (int64_t r = 0; r < rows; r++)
+              for (int64_t c = 0; c < d; c++) gy[r * d + c] *= inverse[r];
+            gemm<T>(keys, d, rows, P, 1, keys, gy, d, u, d, true);
+            gemm<T>(padded, keys, size, gy, d, 1, vT, width, dP, keys, false);
+            score_gradients<T>(P, dP, rows, keys, inverse, need_bias ? pdb + part * dbias.stride(0) + (item % h * L + t) * width : nullptr);
+            gemm<T>(keys, d, rows, dP, 1, keys, q, d, w, d, true);
+            gemm<T>(padded, d, std::min(keys, L), dP, keys, 1, k, d, out, d, false);
             for (int64_t r = 0; r < rows; r++) {
               T* row = pdx + (b * L + t + r) * 3 * E + c0;
               for (int64_t c = 0; c < size; c++) row[c] = (j ? row[c] : T(0)) + out[r * d + c];
@@ -506,7 +651,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& g, c
       });
     }
   });
-  return {dx.to(qkv.scalar_type()), dq_scale.sum(0), dy_scale.sum(0), bias ? dbias.sum(0).view(bias->sizes()) : dbias};
+  return {dx.to(qkv.scalar_type()), dq_scale.sum(0), dy_scale.sum(0), dbias.sum(0).narrow(2, 0, L)};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
@@ -710,8 +855,8 @@ TORCH_LIBRARY(nas, m) {
   m.def("block_linear_backward(Tensor g, Tensor x, Tensor W, Tensor M, int[] o, int[] i, bool need_W, bool need_bias, bool need_M)"
         " -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("attention(Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head, Tensor? bias=None, Tensor? mask=None) -> Tensor");
-  m.def("attention_backward(Tensor g, Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head, Tensor? bias=None, Tensor? mask=None)"
-        " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention_backward(Tensor g, Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head, Tensor? bias=None, Tensor? mask=None,"
+        " bool need_bias=False) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("depthwise(Tensor x, Tensor weight, int stride, int padding, int dilation) -> Tensor");
   m.def("depthwise_backward(Tensor g, Tensor x, Tensor weight, int stride, int padding, int dilation, bool need_x, bool need_w)"
         " -> (Tensor, Tensor)");

@@ -282,9 +282,9 @@ def register_fused_ops():
         small(x, W.shape[:1] if need_bias else 0), small(x, M.shape if need_M else 0)))
     library.register_fake("nas::attention")(lambda qkv, q_scale, y_scale, n_head, bias=None, mask=None: qkv.new_empty(
         (*qkv.shape[:2], qkv.shape[2] // 3)))
-    library.register_fake("nas::attention_backward")(lambda g, qkv, q_scale, y_scale, n_head, bias=None, mask=None: (
+    library.register_fake("nas::attention_backward")(lambda g, qkv, q_scale, y_scale, n_head, bias=None, mask=None, need_bias=False: (
         torch.empty_like(qkv, memory_format=torch.contiguous_format), small(qkv, q_scale.shape), small(qkv, y_scale.shape),
-        small(qkv, (1, 0) if bias is None else bias.shape)))
+        small(qkv, bias.shape if need_bias else (0, *2 * qkv.shape[1:2]))))
     library.register_fake("nas::depthwise")(lambda x, weight, stride, padding, dilation: torch.empty(
         (*x.shape[:2], *((n + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1 for n in x.shape[2:])),
         dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
@@ -313,8 +313,9 @@ def register_fused_ops():
 
     def attention(ctx, g):
         qkv, q_scale, y_scale, *rest = ctx.saved_tensors
-        dqkv, dq_scale, dy_scale, dbias = ops.attention_backward(g, qkv, q_scale, y_scale, *ctx.rest, *rest)
-        return dqkv, dq_scale.to(q_scale.dtype), dy_scale.to(y_scale.dtype), None, dbias.to(rest[0].dtype) if rest else None, None
+        need_bias = bool(rest) and ctx.needs_input_grad[4]
+        dqkv, dq_scale, dy_scale, dbias = ops.attention_backward(g, qkv, q_scale, y_scale, *ctx.rest, *rest, need_bias=need_bias)
+        return dqkv, dq_scale.to(q_scale.dtype), dy_scale.to(y_scale.dtype), None, dbias.to(rest[0].dtype) if need_bias else None, None
 
     def depthwise(ctx, g):
         need = ctx.needs_input_grad[:2]
