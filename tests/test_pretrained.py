@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import fails, flags
-from test_survival import state_of
+from test_survival import killed_early, state_of
 from test_train import base_config, search_config, train_config
 from test_vision import signalled
 
@@ -122,6 +122,18 @@ def test_a_search_cuts_it_to_a_budget_and_resumes_exactly(gpt2, data_dir, tmp_pa
                                        learning_rate=1e-9, min_lr=0.0))
     cut, _ = load_run(str(tmp_path / "base"), "cpu")
     assert (cut(x, x)[0] - net(x, x, found)[0]).abs().max() < 1e-4
+
+
+def test_killed_before_its_first_checkpoint_it_starts_with_the_same_weights_again(gpt2, data_dir, tmp_path):
+    """A search and a training from a GPT-2, and a training from that search."""
+    folder, out = gpt2[0], tmp_path / "search"
+    runs = {"search": (train_search.search, search_config(data_dir, out, **SPACE, init_from=folder)),
+            "train": (train.train, train_config(data_dir, tmp_path / "train", **OURS, init_from=folder)),
+            "base": (train_base.train_found, base_config(data_dir, tmp_path / "base", out / "arch.json", init_from=str(out)))}
+    for name, (go, config) in runs.items():
+        go(config)
+        go(config | killed_early(tmp_path / name, tmp_path / f"{name} again"))
+        assert state_of(tmp_path / name) == state_of(tmp_path / f"{name} again"), name
 
 
 def test_a_new_run_knows_nothing_of_the_one_it_replaces(gpt2, data_dir, tmp_path):
