@@ -328,6 +328,10 @@ def load_pretrained(net, arch, source, run):
     if not os.path.exists(path):
         return model.load_gpt2(net, source, arch)
     checkpoint = load_checkpoint(path, run.device)
+    kind, of = ("search", source) if "chooser" in checkpoint else ("training", "OUT_DIR")
+    if kind == "training" or arch is None:
+        raise SystemExit(f"init_from='{source}' is the out_dir of a {kind}, and of our own runs only a search has weights to start with, "
+                         f"those of one of its architectures: python train_base.py --arch={of}/arch.json --init_from={of}.")
     whole = load_model(build(checkpoint["config"]).to(run.device), checkpoint, path)
     return load_model(net, {"model": whole.extract(arch).state_dict()}, path)
 
