@@ -463,7 +463,7 @@ def check_split(data, config, name):
         draw_index(len(data), config.batch_size, 0)
     elif isinstance(data, Pairs):
         least = min(data.shapes.min(1).tolist(), default=0)
-        if least < (8 if name in ("val", "test") else config.patch):
+        if least < (3 if name in ("val", "test") else config.patch): # PSNR leaves out a border of one pixel
             raise SystemExit(f"The {name} split of {config.dataset} has {len(data)} images or regions, the smallest of {least} pixels, and "
                              f"patch={config.patch}: choose a smaller patch, or prepare more images, or larger regions by --img_size.")
     else:

@@ -43,6 +43,12 @@ BLOCK = dict(head_size=0, dropout=0.0, bias=True, position="", activation="exact
 MEAN = (0.4488, 0.4371, 0.4040) # of DIV2K
 
 
+def reflected(n, size):
+    """The places of n pixels and of what pads them to whole windows, back and forth: 0 1 2 1 0 1 2 1 for n = 3 and size = 8."""
+    i = torch.arange(n + -n % size) % max(1, 2 * n - 2)
+    return torch.minimum(i, 2 * n - 2 - i)
+
+
 def windows(x, size, shift):
     """(B, H, W, C) -> (B * windows, size^2, C), after all has moved by shift up and to the left."""
     x = torch.roll(x, (-shift, -shift), (1, 2)) if shift else x
@@ -197,8 +203,7 @@ class SwinIR(ImageNetwork):
     def whole(self, x, arch):
         (h, w), s, size = x.shape[2:], self.config.scale, self.config.window_size
         e, n_rstb, blocks = self.sizes(arch)
-        if -h % size or -w % size:
-            x = F.pad(x, (0, -w % size, 0, -h % size), mode="reflect")
+        x = x[:, :, reflected(h, size)[:, None], reflected(w, size)]
         first = self.conv_first(x - self.mean, None, e).permute(0, 2, 3, 1) # (B, H, W, n_embd)
         x = run_blocks(self.rstb, self.ln_first(first, e), n_rstb, self.n_rstb, blocks)
         x = first + conv(self.conv_last, self.ln_f(x, e), e, e)
