@@ -38,9 +38,9 @@ from tqdm import tqdm
 
 from analyze import save_figure
 from optim_nas import ArchOptimizer, likeliest, random_search
-from prepare import Images, Pairs, rng, write_json
+from prepare import Images, Pairs, load_meta, rng, write_json
 from supernet import one_hot, use_fused_ops
-from train import build, configure_optimizer, draw, load_data, peak_flops, pick_device, setup, train_step, update, with_space
+from train import build, configure_optimizer, draw, load_data, peak_flops, pick_device, setup, train_step, update, vocabulary, with_space
 from train_search import * # noqa: F403 (every key of a search)
 from train_search import arch_step, bilevel_step, latency_features, latency_key, network_of, weight_arch
 from train_search import latency as predictor
@@ -73,7 +73,7 @@ batch_size = 4
 block_size = 224
 # -----------------------------------------------------------------------------
 
-VOCAB_SIZE = {"pydocs": 97, "shakespeare_char": 65, "tinystories": 50304, "openwebtext": 50304}
+VOCAB_SIZE = {"pydocs": 97, "shakespeare_char": 65, "tinystories": 50257, "openwebtext": 50257} # tokens of data sets
 DRAWS = {"gdas": 2, "spos": 2} # iterations a round of the methods that draw large and small networks by turns
 REPEATS = 3 # measurements of a step's parts
 NUMBERS = {"ratio": "ratio", "low": "from", "high": "to", "ms": "ms", "arch_ms": "arch ms", "forward_ms": "forward",
@@ -87,6 +87,13 @@ def largest(net):
     net.cost(weights)["params"].backward()
     gain = {name: torch.zeros(w.shape) if w.grad is None else w.grad for name, w in weights.items()}
     return likeliest(net.choices, {name: g + 1e-3 * torch.arange(g.shape[-1]) for name, g in gain.items()})
+
+
+def vocab_size_of(config):
+    """That of the networks of a search: of data that is not prepared the usual one. SystemExit if nothing is known of it."""
+    prepared = os.path.exists(os.path.join(config.data_dir, config.dataset, "meta.json"))
+    size = None if prepared else VOCAB_SIZE.get(config.dataset)
+    return config.vocab_size or vocabulary(size or load_meta(config.data_dir, config.dataset, "text")["vocab_size"], config)
 
 
 def random_data(net, config):
@@ -222,7 +229,7 @@ def measure(config):
     config = SimpleNamespace(**config)
     run = setup(config)
     if config.space == "gpt":
-        config.vocab_size = config.vocab_size or VOCAB_SIZE[config.dataset]
+        config.vocab_size = vocab_size_of(config)
     config.gradient_accumulation_steps, config.arch_warmup_iters = 1, 0 # the alphas move in every iteration
     use_fused_ops(config.fused and run.device_type == "cpu")
     plain, *searches = (contender(config, run, method) for method in ("", *config.methods))
@@ -297,9 +304,9 @@ def growth_figure(results, out_dir):
 
 def facts_of(config, run):
     """What the networks must know of the data, where it is prepared; else its usual vocabulary, or the space's usual images."""
+    if config.space == "gpt":
+        return {"vocab_size": vocab_size_of(config)}
     prepared = os.path.exists(os.path.join(config.data_dir, config.dataset, "meta.json"))
-    if config.space == "gpt" and (config.vocab_size or not prepared):
-        return {"vocab_size": config.vocab_size or VOCAB_SIZE[config.dataset]}
     facts = load_data(config, run)[2] if prepared or config.dataset == "digits" else {}
     return facts | {key: value for key, value in vars(config).items() if key == "img_size"}
 

@@ -19,8 +19,8 @@ model.safetensors holds every tensor once. Its metadata, in JSON: "config", the 
 train.build(config, config["arch"]) is the network; "tied", {name: the tensor that it is too}.
 
 nanoGPT and GPT-2 have the same width in every MLP and the same heads in every layer: what is narrower gets zeros, which change nothing,
-and fixed sinusoidal positions are what the learned ones were. nanoGPT's nn.GELU() is the exact one, ours and GPT-2's its approximation by
-tanh: how much that alone moves the logits is printed. Where GPT-2 cannot hold a network because its layers attend differently,
+and fixed sinusoidal positions are what the learned ones were. nanoGPT's nn.GELU() is activation=exact_gelu; GPT-2's, our gelu, approximates
+it by tanh, and how much that alone moves the logits is printed. Where GPT-2 cannot hold a network because its layers attend differently,
 modeling_gpt2_heads.py comes with the weights, and AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) loads both.
 
 No format holds the tokenizer. Ids are those of the data set: GPT-2's with tokenizer=gpt2, positions in "chars" of its meta.json with char,
@@ -30,7 +30,6 @@ A .pt2 file has pickles in it, which may run code when they are loaded: load tho
 only what torch.load(path, weights_only=True) reads.
 """
 import contextlib
-import copy
 import importlib
 import io
 import json
@@ -43,7 +42,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from prepare import rng, write
 from sample import load_run
@@ -57,8 +55,8 @@ img_size = 0 # pixels a side of the images that it takes; 0: those it was traine
 # -----------------------------------------------------------------------------
 
 TOLERANCE = 1e-4 # how far the outputs of a file may be from the network's, relative to the largest
-NANOGPT = ("gelu",) # the activations that it has
-GPT2 = {"gelu": "gelu_new", "relu": "relu", "silu": "silu", "mish": "mish"} # those that transformers has, and its names
+NANOGPT = ("exact_gelu", "gelu") # the activations that it has; of the second see export_nanogpt()
+GPT2 = {"gelu": "gelu_new", "exact_gelu": "gelu", "relu": "relu", "silu": "silu", "mish": "mish"} # transformers' and its names
 OTHERS = "take --format=safetensors, onnx or torch, which hold every network"
 
 
@@ -139,18 +137,20 @@ def export_nanogpt(net, trained, x):
                          "--format=huggingface, which holds any width.")
     args = dict(n_layer=len(net.transformer.h), n_head=n_head, n_embd=E, block_size=c.block_size, bias=c.bias, vocab_size=c.vocab_size,
                 dropout=c.dropout)
-    twin = build(args | {"space": "gpt", "mlp_ratio": 4})
+    twin = build(args | {"space": "gpt", "mlp_ratio": 4, "activation": c.activation})
     optimizer = configure_optimizer(twin, SimpleNamespace(**vars(trained) | dict(weight_optimizer="adamw", zero_stage=0)),
                                     SimpleNamespace(device_type="cpu")) # which has not made a step; its train.py asks for one
     file = io.BytesIO()
     torch.save({"model": alike(net, n_head, 4 * E), "model_args": args, "optimizer": optimizer.state_dict(), "iter_num": 0,
                 "best_val_loss": 1e9, "config": {"dataset": trained.dataset}}, file)
     twin.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True)["model"])
-    run, exact = Outputs(twin, True).eval(), Outputs(copy.deepcopy(twin), True).eval()
-    for block in exact.net.transformer.h:
-        block.mlp.act = F.gelu
-    print(f"with nanoGPT's nn.GELU() the logits are within {difference([exact(x)], [run(x)]):.1e} of these, relative to the largest; "
-          "with nn.GELU(approximate='tanh') in its model.py they are these")
+    run = Outputs(twin, True).eval()
+    if c.activation == "gelu":
+        exact = build(vars(twin.config) | {"space": "gpt", "activation": "exact_gelu"})
+        exact.load_state_dict(twin.state_dict())
+        print(f"with nanoGPT's nn.GELU() the logits are within {difference([Outputs(exact, True).eval()(x)], [run(x)]):.1e} of these, "
+              "relative to the largest; with nn.GELU(approximate='tanh') in its model.py they are these, and a network trained with "
+              "--activation=exact_gelu has them as it is")
     return {"nanogpt/ckpt.pt": file.getvalue()}, run
 
 

@@ -59,7 +59,7 @@ POSITIONS = {"learned": Embedding, # GPT-2
              "rope": lambda block_size, n: None} # queries and keys turn with their positions (Su et al. 2021)
 GELU = partial(F.gelu, approximate="tanh") # Hendrycks & Gimpel 2016, as in GPT-2; silu: Elfwing et al. 2017, mish: Misra 2019
 GATED = {"geglu": GELU, "swiglu": F.silu, "reglu": F.relu} # act(W x) * (V x), each of mlp_ratio * n_embd channels (Shazeer 2020)
-ACTIVATIONS = {"gelu": GELU, "relu": F.relu, "silu": F.silu, "mish": F.mish, **GATED}
+ACTIVATIONS = {"gelu": GELU, "exact_gelu": F.gelu, "relu": F.relu, "silu": F.silu, "mish": F.mish, **GATED}
 RESIDUALS = ("pre", "post", "branch", "parallel") # where the norms stand, see Block
 OPTIONS = {"norm": NORMS, "prmsnorm_pct": (), "position": POSITIONS, "activation": ACTIVATIONS, "residual": RESIDUALS} # of a network
 
@@ -496,7 +496,8 @@ def build(config, arch=None):
 
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") # on the Hugging Face hub
-GPT2_CONFIG = {"activation_function": {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu", "silu": "silu"}, # as we call them
+GPT2_CONFIG = {"activation_function": {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "exact_gelu", # as we call them
+                                       "relu": "relu", "silu": "silu"},
                "layer_norm_epsilon": {1e-5: 1e-5}, "scale_attn_weights": {True: True}, "scale_attn_by_inverse_layer_idx": {False: False},
                "tie_word_embeddings": {True: True}}
 

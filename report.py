@@ -74,8 +74,9 @@ def load_supernet(config):
     with these weights on the alphas' part of the data, which report/inherited.jsonl remembers."""
     path = os.path.join(config["out_dir"], "ckpt.pt")
     checkpoint = load_checkpoint(path, "cpu")
-    own = {key: config[key] for key in ("device", "data_dir") if config[key]} | dict(init_from="scratch", overwrite=True, zero_stage=0)
-    search = SimpleNamespace(**checkpoint["config"] | own) # overwrite: setup() finds the run, of which nothing is replaced
+    own = {key: config[key] for key in ("device", "data_dir") if config[key]}
+    own |= dict(out_dir=config["out_dir"], init_from="resume", zero_stage=0) # with the vocabulary that the run has
+    search = SimpleNamespace(**checkpoint["config"] | own)
     run = setup(search)
     if run.world > 1:
         raise SystemExit(f"A report is made by one process, not by {run.world}: start it by python, without torchrun.")

@@ -88,7 +88,7 @@ bias = False
 norm = 'layernorm' # 'rmsnorm', 'partial_rmsnorm'
 prmsnorm_pct = 0.0625 # of partial_rmsnorm: the share of the channels that its RMS is estimated from
 position = 'learned' # 'sinusoidal', 'rope'
-activation = 'gelu' # 'relu', 'silu', 'mish', or gated: 'geglu', 'swiglu', 'reglu', with twice the channels in c_fc
+activation = 'gelu' # GPT-2's, by tanh; 'exact_gelu', 'relu', 'silu', 'mish', or gated: 'geglu', 'swiglu', 'reglu', their c_fc twice as wide
 residual = 'pre' # 'post', 'branch', 'parallel'
 n_expert = 0 # MLPs a layer, of which each token takes top_k (mixture of experts); 0: one MLP
 top_k = 2
@@ -213,17 +213,24 @@ def resumes(config):
     return config.init_from in ("resume", "previous")
 
 
-def pretrained(config):
-    """Whether init_from names weights to start with."""
-    return config.init_from != "scratch" and not resumes(config)
+def pretrained(init_from):
+    """Whether it names weights to start with."""
+    return init_from not in ("scratch", "resume", "previous")
+
+
+def origin(config):
+    """init_from, or that with which a run began that goes on before its first checkpoint: it starts with the same weights again."""
+    if config.init_from != "resume" or os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):
+        return config.init_from
+    return read_json(os.path.join(config.out_dir, "run.json"))["config"]["init_from"]
 
 
 def check_out_dir(config, run):
     """SystemExit if out_dir holds a run that would be lost, or none to go on with."""
-    if pretrained(config) and config.init_from not in model.GPT2 and not os.path.isdir(config.init_from):
+    if pretrained(config.init_from) and config.init_from not in model.GPT2 and not os.path.isdir(config.init_from):
         raise SystemExit(f"init_from='{config.init_from}' is not 'scratch', 'resume' or 'previous', nor a pretrained network: "
                          f"{', '.join(model.GPT2)}, or a folder with such a config.json and model.safetensors.")
-    if pretrained(config) and vars(config).get("space") != "gpt":
+    if pretrained(config.init_from) and vars(config).get("space") != "gpt":
         raise SystemExit(f"init_from='{config.init_from}' is for the GPT of train.py and train_search.py alone.")
     held = os.path.exists(os.path.join(config.out_dir, "run.json"))
     if resumes(config) and not held:
@@ -315,12 +322,16 @@ def load_model(net, checkpoint, path):
     return net
 
 
-def load_pretrained(net, arch, config, run):
+def load_pretrained(net, arch, source, run):
     """Fills net from what init_from names: a GPT-2, or the out_dir of a search, whose supernet has weights for this architecture."""
-    path = os.path.join(config.init_from, "ckpt.pt")
+    path = os.path.join(source, "ckpt.pt")
     if not os.path.exists(path):
-        return model.load_gpt2(net, config.init_from, arch)
+        return model.load_gpt2(net, source, arch)
     checkpoint = load_checkpoint(path, run.device)
+    kind, of = ("search", source) if "chooser" in checkpoint else ("training", "OUT_DIR")
+    if kind == "training" or arch is None:
+        raise SystemExit(f"init_from='{source}' is the out_dir of a {kind}, and of our own runs only a search has weights to start with, "
+                         f"those of one of its architectures: python train_base.py --arch={of}/arch.json --init_from={of}.")
     whole = load_model(build(checkpoint["config"]).to(run.device), checkpoint, path)
     return load_model(net, {"model": whole.extract(arch).state_dict()}, path)
 
@@ -438,7 +449,7 @@ def vocabulary(size, config):
     path = os.path.join(config.out_dir if resumes(config) else config.init_from, "run.json")
     if os.path.exists(path): # of the run that goes on, or that the weights are from
         return size if read_json(path)["config"].get("vocab_size") == size else padded
-    return size if pretrained(config) else padded
+    return size if pretrained(config.init_from) else padded
 
 
 def cut(data, start, stop):
@@ -452,7 +463,7 @@ def check_split(data, config, name):
         draw_index(len(data), config.batch_size, 0)
     elif isinstance(data, Pairs):
         least = min(data.shapes.min(1).tolist(), default=0)
-        if least < (8 if name in ("val", "test") else config.patch):
+        if least < (3 if name in ("val", "test") else config.patch): # PSNR leaves out a border of one pixel
             raise SystemExit(f"The {name} split of {config.dataset} has {len(data)} images or regions, the smallest of {least} pixels, and "
                              f"patch={config.patch}: choose a smaller patch, or prepare more images, or larger regions by --img_size.")
     else:
@@ -821,8 +832,8 @@ def train(config, arch=None, test=False):
     if arch is None and config.space != "gpt" and any(len(c.options) > 1 for c in net.choices.values()):
         raise SystemExit(f"space={config.space} leaves {', '.join(net.choices)} open: train one of its architectures by train_base.py.")
     check_resolutions(net, config, run)
-    if pretrained(config):
-        load_pretrained(net, arch, config, run)
+    if pretrained(origin(config)):
+        load_pretrained(net, arch, origin(config), run)
     cost, optimizer = net.cost(), configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best=math.inf, strikes=0)
     if resumes(config):

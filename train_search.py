@@ -41,8 +41,8 @@ from prepare import read_json, rng, seal, unseal, write, write_json
 from supernet import extremes, one_hot, use_fused_ops, widen
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
 from train import Log, append, average, backward, begin, build, calibrate, check_resolutions, check_split, configure_optimizer, cut
-from train import estimate, fault, get_lr, load_checkpoint, load_data, load_model, loop, main, micro_batches, pretrained, resume, resumes
-from train import save, setup, share, signals, space_module, stop_if_told, train_step, with_space
+from train import estimate, fault, get_lr, load_checkpoint, load_data, load_model, loop, main, micro_batches, origin, pretrained, resume
+from train import resumes, save, setup, share, signals, space_module, stop_if_told, train_step, with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -518,10 +518,10 @@ def search(config):
                             budget=make_budget(net, config, cost))
     phases, teacher = read_phases(net.choices, config), None
     check_sandwich(net.choices, phases, config)
-    if pretrained(config):
-        load_gpt2(net, config.init_from)
+    if pretrained(origin(config)):
+        load_gpt2(net, origin(config))
         net.sort(importance(net, splits["train"], config, run).__getitem__)
-    if config.inherit and config.init_from == "scratch":
+    if config.inherit and origin(config) == "scratch":
         inherit_weights(net, config, run)
     if config.teacher:
         teacher = trained(config.teacher, "teacher", config, run)

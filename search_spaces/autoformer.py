@@ -129,8 +129,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.ln_1, self.attn = LayerNorm(n_embd[-1], bias=True), Attention(c, n_embd, n_head, side)
         self.ln_2 = LayerNorm(n_embd[-1], bias=True)
-        self.mlp = MLP(SimpleNamespace(activation="gelu", bias=True, dropout=c.dropout), n_embd, mlp_ratio)
-        self.mlp.act = F.gelu # the exact one
+        self.mlp = MLP(SimpleNamespace(activation="exact_gelu", bias=True, dropout=c.dropout), n_embd, mlp_ratio)
 
     def forward(self, x, e=None, n_head=None, mlp_ratio=None):
         p = self.drop_path if self.training else 0.0

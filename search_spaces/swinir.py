@@ -39,8 +39,14 @@ tile = 0 # low-resolution pixels a side that an evaluation computes at a time, t
 GLOBAL, LAYERED = ("n_embd", "n_rstb"), ("n_layer", "n_head", "mlp_ratio")
 EXAMPLE = '{"n_embd": 36, "n_head": [[4, 6, 4, 4], [4, 4, 6, 4]], "mlp_ratio": [[1, 2, 1, 1], [1, 1, 2, 1]]}'
 OVERLAP = 32 # low-resolution pixels that a tile sees beyond its edges
-BLOCK = dict(head_size=0, dropout=0.0, bias=True, position="", activation="gelu") # what attention and MLP of model.py want to know
+BLOCK = dict(head_size=0, dropout=0.0, bias=True, position="", activation="exact_gelu") # what attention and MLP of model.py want to know
 MEAN = (0.4488, 0.4371, 0.4040) # of DIV2K
+
+
+def reflected(n, size):
+    """The places of n pixels and of what pads them to whole windows, back and forth: 0 1 2 1 0 1 2 1 for n = 3 and size = 8."""
+    i = torch.arange(n + -n % size) % max(1, 2 * n - 2)
+    return torch.minimum(i, 2 * n - 2 - i)
 
 
 def windows(x, size, shift):
@@ -100,7 +106,6 @@ class Layer(nn.Module):
         self.size, self.shift, self.drop = c.window_size, shift, drop
         self.ln_1, self.ln_2 = LayerNorm(n_embd[-1], bias=True), LayerNorm(n_embd[-1], bias=True)
         self.attn, self.mlp = WindowAttention(c, n_embd, n_head), MLP(c, n_embd, mlp_ratio)
-        self.mlp.act = F.gelu # not its approximation
 
     def forward(self, x, e=None, n_head=None, mlp_ratio=None):
         """x: (B, H, W, n_embd)"""
@@ -198,8 +203,7 @@ class SwinIR(ImageNetwork):
     def whole(self, x, arch):
         (h, w), s, size = x.shape[2:], self.config.scale, self.config.window_size
         e, n_rstb, blocks = self.sizes(arch)
-        if -h % size or -w % size:
-            x = F.pad(x, (0, -w % size, 0, -h % size), mode="reflect")
+        x = x[:, :, reflected(h, size)[:, None], reflected(w, size)]
         first = self.conv_first(x - self.mean, None, e).permute(0, 2, 3, 1) # (B, H, W, n_embd)
         x = run_blocks(self.rstb, self.ln_first(first, e), n_rstb, self.n_rstb, blocks)
         x = first + conv(self.conv_last, self.ln_f(x, e), e, e)

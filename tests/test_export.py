@@ -172,7 +172,7 @@ ARCH = dict(n_layer=3, n_embd=16, n_head=[4, 4, 4], mlp_ratio=[1, 4, 2])
 HEADS = ARCH | dict(n_head=[4, 1, 2]) # and different heads
 HELD = {"bias": (ARCH, dict()), "no bias, sinusoidal": (ARCH, dict(bias=False, position="sinusoidal", loss_chunk=5)),
         "larger heads": (HEADS, dict(head_size=3)), "more heads": (HEADS | dict(n_head=[3, 1, 3]), dict(head_size=4, n_head=[1, 3])),
-        "one layer": (None, dict(n_layer=1, n_head=1, n_embd=6, mlp_ratio=0.5))}
+        "exact gelu": (ARCH, dict(activation="exact_gelu")), "one layer": (None, dict(n_layer=1, n_head=1, n_embd=6, mlp_ratio=0.5))}
 
 
 class NanoGPT(nn.Module):
@@ -214,17 +214,19 @@ def transformers(tmp_path_factory):
 
 @pytest.mark.parametrize("case", HELD)
 def test_nanogpt_loads_its_checkpoint(case, tmp_path, capsys):
-    """As its train.py and sample.py do; with its own GELU the logits differ by what was said."""
+    """As its train.py and sample.py do; what its own GELU changes where it is another is said."""
     arch, change = HELD[case]
     net, config = saved(tmp_path, arch, **(FOUND if arch else {}) | change)
     path, _ = export.export(options(tmp_path, "nanogpt"))
     checkpoint = torch.load(path, weights_only=True)
     other = NanoGPT(**checkpoint["model_args"])
     other.load_state_dict(checkpoint["model"])
-    assert_same(lambda x: other(x, "tanh"), net, config)
-    off = float(re.search(r"within (\S+) of these", capsys.readouterr().out)[1])
-    x = torch.randint(17, (8, 16), generator=rng(4))
-    assert 1e-6 < (other(x) - other(x, "tanh")).abs().max() / other(x).abs().max() < 4 * off
+    exact, said = case == "exact gelu", capsys.readouterr().out
+    assert_same(lambda x: other(x, "none" if exact else "tanh"), net, config)
+    assert ("nn.GELU" in said) != exact
+    if not exact:
+        off, x = float(re.search(r"within (\S+) of these", said)[1]), torch.randint(17, (8, 16), generator=rng(4))
+        assert 1e-6 < (other(x) - other(x, "tanh")).abs().max() / other(x).abs().max() < 4 * off
     groups = [[p for p in other.parameters() if (p.dim() >= 2) == decays] for decays in (True, False)]
     torch.optim.AdamW([{"params": group} for group in groups]).load_state_dict(checkpoint["optimizer"])
     assert path.endswith("nanogpt/ckpt.pt") and checkpoint["iter_num"] == 0 and checkpoint["config"]["dataset"] == config["dataset"]
@@ -258,11 +260,11 @@ def test_transformers_loads_heads_that_differ(arch, change, tmp_path, transforme
 
 
 @pytest.mark.parametrize("format, change, words", [
-    ("nanogpt", dict(activation="relu"), "activation='relu' has no place in format=nanogpt, which knows 'gelu'"),
+    ("nanogpt", dict(activation="relu"), "activation='relu' has no place in format=nanogpt, which knows 'exact_gelu', 'gelu'"),
     ("nanogpt", dict(arch=HEADS, **FOUND), "1 of 16, 2 of 8, 4 of 4: take --format=huggingface"),
     ("nanogpt", dict(head_size=6), "no n_head for n_embd=8 holds the layers' heads, 2 of 6"),
     ("nanogpt", dict(mlp_ratio=5), "4 \\* n_embd = 32 channels, and one of this network has 40: take --format=huggingface"),
-    ("huggingface", dict(activation="swiglu"), "activation='swiglu'.*'gelu', 'relu', 'silu', 'mish'"),
+    ("huggingface", dict(activation="swiglu"), "activation='swiglu'.*'gelu', 'exact_gelu', 'relu', 'silu', 'mish'"),
     *[("huggingface", change, "has no place in format=huggingface.*take --format=safetensors") for change in (
         dict(norm="rmsnorm"), dict(position="rope"), dict(residual="parallel"), dict(residual="post"), dict(n_expert=3))]])
 def test_what_they_cannot_hold_is_one_sentence(format, change, words, tmp_path):

@@ -12,7 +12,7 @@ import train_search
 from configurator import defaults
 from model import build
 from optim_nas import Budget, uniform
-from prepare import write_json
+from prepare import load_meta, write_json
 from supernet import one_hot
 from train import space_module
 from train_search import latency, latency_features, load_latency, network_of
@@ -123,6 +123,21 @@ def test_a_search_ends_in_its_latency(data_dir, tmp_path):
     succeeds("train_search.py", *flags(tiny | front))
     found = json.loads((tmp_path / "p/pareto.json").read_text())
     assert found["cost"] == "latency" and all(point["latency"] > 0 for point in found["front"])
+
+
+def test_the_vocabulary_is_that_of_the_search(data_dir, tmp_path):
+    """Of data that is prepared, and of data that is not."""
+    config = SimpleNamespace(**defaults(vars(bench)) | dict(space="gpt", dataset="openwebtext", data_dir=str(tmp_path)))
+    for config.init_from, size in (("scratch", 50304), ("gpt2", 50257)): # as after prepare.py
+        assert bench.facts_of(config, None) == {"vocab_size": size}
+    config.dataset, config.data_dir = "pydocs", data_dir
+    assert bench.facts_of(config, None) == {"vocab_size": load_meta(data_dir, "pydocs")["vocab_size"]}
+
+
+def test_data_that_nothing_is_known_of_is_one_sentence(tmp_path):
+    for mode in (["latency"], []):
+        said = fails("bench.py", *mode, *flags(TINY_SEARCH | dict(dataset="mine", data_dir=tmp_path, out_dir=tmp_path / "o")))
+        assert "mine is not prepared: run python prepare.py --dataset=text" in said
 
 
 def test_a_table_that_does_not_fit_is_one_sentence(measured, data_dir, tmp_path):

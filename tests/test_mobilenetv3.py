@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_IMAGES, TINY_LARGEST, TINY_SPACES, flags
-from test_survival import state_of
+from test_survival import killed_early, state_of
 from test_vision import search_config, sentence, signalled, space_config
 
 import train
@@ -227,7 +227,7 @@ SHRINK = "kernel_size=3, depth=1 share=0.5 learning_rate=0.05 warmup_iters=0, ex
 def largest(digits_dir, tmp_path_factory):
     """The out_dir of a training of the largest network."""
     out_dir = str(tmp_path_factory.mktemp("largest") / "t")
-    train.train(space_config(train, "mobilenetv3", digits_dir, out_dir, **TINY_LARGEST, max_iters=20, eval_interval=20))
+    train.train(space_config(train, "mobilenetv3", digits_dir, out_dir, **TINY_LARGEST, max_iters=20, eval_interval=20, seed=7))
     return out_dir
 
 
@@ -274,6 +274,13 @@ def test_a_resumed_shrinking_is_one_that_was_not_stopped(stop, digits_dir, tmp_p
         train_search.search(config)
     train_search.search(config | {"init_from": "resume"})
     assert state_of(tmp_path) == shrunk
+
+
+def test_killed_before_its_first_checkpoint_it_inherits_again(digits_dir, tmp_path, largest):
+    config = shrink_config(digits_dir, tmp_path / "whole", largest)
+    train_search.search(config)
+    train_search.search(config | killed_early(tmp_path / "whole", tmp_path / "again"))
+    assert state_of(tmp_path / "again") == state_of(tmp_path / "whole")
 
 
 def test_without_shrinking_everything_is_drawn_from_the_start():

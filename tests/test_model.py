@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, TINY_SEARCH, fails, flags, succeeds
+from conftest import TINY, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import peak
-from model import build, mixture_sizes
+from model import MLP, build, mixture_sizes
 from optim_nas import picked, uniform
 from supernet import Size, extremes, one_hot
+from train import space_module
 
 SPACES = { # lists of lengths 1 to 4 that differ between choices, and sizes of no config
     "three": dict(n_layer=[1, 2, 3], n_embd=[12, 24, 36], n_head=[2, 3, 6], mlp_ratio=[1, 2.5, 4]),
@@ -299,8 +300,8 @@ def test_plain_network_is_gpt2_written_out():
     agree(net(x)[0], logits[:, [-1]], "logits of the last position")
 
 
-ACTIVATIONS = {"gelu": torch.nn.GELU("tanh"), "relu": torch.nn.ReLU(), "silu": torch.nn.SiLU(), "mish": torch.nn.Mish(),
-               "geglu": torch.nn.GELU("tanh"), "swiglu": torch.nn.SiLU(), "reglu": torch.nn.ReLU()}
+ACTIVATIONS = {"gelu": torch.nn.GELU("tanh"), "exact_gelu": torch.nn.GELU(), "relu": torch.nn.ReLU(), "silu": torch.nn.SiLU(),
+               "mish": torch.nn.Mish(), "geglu": torch.nn.GELU("tanh"), "swiglu": torch.nn.SiLU(), "reglu": torch.nn.ReLU()}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -313,6 +314,14 @@ def test_activations(activation):
         hidden = hidden * (x @ w[120:].T + b[120:])
     assert len(w) == (240 if activation.endswith("glu") else 120) # mlp_ratio=3 times 40, for each part
     agree(mlp(x), hidden @ mlp.c_proj.weight.T + mlp.c_proj.bias, "output")
+
+
+@pytest.mark.parametrize("space", ["autoformer", "swinir"])
+def test_vision_transformers_have_the_exact_gelu(space):
+    net = space_module(space).build(TINY_SPACES[space] | dict(img_size=8))
+    mlp = next(module for module in net.modules() if isinstance(module, MLP))
+    x = 100 * torch.randn(4, 5, mlp.c_fc.in_features) # its weights are small, and around 0 both forms are one
+    agree(mlp(x), mlp.c_proj(torch.nn.GELU()(mlp.c_fc(x))), "output")
 
 
 @pytest.mark.parametrize("residual", ["pre", "post", "parallel", "branch"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import fails, flags
-from test_survival import state_of
+from test_survival import killed_early, state_of
 from test_train import base_config, search_config, train_config
 from test_vision import signalled
 
@@ -48,15 +48,15 @@ def x_of(net, T):
     return torch.randint(net.config.vocab_size, (3, T), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("rest", [{}, dict(n_inner=48), dict(activation_function="relu", n_head=2)])
-def test_logits_are_those_of_transformers(rest, tmp_path):
+@pytest.mark.parametrize("rest, activation", [({}, "gelu"), (dict(n_inner=48), "gelu"), (dict(activation_function="gelu"), "exact_gelu"),
+                                              (dict(activation_function="relu", n_head=2), "relu")])
+def test_logits_are_those_of_transformers(rest, activation, tmp_path):
     theirs, x = save_gpt2(tmp_path, 31, **rest), None
-    ours = OURS | dict(vocab_size=31, n_head=theirs.config.n_head, activation="relu" if "activation_function" in rest else "gelu",
-                       mlp_ratio=rest.get("n_inner", 128) / 32)
+    ours = OURS | dict(vocab_size=31, n_head=theirs.config.n_head, activation=activation, mlp_ratio=rest.get("n_inner", 128) / 32)
     for block_size in (24, 10):
         net, x = build(ours | dict(block_size=block_size)).eval(), x_of(theirs, block_size)
         load_gpt2(net, str(tmp_path))
-        assert (net(x, x)[0] - theirs(x).logits).abs().max() < 1e-4
+        assert (net(x, x)[0] - theirs(x).logits).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("head_size", [0, 8])
@@ -124,6 +124,18 @@ def test_a_search_cuts_it_to_a_budget_and_resumes_exactly(gpt2, data_dir, tmp_pa
     assert (cut(x, x)[0] - net(x, x, found)[0]).abs().max() < 1e-4
 
 
+def test_killed_before_its_first_checkpoint_it_starts_with_the_same_weights_again(gpt2, data_dir, tmp_path):
+    """A search and a training from a GPT-2, and a training from that search."""
+    folder, out = gpt2[0], tmp_path / "search"
+    runs = {"search": (train_search.search, search_config(data_dir, out, **SPACE, init_from=folder)),
+            "train": (train.train, train_config(data_dir, tmp_path / "train", **OURS, init_from=folder)),
+            "base": (train_base.train_found, base_config(data_dir, tmp_path / "base", out / "arch.json", init_from=str(out)))}
+    for name, (go, config) in runs.items():
+        go(config)
+        go(config | killed_early(tmp_path / name, tmp_path / f"{name} again"))
+        assert state_of(tmp_path / name) == state_of(tmp_path / f"{name} again"), name
+
+
 def test_a_new_run_knows_nothing_of_the_one_it_replaces(gpt2, data_dir, tmp_path):
     config = search_config(data_dir, tmp_path, **SPACE, init_from=gpt2[0], overwrite=True)
     (tmp_path / "run.json").write_text("{}")
@@ -162,7 +174,7 @@ def test_another_network_is_one_sentence(change, words, gpt2, data_dir, tmp_path
     (lambda folder: os.truncate(f"{folder}/model.safetensors", 1000), ["SafetensorError"]),
     (lambda folder: open(f"{folder}/config.json", "w").write("{"), ["JSONDecodeError"]),
     (lambda folder: open(f"{folder}/config.json", "w").write("{}"), ["KeyError"]),
-    (lambda folder: save_gpt2(folder, 30, activation_function="gelu"), ["activation_function=gelu", "gelu_new"]),
+    (lambda folder: save_gpt2(folder, 30, activation_function="tanh"), ["activation_function=tanh", "gelu_new"]),
     (lambda folder: save_gpt2(folder, 30, layer_norm_epsilon=1e-3), ["layer_norm_epsilon=0.001"]),
     (lambda folder: save_gpt2(folder, 30), ["vocab_size=30", "--tokenizer=gpt2"])])
 def test_a_folder_that_cannot_be_used_is_one_sentence(change, words, gpt2, data_dir, tmp_path):

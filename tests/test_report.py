@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
+from test_pretrained import SPACE, save_gpt2
 
 import report
 from model import build
 from optim_nas import Budget, architectures, key_of
+from prepare import read_json, write_json
 
 SMALL = TINY | dict(n_pick=3, n_rank=4, n_random=2, seeds=[1, 2])
 CHARS = dict(n_layer=[4, 5, 6], n_head=[2, 4, 6], n_embd=[96, 192, 384], mlp_ratio=[2, 3, 4], vocab_size=65, block_size=256)
@@ -187,6 +189,19 @@ def test_accuracies_of_an_image_space(digits_dir, tmp_path):
     assert "test accuracy" in numbers["metric"] and "standard" not in numbers["networks"]
     assert all(0 <= value <= 100 for n in numbers["networks"].values() for value in n["test"])
     assert "no standard shape" in (tmp_path / "report/report.md").read_text()
+
+
+def test_a_search_from_a_gpt2_has_its_vocabulary(data_dir, tmp_path):
+    """Which is not rounded up, as that of a network from scratch would be."""
+    shutil.copytree(data_dir, tmp_path / "data")
+    meta = tmp_path / "data/pydocs/meta.json"
+    write_json(meta, {key: value for key, value in read_json(meta).items() if key != "sha256"} | {"vocab_size": 1001})
+    save_gpt2(tmp_path / "gpt2", 1001)
+    options = dict(data_dir=tmp_path / "data", out_dir=tmp_path / "s", init_from=tmp_path / "gpt2", target_params=60_000)
+    succeeds("train_search.py", *flags(TINY_SEARCH | SPACE | options))
+    (tmp_path / "s").rename(tmp_path / "moved")
+    succeeds("analyze.py", "report", str(tmp_path / "moved"), *flags(SMALL | dict(n_pick=2, n_rank=3, n_random=1)))
+    assert "Did the search pay?" in (tmp_path / "moved/report/report.md").read_text()
 
 
 def test_what_cannot_be_reported_is_one_sentence(searched, tmp_path):

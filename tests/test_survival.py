@@ -38,6 +38,14 @@ def state_of(out_dir):
     return train.fingerprint(checkpoint), [line for line in logs if line.get("step")], files
 
 
+def killed_early(whole, out_dir):
+    """The out_dir of a run like that in whole, killed before its first checkpoint: what begin() wrote, and a log."""
+    os.makedirs(out_dir)
+    for name in ("run.json", "log.jsonl"):
+        shutil.copy(Path(whole) / name, out_dir)
+    return {"out_dir": str(out_dir), "init_from": "resume"}
+
+
 def searched(data_dir, tmp_path):
     train_search.search(search_config(data_dir, tmp_path / "searched"))
     return tmp_path / "searched/arch.json"

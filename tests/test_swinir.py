@@ -1,4 +1,5 @@
 """Super-resolution: the law of exactness in SwinIR's space, its counts, windows and tiles; pairs of images, and how they are measured."""
+import contextlib
 import itertools
 import os
 import shutil
@@ -169,6 +170,37 @@ def test_attention_is_a_plain_computation(dtype):
         bias = torch.stack([attn.bias.weight[(i // 2 - j // 2 + 1) * 3 + i % 2 - j % 2 + 1, h] for j in range(4)])
         y[i, c] = (q[i, c] @ k[:, c].T / 2 ** 0.5 + bias).softmax(0) @ v[:, c]
     agree(attn(x, None)[0], attn.c_proj(y), "output")
+
+
+@pytest.mark.parametrize("h, w", [(1, 1), (3, 5), (8, 9), (5, 17)])
+def test_images_of_any_size_are_padded_by_reflection(h, w):
+    """To whole windows as F.pad does, or numpy, which goes on where an image is shorter than what it needs."""
+    x = torch.rand(2, 3, h, w, generator=generator())
+    found = x[:, :, swinir.reflected(h, 8)[:, None], swinir.reflected(w, 8)]
+    bottom, right = -h % 8, -w % 8
+    assert torch.equal(found, torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (0, bottom), (0, right)), "reflect")))
+    if bottom < h and right < w:
+        assert torch.equal(found, F.pad(x, (0, right, 0, bottom), mode="reflect"))
+    net = make(window_size=8).eval()
+    arch = extremes(net.choices)[0]
+    y = net(x, None, arch)[0]
+    assert y.shape == (2, 3, 2 * h, 2 * w) and torch.equal(y, net(found, None, arch)[0][:, :, :2 * h, :2 * w])
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_images_that_have_a_psnr_are_evaluated(scale):
+    """Of 3 pixels a side, of which a border of one is left out; a smaller one is a sentence."""
+    def pairs(side):
+        pixels = np.random.default_rng(0).integers(0, 256, 15 * side * (1 + scale ** 2), dtype=np.uint8)
+        return p.Pairs(pixels, np.array([[side, 5]]), np.array([0]), scale)
+    config, net = SimpleNamespace(dataset="small", patch=8), make(window_size=8, scale=scale)
+    train.check_split(pairs(3), config, "val")
+    small, run = net.extract(extremes(net.choices)[0]).eval(), SimpleNamespace(amp=contextlib.nullcontext())
+    with torch.no_grad():
+        loss, psnr, n = train.tally(small, p.pair_batches(pairs(3), [0], "cpu"), run).tolist()
+    assert n == 1 and 0 < loss < 10 and 0 < psnr < 50
+    with pytest.raises(SystemExit, match="the smallest of 2 pixels"):
+        train.check_split(pairs(2), config, "val")
 
 
 def test_tiles_make_the_whole_image():

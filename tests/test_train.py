@@ -458,6 +458,19 @@ def test_checkpoint_of_another_shape(data_dir, tmp_path):
         train.train(train_config(data_dir, tmp_path / "t", init_from="resume"))
 
 
+def test_a_start_with_weights_of_our_own_runs_needs_a_search_and_an_architecture(searched, data_dir, tmp_path):
+    """What train_base.py takes; what it and train.py do not is one sentence that says so, and writes nothing."""
+    base = base_config(data_dir, tmp_path / "base", searched / "arch.json", init_from=str(searched))
+    train_base.train_found(base)
+    for kind, folder, go in (("search", searched, lambda **rest: train.train(train_config(data_dir, tmp_path / "o", **rest))),
+                             ("training", tmp_path / "base", lambda **rest: train.train(train_config(data_dir, tmp_path / "o", **rest))),
+                             ("training", tmp_path / "base", lambda **rest: train_base.train_found(base | rest | {"overwrite": True}))):
+        with pytest.raises(SystemExit, match=f"out_dir of a {kind}, and .* python train_base.py --arch=.*/arch.json --init_from=") as e:
+            go(init_from=str(folder))
+        assert "\n" not in str(e.value) and not (tmp_path / "o").exists()
+    assert (tmp_path / "base/result.json").exists()
+
+
 def test_early_stopping_of_train_base_needs_validation_data(searched, data_dir, tmp_path):
     with pytest.raises(SystemExit, match="val_portion"):
         train_base.train_found(base_config(data_dir, tmp_path / "b", searched / "arch.json", early_stopping=2, val_portion=0.0))
