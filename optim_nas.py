@@ -253,14 +253,15 @@ class Budget:
     as close as was found: a share of `floor`.
 
     cost(weights) -> {"params": (), "flops": (), ...}, float64, linear in each row of the weights and exact at one-hot ones. targets:
-    name -> bound. strength: of the penalty. SystemExit if one is out of the space's reach, or all of them together.
+    name -> bound. strength: of the penalty. drawn: the choices without the options that the search never draws. SystemExit if one is
+    out of the space's reach, or all of them together.
 
     Inside, an arch has entries for all layers; those that it does not use cost nothing.
     """
-    def __init__(self, choices, cost, targets, strength=1.0):
-        self.choices, self.cost, self.targets, self.strength = choices, cost, targets, strength
+    def __init__(self, choices, cost, targets, strength=1.0, drawn=None):
+        self.choices, self.cost, self.targets, self.strength, self.drawn = choices, cost, targets, strength, drawn or choices
         generator = torch.Generator().manual_seed(0)
-        start = self.whole(uniform(choices, generator))
+        start = self.whole(uniform(self.drawn, generator))
         for name, target in targets.items():
             low, high = (self.of(self.climb(start, lambda arch, cost, name=name, sign=sign: sign * cost[name]))[name] for sign in (-1, 1))
             if not low <= target <= high / CLOSE:
@@ -277,7 +278,7 @@ class Budget:
         def rest(name, c):
             rows = weights[name].argmax(-1).tolist() if weights else [0] * c.repeat
             return [c.options[k] for k in rows[len(arch[name]):]]
-        return {name: [*arch[name], *rest(name, c)] if c.repeat else arch[name] for name, c in self.choices.items()}
+        return {name: [*arch[name], *rest(name, c)] if c.repeat else arch[name] for name, c in self.drawn.items()}
 
     def of(self, arch):
         """{name: number}, the cost of one architecture."""
@@ -333,7 +334,7 @@ class Budget:
             if generator:
                 units = [[group[i] for i in torch.randperm(len(group), generator=generator).tolist()] for group in units]
             for name, unit in itertools.chain(*units):
-                values = [(score(new, cost(new)), new) for new in changed(self.choices, arch, name, unit)]
+                values = [(score(new, cost(new)), new) for new in changed(self.drawn, arch, name, unit)]
                 value, new = max(values, key=lambda pair: pair[0], default=(best, arch))
                 if value > best:
                     arch, best, cost = new, value, self.around(new)
@@ -343,7 +344,7 @@ class Budget:
         """An architecture in the budget, by changes of single rows of this one, in random order, each of which brings it closer; if they
         lead nowhere, of random ones; of the closest if there is none."""
         found = []
-        for start in itertools.chain([arch], (uniform(self.choices, generator) for _ in range(10))):
+        for start in itertools.chain([arch], (uniform(self.drawn, generator) for _ in range(10))):
             found.append(self.climb(self.whole(start), lambda arch, cost: -self.miss(cost), generator))
             if self.miss(self.of(found[-1])) == 0:
                 break

@@ -35,7 +35,7 @@ from supernet import check_arch, extremes, use_fused_ops
 from train_base import * # noqa: F403 (every key of train_base.py)
 from train_base import aside, build, read_arch, space_module, train_found, with_space
 from train import append, fingerprint, load_checkpoint, load_model, setup
-from train_search import load_latency, make_budget, score, split_data, with_latency
+from train_search import load_latency, make_budget, read_phases, score, split_data, with_latency
 
 # -----------------------------------------------------------------------------
 # the keys of train_base.py but four, and:
@@ -125,12 +125,12 @@ def standard(choices, budget, head_size=0):
 
 def networks_of(net, found, budget, score_of, config):
     """{name: architecture} of what is compared; all but the first are rivals."""
-    rivals = {"found": found["arch"], "largest": largest(net.choices, budget, found["arch"], rng(config["seed"], "largest"))}
+    rivals = {"found": found["arch"], "largest": largest(budget.drawn, budget, found["arch"], rng(config["seed"], "largest"))}
     if found["space"] == "gpt":
         rivals["standard"] = standard(net.choices, budget, found["model"]["head_size"])
     if config["n_pick"]:
-        rivals["picked"] = best_of(random_search(net.choices, score_of, config["n_pick"], rng(config["seed"], "pick"), budget))[1]
-    drawn = random_search(net.choices, lambda arch: 0.0, config["n_random"], rng(config["seed"], "random"), budget)
+        rivals["picked"] = best_of(random_search(budget.drawn, score_of, config["n_pick"], rng(config["seed"], "pick"), budget))[1]
+    drawn = random_search(budget.drawn, lambda arch: 0.0, config["n_random"], rng(config["seed"], "random"), budget)
     rivals |= {f"random {i}": arch for i, (_, arch) in enumerate(drawn, 1)}
     return {name: arch for name, arch in rivals.items() if arch}
 
@@ -362,13 +362,14 @@ def report(config):
     os.makedirs(os.path.join(folder, "runs"), exist_ok=True)
     predict = load_latency(net, search)
     budget = make_budget(net, search, lambda arch: with_latency(net, arch, predict))
-    budget = budget or Budget(net.choices, net.cost, {"params": net.cost(found["arch"])["params"]})
+    budget = budget or Budget(net.choices, net.cost, {"params": net.cost(found["arch"])["params"]},
+                              drawn=read_phases(net.choices, search)[-1].choices)
     with tqdm(desc="inherited weights", unit=" networks", total=config["n_pick"] + config["n_rank"]) as bar:
         def scored(arch):
             bar.update()
             return score_of(arch)
         archs = networks_of(net, found, budget, scored, config)
-        history = random_search(net.choices, scored, config["n_rank"], rng(config["seed"], "rank"))
+        history = random_search(budget.drawn, scored, config["n_rank"], rng(config["seed"], "rank"))
     inherited, ranked = [loss for loss, _ in history], [arch for _, arch in history]
 
     evaluations = os.path.join(out, "arch_search.jsonl") # of spos

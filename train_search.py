@@ -459,9 +459,9 @@ def with_latency(net, arch, predict):
 
 
 def make_budget(net, config, cost):
-    """The Budget that config's targets say, or None."""
+    """The Budget that config's targets say, of what a progressive shrinking draws in the end; or None."""
     targets = {name: getattr(config, f"target_{name}") for name in ("params", "flops", "latency") if getattr(config, f"target_{name}")}
-    return Budget(net.choices, cost, targets, config.budget_penalty) if targets else None
+    return Budget(net.choices, cost, targets, config.budget_penalty, read_phases(net.choices, config)[-1].choices) if targets else None
 
 
 def check(config):
