@@ -192,8 +192,13 @@ def compare(found, rival, sign):
     return {"gain": differences.mean(), "std": differences.std(ddof=1), "p": p, "words": words}
 
 
-def mean_of(values):
-    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1) if len(values) > 1 else 0.0:.4f}"
+def number(value, what, sign="-"):
+    """As text: of a loss four decimals, of an accuracy or of dB two. sign: "+" shows it always."""
+    return f"{value:{sign}.{4 if 'loss' in what else 2}f}"
+
+
+def mean_of(values, what):
+    return f"{number(np.mean(values), what)} ± {number(np.std(values, ddof=1), what)}"
 
 
 def verdict(networks, bought, sign, what="test loss"):
@@ -213,10 +218,10 @@ def verdict(networks, bought, sign, what="test loss"):
     rival = f"{best}, the strongest rival of equal budget that needs no search,"
     if found["words"] == "not told apart":
         return ("Whether the search paid cannot be told with these seeds: the found network cannot be told apart from "
-                f"{rival} they differ by {abs(found['gain']):.4f} {test}."), best
+                f"{rival} they differ by {number(abs(found['gain']), what)} {test}."), best
     if found["gain"] > 0:
-        return f"The search paid: the found network is better than {rival} by {found['gain']:.4f} {test}.", best
-    return f"The search did not pay: the found network is worse than {rival} by {-found['gain']:.4f} {test}.", best
+        return f"The search paid: the found network is better than {rival} by {number(found['gain'], what)} {test}.", best
+    return f"The search did not pay: the found network is worse than {rival} by {number(-found['gain'], what)} {test}.", best
 
 
 def ranks(predictors, trained):
@@ -295,11 +300,12 @@ def pages(numbers, figures):
     """The blocks of the report, (kind, content, ...), from its numbers and the paths of its figures."""
     nets, cost, config, what = (numbers[key] for key in ("networks", "cost", "config", "metric"))
     text = getattr(space_module(config["space"]), "genotype", describe)
-    rows = [[name, f"{n['params']:,} ({100 * n['used']:.1f}%)", mean_of(n["val"]), mean_of(n["test"]),
-             *([f"{n['gain']:+.4f} ± {n['std']:.4f}", f"{n['p']:.2g}", n["words"]] if "gain" in n else ["", "", ""])]
+    rows = [[name, f"{n['params']:,} ({100 * n['used']:.1f}%)", mean_of(n["val"], what), mean_of(n["test"], what),
+             *([f"{number(n['gain'], what, '+')} ± {number(n['std'], what)}", f"{n['p']:.2g}", n["words"]] if "gain" in n else 3 * [""])]
             for name, n in nets.items()]
     kinds = [[name, f"{KINDS[name.split()[0]].format(**config)}: `{text(n['arch'])}`"] for name, n in nets.items()]
     drawn = [np.mean(n["test"]) for name, n in nets.items() if name.startswith("random")]
+    means = f" The means of the {len(drawn)} random ones: {mean_of(drawn, what)}." if len(drawn) > 1 else ""
     blocks = [
         ("h1", f"Did the search pay? Space {config['space']}, {numbers['dataset']}"),
         ("verdict", numbers["verdict"]),
@@ -307,7 +313,7 @@ def pages(numbers, figures):
               f"{config['max_iters']} steps, with each of the seeds {', '.join(map(str, config['seeds']))}: mean ± standard deviation."),
         ("table", ["network", "parameters", f"val {what[5:]}", what, "found is better by", "p", "found is"], rows),
         ("p", f"The difference is that in {what}, paired by seed. p is of Welch's t-test, not corrected for the number of rivals; below "
-              f"{SURE} two networks are told apart." + f" The means of the {len(drawn)} random ones: {mean_of(drawn)}." * bool(drawn)),
+              f"{SURE} two networks are told apart.{means}"),
         ("figure", figures["networks"], f"The {what} of every training; bars are means, the line is that of the found network."),
         ("table", ["network", "what it is"], kinds)]
     if config["space"] != "gpt":
