@@ -373,8 +373,8 @@ void frozen_backward(const Tensor& g, const Tensor& x, const Tensor& W, const Te
 // An empty tensor stands for a gradient that was not asked for. dx is computed always.
 std::tuple<Tensor, Tensor, Tensor, Tensor> block_linear_backward(const Tensor& g, const Tensor& x, const Tensor& W, const Tensor& M,
                                                                  Sizes o, Sizes i, bool need_W, bool need_bias, bool need_M) {
-  Tensor g2 = rows_of(g), x2 = rows_of(x), dx, dW = at::empty({0}, W.options()), db = dW;
-  Tensor dM = at::empty({0}, acc_options(x));
+  Tensor g2 = rows_of(g), x2 = rows_of(x), dx, dW = at::empty({0}, W.options());
+  Tensor db = at::empty({0}, acc_options(x)), dM = at::empty({0}, acc_options(x));
   if (need_M && !need_W) {
     dx = at::empty(x2.sizes(), x.options());
     frozen_backward(g2, x2, W, M, o, i, dx, dM);
@@ -391,30 +391,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_linear_backward(const Tensor& g
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------
-// C (m, n) = or += A (m, k) B (k, n). A has any strides; B and C have contiguous rows, and m is a multiple of 8, n of a vector.
+// C (m, n) = or += A (m, k) B (k, n). A has any strides; B and C have contiguous rows, and m is a multiple of tile_rows,
+// n of a vector.
 
-constexpr int tile_rows = vector_bytes == 64 ? 8 : 4;
+// Rows at a time: a divisor of a vector's lanes, so that keys, in whole vectors, can be rows as well.
+template <typename T>
+constexpr int tile_rows = std::min<int>(Vector<T>::size, vector_bytes == 64 ? 8 : 4);
 
 template <typename T, int columns>
 void tile(int64_t k, const T* A, int64_t ai, int64_t ak, const T* B, int64_t ldb, T* C, int64_t ldc, bool add) {
   using V = typename Vector<T>::type;
   using Anywhere = typename Vector<T>::anywhere;
   constexpr int64_t v = Vector<T>::size;
-  V sum[tile_rows][columns], b[columns]; // all in registers, once the loops are unrolled
+  V sum[tile_rows<T>][columns], b[columns]; // all in registers, once the loops are unrolled
 #pragma GCC unroll 8
-  for (int r = 0; r < tile_rows; r++)
+  for (int r = 0; r < tile_rows<T>; r++)
 #pragma GCC unroll 2
     for (int c = 0; c < columns; c++) sum[r][c] = V{};
   for (int64_t q = 0; q < k; q++) {
 #pragma GCC unroll 2
     for (int c = 0; c < columns; c++) b[c] = *reinterpret_cast<const Anywhere*>(B + q * ldb + c * v);
 #pragma GCC unroll 8
-    for (int r = 0; r < tile_rows; r++)
+    for (int r = 0; r < tile_rows<T>; r++)
 #pragma GCC unroll 2
       for (int c = 0; c < columns; c++) sum[r][c] += A[r * ai + q * ak] * b[c];
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < tile_rows; r++)
+  for (int r = 0; r < tile_rows<T>; r++)
 #pragma GCC unroll 2
     for (int c = 0; c < columns; c++) {
       Anywhere* out = reinterpret_cast<Anywhere*>(C + r * ldc + c * v);
@@ -426,7 +429,7 @@ template <typename T>
 void gemm(int64_t m, int64_t n, int64_t k, const T* A, int64_t ai, int64_t ak, const T* B, int64_t ldb, T* C, int64_t ldc, bool add) {
   constexpr int64_t v = Vector<T>::size;
   for (int64_t c = 0; c < n; c += 2 * v)
-    for (int64_t r = 0; r < m; r += tile_rows) {
+    for (int64_t r = 0; r < m; r += tile_rows<T>) {
       if (n - c >= 2 * v) tile<T, 2>(k, A + r * ai, ai, ak, B + c, ldb, C + r * ldc + c, ldc, add);
       else tile<T, 1>(k, A + r * ai, ai, ak, B + c, ldb, C + r * ldc + c, ldc, add);
     }
@@ -558,7 +561,7 @@ Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale
           load_transposed<T>(head + E, st, L, size, 2 * E - c0, q_scale, k, width, d);
           load<T>(head + 2 * E, st, L, size, E - c0, y_scale, v, d);
           for (int64_t t = 0; t < L; t += block) {
-            const int64_t rows = std::min(block, L - t), padded = round_up(rows, tile_rows);
+            const int64_t rows = std::min(block, L - t), padded = round_up(rows, tile_rows<T>);
             const int64_t keys = pb ? width : round_up(t + rows, Vector<T>::size);
             load<T>(head + t * st, st, rows, size, 3 * E - c0, one, q, d);
             gemm<T>(padded, keys, size, q, d, 1, k, width, S, keys, false);
@@ -615,7 +618,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& g, c
           std::fill(w + 0, w + width * d, T(0));
           std::fill(u + 0, u + width * d, T(0));
           for (int64_t t = 0; t < L; t += block) {
-            const int64_t rows = std::min(block, L - t), padded = round_up(rows, tile_rows);
+            const int64_t rows = std::min(block, L - t), padded = round_up(rows, tile_rows<T>);
             const int64_t keys = pb ? width : round_up(t + rows, Vector<T>::size);
             load<T>(head + t * st, st, rows, size, 3 * E - c0, one, q, d);
             load<T>(pg + (b * L + t) * E + c0, E, rows, size, E - c0, one, gy, d);
@@ -651,7 +654,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& g, c
       });
     }
   });
-  return {dx.to(qkv.scalar_type()), dq_scale.sum(0), dy_scale.sum(0), dbias.sum(0).narrow(2, 0, L)};
+  return {dx.to(qkv.scalar_type()), dq_scale.sum(0), dy_scale.sum(0), dbias.sum(0).narrow(2, 0, L).contiguous()};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------

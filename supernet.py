@@ -93,7 +93,8 @@ def check_arch(choices, arch):
         for value in values[:used]:
             if value not in choice.options:
                 raise SystemExit(f"The architecture's {name} has {value}, which is not one of {list(choice.options)}.")
-        checked[name] = list(values[:used]) if choice.repeat else values[0]
+        checked[name] = [choice.options[choice.options.index(value)] for value in values[:used]] # 3 in the place of 3.0
+        checked[name] = checked[name] if choice.repeat else checked[name][0]
     return checked
 
 

@@ -267,7 +267,7 @@ def arch_of(text):
     """The architecture of a genotype, whose numbers build() compares with its options; SystemExit if it is none."""
     try:
         stages = [[(k, e) for k, e in blocks] for blocks in json.loads(text)]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise SystemExit(f"'{text}' is no genotype of mobilenetv3: write [[[3, 6], [7, 4]], ...], kernel and expansion of every block of "
                          "every stage.") from None
     return {f"{name}_{s}": value for s, blocks in enumerate(stages, 1)

@@ -225,7 +225,7 @@ class SwinIR(ImageNetwork):
 
     def run(self, arch=None):
         p = self.config.patch
-        return self(self.mean.new_zeros(1, 3, p, p), None, arch)
+        return self.whole(self.mean.new_zeros(1, 3, p, p), arch) # a tile's overlap is not the network's cost
 
     def expected_cost(self, arch):
         c, weights = self.config, {name: w.double().cpu() for name, w in arch.items()}
@@ -262,7 +262,8 @@ def arch_of(text):
     try:
         found = json.loads(text)
         heads, ratios = (found[name] for name in LAYERED[1:])
-        assert found.keys() == {"n_embd", *LAYERED[1:]} and list(map(len, heads)) == list(map(len, ratios))
+        assert found.keys() == {"n_embd", *LAYERED[1:]} and type(heads) is type(ratios) is list
+        assert list(map(len, heads)) == list(map(len, ratios))
     except (ValueError, TypeError, KeyError, AssertionError, AttributeError, RecursionError):
         raise SystemExit(f"'{text}' is no genotype of swinir: write {EXAMPLE}, a list of its layers for each block.") from None
     arch = {"n_embd": found["n_embd"], "n_rstb": len(heads)}

@@ -109,6 +109,22 @@ def test_depthwise_backward_is_registered_right(need_x, need_w):
     torch.library.opcheck(torch.ops.nas.depthwise_backward, (g, x, weight, 2, 1, 1, need_x, need_w), test_utils=TESTS[:3])
 
 
+@pytest.mark.parametrize("need_bias", [True, False])
+def test_attention_backward_is_registered_right(need_bias):
+    """Also the strides of the gradient to the bias, whose rows the kernel pads to whole vectors."""
+    g, qkv, scale, bias = torch.randn(2, 3, 4), torch.randn(2, 3, 12), torch.randn(1, 4), torch.randn(2, 3, 3)
+    torch.library.opcheck(torch.ops.nas.attention_backward, (g, qkv, scale, scale, [2], bias, None, need_bias), test_utils=TESTS[:3])
+
+
+@pytest.mark.parametrize("need_W, need_bias", [(False, False), (True, False), (False, True)])
+def test_linear_backward_is_registered_right(need_W, need_bias):
+    g, x, W, M = torch.randn(5, 6), torch.randn(5, 4), torch.randn(6, 4), torch.randn(2, 2)
+    inputs = (g, x, W, M, [3, 6], [2, 4], need_W, need_bias, True)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.nas.block_linear_backward, tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t is not M else t
+                                                                         for t in inputs), test_utils=TESTS[:3])
+
+
 def test_gradients_are_finite_differences():
     for reference, _, inputs in cases(5, torch.float64):
         inputs = [t[:1, :5].detach().requires_grad_() if isinstance(t, torch.Tensor) and t.dim() == 3 else t for t in inputs]

@@ -16,7 +16,7 @@ from analyze import read_lines
 from optim_nas import one_hot, picked, space_size, uniform
 from prepare import rng
 from search_spaces import mobilenetv3
-from supernet import extremes, use_fused_ops
+from supernet import check_arch, extremes, use_fused_ops
 from train_search import phase_of, read_phases, taught
 
 SMALL = dict(depth=[1, 2, 3], kernel_size=[3, 5, 7], expand=[2, 3, 4], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[1, 2],
@@ -91,7 +91,9 @@ def test_genotypes():
         assert mobilenetv3.arch_of(mobilenetv3.genotype(arch)) == arch
         assert mobilenetv3.columns(arch) == {"genotype": mobilenetv3.genotype(arch)}
     assert mobilenetv3.genotype(uniform_net(3, 6, 2, 1)) == "[[[3, 6], [3, 6]]]"
-    for text in ("k7", "[[3, 6]]", "7", "[[[3, 6, 1]]]"):
+    floats = mobilenetv3.arch_of("[[[3.0, 2.0]], [[3, 2]]]")
+    assert mobilenetv3.genotype(check_arch(supernet().choices, floats)) == "[[[3, 2]], [[3, 2]]]"
+    for text in ("k7", "[[3, 6]]", "7", "[[[3, 6, 1]]]", "[" * 100_000):
         with pytest.raises(SystemExit, match="is no genotype of mobilenetv3: write"):
             mobilenetv3.arch_of(text)
 

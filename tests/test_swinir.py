@@ -113,10 +113,10 @@ def test_published_parameter_counts(scale, arch, params):
         assert sum(q.numel() for q in swinir.build({"scale": scale}, uniform_arch(*arch)).parameters()) == params
 
 
-@pytest.mark.parametrize("patch", [8, 10])
-def test_cost_is_that_of_the_extracted_network_and_its_expectation(patch):
-    """That of weights is linear in every choice: by all corners of a mixture of two architectures in two rows."""
-    net = make(patch=patch)
+@pytest.mark.parametrize("patch, tile", [(8, 0), (10, 0), (24, 16)])
+def test_cost_is_that_of_the_extracted_network_and_its_expectation(patch, tile):
+    """That of weights is linear in every choice: by all corners of a mixture of two architectures in two rows. Tiles cost nothing."""
+    net = make(patch=patch, tile=tile)
     for arch in some_archs(net):
         small, cost = net.extract(arch), net.cost(arch)
         assert cost == small.cost() and cost["params"] == sum(q.numel() for q in small.parameters())
@@ -241,6 +241,7 @@ def test_genotypes_round_trip():
 @pytest.mark.parametrize("call, message", [
     (lambda: swinir.arch_of("[4, 6]"), "is no genotype of swinir: write"),
     (lambda: swinir.arch_of('{"n_embd": 36, "n_head": [[4]], "mlp_ratio": [[1, 2]]}'), "is no genotype of swinir"),
+    (lambda: swinir.arch_of('{"n_embd": 12, "n_head": {"ab": 1}, "mlp_ratio": {"cd": 1}}'), "is no genotype of swinir"),
     (lambda: make(scale=5), "scale=5 is not 2, 3 or 4"), (lambda: make(n_embd=[10]), "n_embd=10 is not divisible by n_head=3"),
     (lambda: make(tile=6), "must divide 32 and tile=6")])
 def test_errors_are_one_sentence(call, message):
@@ -287,6 +288,7 @@ def test_psnr_is_of_8_bits_and_without_the_border():
     x[..., 2:-2, 2:-2] += 10 / 255
     x[..., :2, :] = 1
     found = train.fidelity(x, y, 2)
+    assert all(100 < value < 200 for value in train.fidelity(y, y, 2).values()) # and a number, which a mean can hold
     assert found == pytest.approx({"psnr_rgb": 20 * np.log10(255 / 10), "psnr_y": 20 * np.log10(255 / (10 * 219 / 255))})
 
 # ---- pairs
