@@ -15,6 +15,7 @@ import base64
 import contextlib
 import html
 import itertools
+import json
 import math
 import os
 import platform
@@ -34,7 +35,7 @@ from prepare import read_json, rng, seal, unseal, write, write_json
 from supernet import check_arch, extremes, use_fused_ops
 from train_base import * # noqa: F403 (every key of train_base.py)
 from train_base import aside, build, read_arch, space_module, train_found, with_space
-from train import append, fingerprint, load_checkpoint, load_model, setup
+from train import append, fingerprint, load_checkpoint, load_model, resumes, setup
 from train_search import load_latency, make_budget, read_phases, score, split_data, with_latency
 
 # -----------------------------------------------------------------------------
@@ -42,6 +43,7 @@ from train_search import load_latency, make_budget, read_phases, score, split_da
 del arch, arch_traj, genotype, table # noqa: F821 (what a report trains is its own choice)
 out_dir = 'out/search' # of the search
 seeds = [1, 2, 3] # of every network's trainings
+latency_table = '' # '': the search's, if it had one
 n_random = 3 # random networks of equal budget
 n_pick = 50 # random networks of equal budget, of which the best with inherited weights is a rival; 0: none
 n_rank = 20 # random networks of any size, trained once, on which the supernet's ranking is measured; 0: none
@@ -49,7 +51,7 @@ max_iters = 300
 warmup_iters = 30
 # -----------------------------------------------------------------------------
 
-OWN = ("out_dir", "overwrite", "init_from", "seed", "seeds", "n_random", "n_pick", "n_rank") # no part of a training's settings
+OWN = ("out_dir", "overwrite", "seed", "seeds", "latency_table", "n_random", "n_pick", "n_rank") # no part of a training's settings
 SURE = 0.05 # the chance of a difference by luck below which two networks are told apart
 KINDS = {"found": "by the search", "largest": "what uses most of the budget", "standard": "nanoGPT's proportions", "random": "drawn",
          "picked": "of {n_pick} drawn ones the best with inherited weights"}
@@ -74,7 +76,7 @@ def load_supernet(config):
     with these weights on the alphas' part of the data, which report/inherited.jsonl remembers."""
     path = os.path.join(config["out_dir"], "ckpt.pt")
     checkpoint = load_checkpoint(path, "cpu")
-    own = {key: config[key] for key in ("device", "data_dir") if config[key]}
+    own = {key: config[key] for key in ("device", "data_dir", "latency_table") if config[key]}
     own |= dict(out_dir=config["out_dir"], init_from="resume", zero_stage=0) # with the vocabulary that the run has
     search = SimpleNamespace(**checkpoint["config"] | own)
     run = setup(search)
@@ -89,6 +91,8 @@ def load_supernet(config):
 
     supernet, memory = fingerprint(checkpoint["model"])[:12], os.path.join(config["out_dir"], "report", "inherited.jsonl")
     lines = [unseal(line, memory) for line in read_lines(memory)] if os.path.exists(memory) else []
+    if lines:
+        write(memory, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
     known = {key_of(line["arch"]): line["loss"] for line in lines if line["supernet"] == supernet}
 
     def score_of(arch):
@@ -149,7 +153,7 @@ def train_one(folder, arch, seed, found, config):
     if not os.path.exists(os.path.join(folder, "result.json")):
         write_json(f"{folder}.json", {key: found[key] for key in ("space", "model", "dataset", "data_dir")} | {"arch": arch})
         job = dict(arch=f"{folder}.json", arch_traj="", genotype="", table="", seed=seed, out_dir=folder, overwrite=False)
-        job["init_from"] = "resume" if os.path.exists(os.path.join(folder, "run.json")) else "scratch"
+        job["init_from"] = "resume" if os.path.exists(os.path.join(folder, "run.json")) else config["init_from"]
         with aside():
             train_found(config | job)
         for name in ("ckpt.pt", "ckpt.prev.pt"): # best.pt stays
@@ -167,15 +171,19 @@ def search_flops(net, search, evaluated):
 
     A mixture of sizes computes what the largest network does, one of operations all of them; gdas and spos compute an architecture. The
     step of the weights costs three forward passes; that of the alphas two, for it needs no weight gradients; of second order twelve.
-    A teacher's answers count as one of this network."""
-    if search.optimizer in ("gdas", "spos"):
-        weights = {name: torch.full(c.shape, 1 / len(c.options)) for name, c in net.choices.items()}
-    else:
-        operations = all(isinstance(option, str) for c in net.choices.values() for option in c.options)
-        weights = {name: torch.ones(c.shape) for name, c in net.choices.items()} if operations else extremes(net.choices)[1]
-    passes = 3 * search.subnets_per_step + {"spos": 0}.get(search.optimizer, 12 if search.order == 2 else 2) + bool(search.teacher)
-    batches = passes * search.max_iters * search.gradient_accumulation_steps + evaluated * search.eval_iters
-    return float(net.cost(weights)["flops"]) * search.batch_size * batches
+    A teacher's answers count as one of this network. What was trained before the search, a teacher or a GPT-2, is not counted."""
+    def flops_of(drawn):
+        if search.optimizer in ("gdas", "spos"):
+            weights = {name: torch.tensor([(o in drawn[name].options) / len(drawn[name].options) for o in c.options]).expand(c.shape)
+                       for name, c in net.choices.items()}
+        else:
+            operations = all(isinstance(option, str) for c in net.choices.values() for option in c.options)
+            weights = {name: torch.ones(c.shape) for name, c in net.choices.items()} if operations else extremes(net.choices)[1]
+        return float(net.cost(weights)["flops"]) * search.batch_size
+    phases, alphas = read_phases(net.choices, search), {"spos": 0}.get(search.optimizer, 12 if search.order == 2 else 2)
+    return evaluated * search.eval_iters * flops_of(phases[-1].choices) + sum(
+        (3 * phase.config.subnets_per_step + alphas + bool(search.teacher)) * phase.config.max_iters * search.gradient_accumulation_steps *
+        flops_of(phase.choices) for phase in phases)
 
 # -----------------------------------------------------------------------------
 # the numbers
@@ -215,20 +223,21 @@ def verdict(networks, bought, sign, what="test loss"):
         return f"The search did not pay: what it found is {best}, which needs no search.", best
     found = compare(networks["found"]["test"], networks[best]["test"], sign)
     test = f"in {what} (Welch's t-test, p = {found['p']:.2g}, {len(networks['found']['test'])} seeds)"
-    rival = f"{best}, the strongest rival of equal budget that needs no search,"
+    rival = f"{best}, the strongest rival of equal budget that needs no search"
     if found["words"] == "not told apart":
         return ("Whether the search paid cannot be told with these seeds: the found network cannot be told apart from "
-                f"{rival} they differ by {number(abs(found['gain']), what)} {test}."), best
+                f"{rival}; they differ by {number(abs(found['gain']), what)} {test}."), best
     if found["gain"] > 0:
-        return f"The search paid: the found network is better than {rival} by {number(found['gain'], what)} {test}.", best
-    return f"The search did not pay: the found network is worse than {rival} by {number(-found['gain'], what)} {test}.", best
+        return f"The search paid: the found network is better than {rival}, by {number(found['gain'], what)} {test}.", best
+    return f"The search did not pay: the found network is worse than {rival}, by {number(-found['gain'], what)} {test}.", best
 
 
 def ranks(predictors, trained):
-    """{predictor: {"tau", "tau_p", "rho", "rho_p"}}: Kendall's and Spearman's correlation with what small values of `trained` say."""
+    """{predictor: {"tau", "tau_p", "rho", "rho_p"}}: Kendall's and Spearman's correlation with what small values of `trained` say; without
+    a predictor that says the same of all."""
     from scipy.stats import kendalltau, spearmanr
     found = {}
-    for name, values in predictors.items():
+    for name, values in ((name, values) for name, values in predictors.items() if len(set(values)) > 1 < len(set(trained))):
         tau, rho = kendalltau(values, trained), spearmanr(values, trained)
         found[name] = {"tau": float(tau.statistic), "tau_p": float(tau.pvalue), "rho": float(rho.statistic), "rho_p": float(rho.pvalue)}
     return found
@@ -305,12 +314,15 @@ def pages(numbers, figures):
             for name, n in nets.items()]
     kinds = [[name, f"{KINDS[name.split()[0]].format(**config)}: `{text(n['arch'])}`"] for name, n in nets.items()]
     drawn = [np.mean(n["test"]) for name, n in nets.items() if name.startswith("random")]
+    start = "scratch" if config["init_from"] == "scratch" else f"the weights in {config['init_from']}"
     means = f" The means of the {len(drawn)} random ones: {mean_of(drawn, what)}." if len(drawn) > 1 else ""
+    before = " What had been trained before, {}, is not.".format(" and ".join(cost["before"])) if cost["before"] else ""
     blocks = [
         ("h1", f"Did the search pay? Space {config['space']}, {numbers['dataset']}"),
         ("verdict", numbers["verdict"]),
-        ("p", f"Every network costs at most {numbers['budget']} (in brackets: the share in use), and was trained from scratch alike, for "
-              f"{config['max_iters']} steps, with each of the seeds {', '.join(map(str, config['seeds']))}: mean ± standard deviation."),
+        ("p", f"Every network costs at most {numbers['budget']} (in brackets: the share of that in use), and was trained alike, from "
+              f"{start}, for {config['max_iters']} steps, with each of the seeds {', '.join(map(str, config['seeds']))}: mean ± standard "
+              "deviation."),
         ("table", ["network", "parameters", f"val {what[5:]}", what, "found is better by", "p", "found is"], rows),
         ("p", f"The difference is that in {what}, paired by seed. p is of Welch's t-test, not corrected for the number of rivals; below "
               f"{SURE} two networks are told apart.{means}"),
@@ -321,11 +333,13 @@ def pages(numbers, figures):
     blocks += [
         ("h2", "What the search cost"),
         ("table", ["what", "hours", "FLOPs"], [[name, f"{cost[f'{key}_hours']:.3g}", f"{cost[f'{key}_flops']:.3g}"] for key, name in (
-            ("search", "the search"), ("found", "a training of what it found"), ("random", "a training of a random network"))]),
-        ("p", f"Its FLOPs would have trained {cost['bought']:.1f} random networks of equal budget, its hours "
-              f"{cost['search_hours'] / cost['random_hours']:.1f}; {len(drawn)} were trained. Hours are of steps, without evaluations. A "
-              "step of the weights counts as three forward passes, one of the alphas as two, of second order as twelve; a mixture of sizes "
-              "as the largest network, one of operations as all of them. What spos evaluates after its training is counted.")]
+            ("search", "the search"), ("found", "a training of what it found"),
+            ("random", "a training of a random network" if drawn else "a training, in the mean"))]),
+        ("p", f"Its FLOPs would have trained {cost['bought']:.1f} networks of equal budget, its hours "
+              f"{cost['search_hours'] / cost['random_hours']:.1f}; {len(drawn)} random ones were trained. Hours are of steps, without "
+              "evaluations. A step of the weights counts as three forward passes, one of the alphas as two, of second order as twelve; a "
+              "mixture of sizes as the largest network, one of operations as all of them. The architectures that spos evaluates after its "
+              f"training are in its hours and FLOPs.{before}")]
     if numbers["ranked"]:
         ranks = [[name, *(f"{r[key]:.2g}" for key in ("tau", "tau_p", "rho", "rho_p"))] for name, r in numbers["ranks"].items()]
         blocks += [
@@ -359,10 +373,15 @@ def report(config):
     folder = os.path.join(out, "report")
     if len(set(seeds)) < max(2, len(seeds)):
         raise SystemExit(f"seeds={seeds} must be two or more different ones, such as --seeds=[1,2,3].")
+    if resumes(SimpleNamespace(**config)):
+        raise SystemExit(f"init_from='{config['init_from']}' is how a training goes on, and a report does so by itself: leave it out.")
+    if config["n_rank"] in (1, 2):
+        raise SystemExit(f"n_rank={config['n_rank']} networks have no order to speak of: take 3 or more, or 0.")
     if not config["val_portion"]:
         raise SystemExit("val_portion=0.0 leaves nothing to choose the strongest rival by: give a share, such as --val_portion=0.1.")
     if not os.path.exists(os.path.join(out, "result.json")):
         raise SystemExit(f"{out} holds no finished search: end it by python train_search.py --init_from=resume, or name another OUT_DIR.")
+    first = read_json(os.path.join(out, "run.json"))["config"]["init_from"]
     searched, found = read_json(os.path.join(out, "result.json")), read_arch(os.path.join(out, "arch.json"), "")
     search, net, splits, score_of = load_supernet(config)
     os.makedirs(os.path.join(folder, "runs"), exist_ok=True)
@@ -379,7 +398,8 @@ def report(config):
     inherited, ranked = [loss for loss, _ in history], [arch for _, arch in history]
 
     evaluations = os.path.join(out, "arch_search.jsonl") # of spos
-    cost = {"search_hours": searched["seconds"] / 3600,
+    cost = {"before": [name for name in dict.fromkeys((search.inherit, search.teacher, first)) if name not in ("", "scratch")],
+            "search_hours": searched["seconds"] / 3600,
             "search_flops": search_flops(net, search, len(read_lines(evaluations)) if os.path.exists(evaluations) else 0)}
     jobs = {run_folder(arch, seed, found, config): (arch, seed)
             for arch, seed in [*itertools.product(archs.values(), seeds), *((arch, seeds[0]) for arch in ranked)]}
@@ -408,8 +428,8 @@ def report(config):
     cost["bought"] = cost["search_flops"] / cost["random_flops"]
     trained, params = ([results[key_of(arch), seeds[0]][name] for arch in ranked] for name in (f"test_{key}", "params"))
     said, strongest = verdict(nets, cost["bought"], sign, what)
-    units = {"params": "parameters", "flops": "FLOPs"}
-    bounds = " and ".join(f"{target:,} {units.get(name, name)}" for name, target in budget.targets.items())
+    units = {"params": "{:,} parameters", "flops": "{:,} FLOPs", "latency": "{:.3g} ms"}
+    bounds = " and ".join(units[name].format(target) for name, target in budget.targets.items())
     numbers = {"verdict": said, "strongest": strongest, "metric": what, "dataset": search.dataset, "networks": nets, "cost": cost,
                "budget": bounds, "ranked": [{"arch": arch, "inherited": a, "trained": b} for arch, a, b in zip(
                    ranked, inherited, trained, strict=True)],

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -474,8 +475,9 @@ def check(config):
                          ("latency_of", ("prefill", "decode"))):
         if getattr(config, key) not in allowed:
             raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
-    if config.subnets_per_step < 1:
-        raise SystemExit(f"subnets_per_step={config.subnets_per_step} must be 1 or more.")
+    for key in ("subnets_per_step", "arch_evals", "population"):
+        if getattr(config, key) < 1:
+            raise SystemExit(f"{key}={getattr(config, key)} must be 1 or more.")
     if hasattr(space_module(config.space), "scale") and (config.teacher or config.inplace_distill):
         raise SystemExit("teacher and inplace_distill need classes or tokens, which super-resolution does not have: leave them out.")
     if config.prune_keep and (config.target_params or config.target_flops or config.target_latency):
@@ -568,7 +570,9 @@ def search(config):
         loop(config, run, state, log, net.cost(chooser.mean())["flops"].item(), step,
              lambda: evaluate(net, forward, chooser, cost, splits, config, run, state, log, table), checkpoint, undecided, schedule)
         if config.optimizer == "spos":
+            start = time.perf_counter()
             search_inherited(net, forward, cost, chooser, splits, config, run, state, log, table)
+            state.seconds += time.perf_counter() - start
     return finish(cost, config, run, state, table)
 
 

@@ -337,7 +337,8 @@ def test_several_draws_average_their_gradients(digits_dir, tmp_path):
     (dict(shrink="kernel_size=4"), "has 'kernel_size=4', which is no option"), (dict(shrink="depth"), "has 'depth', which is no option"),
     (dict(shrink="depth=1 share=0"), "has 'share=0', which is no option"), (dict(shrink="epochs=3"), "has 'epochs=3'"),
     (dict(shrink="depth=1", optimizer="drnas"), "optimizer=drnas draws no architectures: use spos"),
-    (dict(subnets_per_step=0), "subnets_per_step=0 must be 1 or more"), (dict(teacher="out/nowhere"), "There is no checkpoint"),
+    (dict(subnets_per_step=0), "subnets_per_step=0 must be 1 or more"), (dict(population=0), "population=0 must be 1 or more"),
+    (dict(arch_evals=0), "arch_evals=0 must be 1 or more"), (dict(teacher="out/nowhere"), "There is no checkpoint"),
     (dict(inherit="LARGEST", expand=[2, 4]), "is not the largest network of this space, in its stages.0.0.expand.weight"),
     (dict(teacher="LARGEST", space="nb201"), "has space=mobilenetv3, and this search nb201")])
 def test_mistakes_are_one_sentence(options, message, digits_dir, tmp_path, largest):

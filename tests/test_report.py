@@ -111,6 +111,7 @@ def test_kendalls_tau_by_pairs():
     found = report.ranks({"inherited": inherited, "same": trained ** 3}, trained)
     assert found["inherited"]["tau"] == pytest.approx(np.mean(agree)) and found["inherited"]["tau_p"] < 0.05
     assert found["same"]["tau"] == pytest.approx(1) and found["same"]["rho"] == pytest.approx(1)
+    assert report.ranks({"all alike": np.ones(20)}, trained) == {} # it has no order
 
 
 @pytest.mark.parametrize("optimizer, order, draws, batches", [
@@ -118,10 +119,20 @@ def test_kendalls_tau_by_pairs():
 def test_the_flops_of_a_search(optimizer, order, draws, batches):
     net = build(dict(n_layer=[1, 2], n_head=[1], n_embd=[16, 32], mlp_ratio=[1, 2], vocab_size=65, block_size=16))
     search = SimpleNamespace(optimizer=optimizer, order=order, max_iters=10, gradient_accumulation_steps=3, eval_iters=2, batch_size=4,
-                             subnets_per_step=draws, teacher="")
+                             subnets_per_step=draws, teacher="", shrink="")
     costs = [net.cost(arch)["flops"] for arch in architectures(net.choices)]
     flops = report.search_flops(net, search, 7 if optimizer == "spos" else 0) / 4 / batches
     assert min(costs) < flops < max(costs) if optimizer == "spos" else flops == max(costs)
+
+
+def test_the_flops_of_a_shrinking():
+    """Of each phase what it draws: here one architecture in the first, and in the second one of two, in two draws a step."""
+    net = build(dict(n_layer=[1, 2], n_head=[1], n_embd=[16, 32], mlp_ratio=[2], vocab_size=65, block_size=16))
+    search = SimpleNamespace(optimizer="spos", order=1, max_iters=10, gradient_accumulation_steps=1, eval_iters=2, batch_size=4,
+                             subnets_per_step=1, teacher="t", shrink="n_layer=2 n_embd=32 share=2, n_embd=16 share=3 subnets_per_step=2")
+    small, large = (net.cost({"n_layer": 2, "n_embd": n, "n_head": [1, 1], "mlp_ratio": [2, 2]})["flops"] for n in (16, 32))
+    mean = (small + large) / 2
+    assert report.search_flops(net, search, 5) == pytest.approx(4 * (4 * (3 + 1) * large + 6 * (2 * 3 + 1) * mean + 5 * 2 * mean))
 
 
 def test_killed_and_rerun_it_has_the_same_numbers_and_trains_nothing_again(searched, reported, data_dir, tmp_path):
@@ -133,10 +144,13 @@ def test_killed_and_rerun_it_has_the_same_numbers_and_trains_nothing_again(searc
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = {path: path.stat().st_mtime_ns for path in (*runs.glob("*/result.json"), *runs.parent.glob("inherited.jsonl"))}
-    assert len(done) >= 4 and not (runs.parent / "report.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
+    assert len(done) >= 3 and not (runs.parent / "report.json").exists()
+    memory = runs.parent / "inherited.jsonl"
+    scored = memory.read_bytes()
+    memory.write_bytes(scored + b'{"supernet": "0') # as if it had been killed while it wrote
     assert "of which 0 are left" not in succeeds(*command[1:])
-    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert {path: path.stat().st_mtime_ns for path in done} == done and memory.read_bytes() == scored
     assert numbers_of(tmp_path / "s/report") == numbers_of(reported)
 
 
@@ -201,12 +215,21 @@ def test_a_search_from_a_gpt2_has_its_vocabulary(data_dir, tmp_path):
     succeeds("train_search.py", *flags(TINY_SEARCH | SPACE | options))
     (tmp_path / "s").rename(tmp_path / "moved")
     succeeds("analyze.py", "report", str(tmp_path / "moved"), *flags(SMALL | dict(n_pick=2, n_rank=3, n_random=1)))
-    assert "Did the search pay?" in (tmp_path / "moved/report/report.md").read_text()
+    page = (tmp_path / "moved/report/report.md").read_text()
+    assert "Did the search pay?" in page and f"had been trained before, {tmp_path / 'gpt2'}, is not" in page
+    still = dict(n_pick=0, n_rank=0, n_random=1, max_iters=1, learning_rate=0.0, min_lr=0.0) # they end as they start
+    for origin, start, same in (("scratch", "scratch", False), (tmp_path / "moved", f"the weights in {tmp_path / 'moved'}", True)):
+        succeeds("analyze.py", "report", str(tmp_path / "moved"), *flags(SMALL | still | dict(init_from=origin)))
+        assert f"alike, from {start}, for" in (tmp_path / "moved/report/report.md").read_text()
+        numbers = read_json(tmp_path / "moved/report/report.json")
+        assert all((len(set(n["test"])) == 1) == same for n in numbers["networks"].values()) # of two seeds
 
 
 def test_what_cannot_be_reported_is_one_sentence(searched, tmp_path):
     assert "two or more different" in fails("analyze.py", "report", str(searched), "--seeds=[1,1]")
     assert "val_portion" in fails("analyze.py", "report", str(searched), "--val_portion=0.0")
+    assert "leave it out" in fails("analyze.py", "report", str(searched), "--init_from=resume")
+    assert "n_rank=2 networks have no order" in fails("analyze.py", "report", str(searched), "--n_rank=2")
     assert "cannot be read" in fails("analyze.py", "report", str(tmp_path))
     shutil.copy(searched / "arch.json", tmp_path)
     assert "no finished search" in fails("analyze.py", "report", str(tmp_path))
