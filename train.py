@@ -916,9 +916,11 @@ def finish(net, splits, config, run, state, cost, arch, log):
 
 
 def main(function, config):
-    """Runs a script's function; a number that is not finite ends it with a sentence."""
+    """Runs a script's function; a number that is not finite ends it with a sentence, and Ctrl-C without one."""
     try:
         function(config)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except FloatingPointError as e:
         raise SystemExit(str(e)) from None
     finally:
