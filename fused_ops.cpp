@@ -535,6 +535,30 @@ void load_transposed(const scalar_t* x, int64_t stride, int64_t rows, int64_t si
     for (int64_t r = t; r < rows; r++) out[c * ld + r] = T(x[r * stride + c]) * scale[c];
 }
 
+// Head i of the j-th head count, its channels c0 .. c0 + size and, in whole vectors, d.
+struct Head {
+  int64_t i, j, c0, size, d;
+};
+
+// All heads of all counts, in rounds: windows are small, so that all heads of one run while it is in the cache; of other sequences those
+// of one count, which are enough for all threads.
+std::vector<std::vector<Head>> rounds_of(Sizes n_head, int64_t E, int64_t v, bool windows) {
+  std::vector<std::vector<Head>> rounds(windows ? 1 : n_head.size());
+  for (size_t j = 0; j < n_head.size(); j++)
+    for (int64_t i = 0, size = E / n_head[j]; i < n_head[j]; i++)
+      rounds[windows ? 0 : j].push_back({i, int64_t(j), i * size, size, round_up(size, v)});
+  return rounds;
+}
+
+// The range of (sequence, head) that is one part of the work: of windows whole ones.
+struct Parts {
+  int64_t B, n, parts;
+  bool windows;
+  Parts(int64_t B, int64_t n, bool windows)
+      : B(B), n(n), parts(windows ? std::min<int64_t>(at::get_num_threads(), B) : B * n), windows(windows) {}
+  int64_t first(int64_t part) const { return windows ? part * B / parts * n : part; }
+};
+
 Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale, Sizes n_head, const OptTensor& bias,
                  const OptTensor& mask) {
   Tensor x = qkv.stride(2) == 1 ? qkv : qkv.contiguous();
@@ -546,18 +570,21 @@ Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale
     const scalar_t* px = x.const_data_ptr<scalar_t>();
     T* py = y.data_ptr<T>();
     const T *pb = bias ? bs.const_data_ptr<T>() : nullptr, *pm = mask ? ms.const_data_ptr<T>() : nullptr;
-    for (size_t j = 0; j < n_head.size(); j++) {
-      const int64_t h = n_head[j], size = E / h, d = round_up(size, Vector<T>::size), width = round_up(L, Vector<T>::size);
-      const T *pq = qs.const_data_ptr<T>() + j * E, *po = ys.const_data_ptr<T>() + j * E;
-      at::parallel_for(0, B * h, 1, [&](int64_t begin, int64_t end) {
-        Buffer<T> k(d * width), v(width * d), q(block * d), S(block * width), out(block * d), inverse(block);
-        Buffer<T> one(d), q_scale(d), y_scale(d);
-        std::fill(one + 0, one + d, T(1));
-        for (int64_t item = begin; item < end; item++) {
-          const int64_t b = item / h, c0 = item % h * size;
+    const int64_t width = round_up(L, Vector<T>::size);
+    for (const std::vector<Head>& heads : rounds_of(n_head, E, Vector<T>::size, pb)) {
+      const int64_t most = std::max_element(heads.begin(), heads.end(), [](const Head& a, const Head& b) { return a.d < b.d; })->d;
+      const Parts parts(B, heads.size(), pb);
+      at::parallel_for(0, parts.parts, 1, [&](int64_t begin, int64_t end) {
+        Buffer<T> k(most * width), v(width * most), q(block * most), S(block * width), out(block * most), inverse(block);
+        Buffer<T> one(most), q_scale(most), y_scale(most);
+        std::fill(one + 0, one + most, T(1));
+        for (int64_t item = parts.first(begin); item < parts.first(end); item++) {
+          const auto [i, j, c0, size, d] = heads[item % heads.size()];
+          const int64_t b = item / heads.size();
           const scalar_t* head = px + b * sb + c0;
-          std::copy(pq + c0, pq + c0 + size, q_scale + 0);
-          std::copy(po + c0, po + c0 + size, y_scale + 0);
+          const T *pq = qs.const_data_ptr<T>() + j * E + c0, *po = ys.const_data_ptr<T>() + j * E + c0;
+          std::copy(pq, pq + size, q_scale + 0);
+          std::copy(po, po + size, y_scale + 0);
           load_transposed<T>(head + E, st, L, size, 2 * E - c0, q_scale, k, width, d);
           load<T>(head + 2 * E, st, L, size, E - c0, y_scale, v, d);
           for (int64_t t = 0; t < L; t += block) {
@@ -565,7 +592,7 @@ Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale
             const int64_t keys = pb ? width : round_up(t + rows, Vector<T>::size);
             load<T>(head + t * st, st, rows, size, 3 * E - c0, one, q, d);
             gemm<T>(padded, keys, size, q, d, 1, k, width, S, keys, false);
-            exponentials<T>(S, rows, keys, t, L, pb ? pb + (item % h * L + t) * L : nullptr, pm ? pm + (b % ms.size(0) * L + t) * L : nullptr,
+            exponentials<T>(S, rows, keys, t, L, pb ? pb + (i * L + t) * L : nullptr, pm ? pm + (b % ms.size(0) * L + t) * L : nullptr,
                             inverse);
             gemm<T>(padded, d, std::min(keys, L), S, keys, 1, v, d, out, d, false);
             for (int64_t r = 0; r < rows; r++) {
@@ -589,29 +616,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& g, c
   Tensor dx = at::empty({B, L, 3 * E}, acc_options(x)), dq_scale = at::empty({B, J, E}, acc_options(x));
   Tensor dy_scale = at::empty({B, J, E}, acc_options(x)), qs = small(q_scale, x), ys = small(y_scale, x);
   const Tensor bs = bias ? small(*bias, x) : Tensor(), ms = mask ? small(*mask, x) : Tensor();
-  const int64_t places = need_bias ? std::min<int64_t>(at::get_num_threads(), B) : 1;
-  Tensor dbias = at::zeros({places, need_bias ? bias->size(0) : 0, L, round_up(L, vector_bytes / acc_options(x).dtype().itemsize())},
+  Tensor dbias = at::zeros({need_bias ? Parts(B, 1, true).parts : 1, need_bias ? bias->size(0) : 0, L, round_up(L, vector_bytes / acc_options(x).dtype().itemsize())},
                            acc_options(x)); // with a row's padding
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "nas::attention_backward", [&] {
     using T = acc<scalar_t>;
     const scalar_t *px = x.const_data_ptr<scalar_t>(), *pg = gc.const_data_ptr<scalar_t>();
     T *pdx = dx.data_ptr<T>(), *pdq = dq_scale.data_ptr<T>(), *pdy = dy_scale.data_ptr<T>(), *pdb = dbias.data_ptr<T>();
     const T *pb = bias ? bs.const_data_ptr<T>() : nullptr, *pm = mask ? ms.const_data_ptr<T>() : nullptr;
-    for (int64_t j = 0; j < J; j++) {
-      const int64_t h = n_head[j], size = E / h, d = round_up(size, Vector<T>::size), width = round_up(L, Vector<T>::size);
-      const T *pq = qs.const_data_ptr<T>() + j * E, *po = ys.const_data_ptr<T>() + j * E;
-      const int64_t parts = need_bias ? places : B * h;
-      at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-        Buffer<T> k(width * d), kT(d * width), vT(d * width), q(block * d), gy(block * d), out(block * d), inverse(block);
-        Buffer<T> P(block * width), dP(block * width), w(width * d), u(width * d); // w, u: before the scales' product with dk, dv
-        Buffer<T> one(d), q_scale(d), y_scale(d);
-        std::fill(one + 0, one + d, T(1));
+    const int64_t width = round_up(L, Vector<T>::size);
+    for (const std::vector<Head>& heads : rounds_of(n_head, E, Vector<T>::size, pb)) {
+      const int64_t most = std::max_element(heads.begin(), heads.end(), [](const Head& a, const Head& b) { return a.d < b.d; })->d;
+      const Parts parts(B, heads.size(), pb);
+      at::parallel_for(0, parts.parts, 1, [&](int64_t begin, int64_t end) {
+        Buffer<T> k(width * most), kT(most * width), vT(most * width), q(block * most), gy(block * most), out(block * most);
+        Buffer<T> P(block * width), dP(block * width), w(width * most), u(width * most); // w, u: before the scales' product with dk, dv
+        Buffer<T> one(most), q_scale(most), y_scale(most), inverse(block);
+        std::fill(one + 0, one + most, T(1));
         for (int64_t part = begin; part < end; part++)
-        for (int64_t item = part * B * h / parts; item < (part + 1) * B * h / parts; item++) {
-          const int64_t b = item / h, c0 = item % h * size;
+        for (int64_t item = parts.first(part); item < parts.first(part + 1); item++) {
+          const auto [i, j, c0, size, d] = heads[item % heads.size()];
+          const int64_t b = item / heads.size();
           const scalar_t* head = px + b * sb + c0;
-          std::copy(pq + c0, pq + c0 + size, q_scale + 0);
-          std::copy(po + c0, po + c0 + size, y_scale + 0);
+          const T *pq = qs.const_data_ptr<T>() + j * E + c0, *po = ys.const_data_ptr<T>() + j * E + c0;
+          std::copy(pq, pq + size, q_scale + 0);
+          std::copy(po, po + size, y_scale + 0);
           load<T>(head + E, st, L, size, 2 * E - c0, q_scale, k, d);
           load_transposed<T>(head + E, st, L, size, 2 * E - c0, q_scale, kT, width, d);
           load_transposed<T>(head + 2 * E, st, L, size, E - c0, y_scale, vT, width, d);
@@ -623,13 +651,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& g, c
             load<T>(head + t * st, st, rows, size, 3 * E - c0, one, q, d);
             load<T>(pg + (b * L + t) * E + c0, E, rows, size, E - c0, one, gy, d);
             gemm<T>(padded, keys, size, q, d, 1, kT, width, P, keys, false);
-            exponentials<T>(P, rows, keys, t, L, pb ? pb + (item % h * L + t) * L : nullptr, pm ? pm + (b % ms.size(0) * L + t) * L : nullptr,
+            exponentials<T>(P, rows, keys, t, L, pb ? pb + (i * L + t) * L : nullptr, pm ? pm + (b % ms.size(0) * L + t) * L : nullptr,
                             inverse);
             for (int64_t r = 0; r < rows; r++)
               for (int64_t c = 0; c < d; c++) gy[r * d + c] *= inverse[r];
             gemm<T>(keys, d, rows, P, 1, keys, gy, d, u, d, true);
             gemm<T>(padded, keys, size, gy, d, 1, vT, width, dP, keys, false);
-            score_gradients<T>(P, dP, rows, keys, inverse, need_bias ? pdb + part * dbias.stride(0) + (item % h * L + t) * width : nullptr);
+            score_gradients<T>(P, dP, rows, keys, inverse, need_bias ? pdb + part * dbias.stride(0) + (i * L + t) * width : nullptr);
             gemm<T>(keys, d, rows, dP, 1, keys, q, d, w, d, true);
             gemm<T>(padded, d, std::min(keys, L), dP, keys, 1, k, d, out, d, false);
             for (int64_t r = 0; r < rows; r++) {
@@ -644,8 +672,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& g, c
             T* row = pdx + (b * L + t) * 3 * E + c0;
             for (int64_t c = 0; c < size; c++) {
               const T dk = w[t * d + c], dv = u[t * d + c];
-              row[E + c] = (j ? row[E + c] : T(0)) + dk * pq[c0 + c];
-              row[2 * E + c] = (j ? row[2 * E + c] : T(0)) + dv * po[c0 + c];
+              row[E + c] = (j ? row[E + c] : T(0)) + dk * pq[c];
+              row[2 * E + c] = (j ? row[2 * E + c] : T(0)) + dv * po[c];
               sq[c] += dk * T(head[t * st + E + c]);
               sy[c] += dv * T(head[t * st + 2 * E + c]);
             }
