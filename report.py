@@ -22,6 +22,7 @@ import platform
 import re
 import shlex
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,13 +104,18 @@ def load_supernet(config):
     return search, net, splits, score_of
 
 
-def largest(choices, budget, found, generator):
+def text_of(arch, space):
+    """The same words for the same network: an arch may also choose for blocks that it does not have."""
+    return getattr(space_module(space), "genotype", describe)(arch)
+
+
+def largest(choices, budget, found, generator, text=key_of):
     """The architecture other than `found` that uses most of the budget, of those that climbs from random ones end at; None if none."""
     def used(arch, cost):
         share = budget.used(cost)
         return share if share <= 1 else -share
     ends = [check_arch(choices, budget.climb(budget.whole(uniform(choices, generator)), used, generator)) for _ in range(20)]
-    return max((arch for arch in ends if arch != found), key=lambda arch: used(arch, budget.of(arch)), default=None)
+    return max((arch for arch in ends if text(arch) != text(found)), key=lambda arch: used(arch, budget.of(arch)), default=None)
 
 
 def standard(choices, budget, head_size=0):
@@ -128,15 +134,16 @@ def standard(choices, budget, head_size=0):
 
 
 def networks_of(net, found, budget, score_of, config):
-    """{name: architecture} of what is compared; all but the first are rivals."""
-    rivals = {"found": found["arch"], "largest": largest(budget.drawn, budget, found["arch"], rng(config["seed"], "largest"))}
+    """{name: architecture} of what is compared, equal ones for equal networks; all but the first are rivals."""
+    text, first = partial(text_of, space=found["space"]), {}
+    rivals = {"found": found["arch"], "largest": largest(budget.drawn, budget, found["arch"], rng(config["seed"], "largest"), text)}
     if found["space"] == "gpt":
         rivals["standard"] = standard(net.choices, budget, found["model"]["head_size"])
     if config["n_pick"]:
         rivals["picked"] = best_of(random_search(budget.drawn, score_of, config["n_pick"], rng(config["seed"], "pick"), budget))[1]
     drawn = random_search(budget.drawn, lambda arch: 0.0, config["n_random"], rng(config["seed"], "random"), budget)
     rivals |= {f"random {i}": arch for i, (_, arch) in enumerate(drawn, 1)}
-    return {name: arch for name, arch in rivals.items() if arch}
+    return {name: first.setdefault(text(arch), arch) for name, arch in rivals.items() if arch}
 
 # -----------------------------------------------------------------------------
 # the trainings
@@ -308,11 +315,10 @@ def to_html(blocks):
 def pages(numbers, figures):
     """The blocks of the report, (kind, content, ...), from its numbers and the paths of its figures."""
     nets, cost, config, what = (numbers[key] for key in ("networks", "cost", "config", "metric"))
-    text = getattr(space_module(config["space"]), "genotype", describe)
     rows = [[name, f"{n['params']:,} ({100 * n['used']:.1f}%)", mean_of(n["val"], what), mean_of(n["test"], what),
              *([f"{number(n['gain'], what, '+')} ± {number(n['std'], what)}", f"{n['p']:.2g}", n["words"]] if "gain" in n else 3 * [""])]
             for name, n in nets.items()]
-    kinds = [[name, f"{KINDS[name.split()[0]].format(**config)}: `{text(n['arch'])}`"] for name, n in nets.items()]
+    kinds = [[name, f"{KINDS[name.split()[0]].format(**config)}: `{text_of(n['arch'], config['space'])}`"] for name, n in nets.items()]
     drawn = [np.mean(n["test"]) for name, n in nets.items() if name.startswith("random")]
     start = "scratch" if config["init_from"] == "scratch" else f"the weights in {config['init_from']}"
     means = f" The means of the {len(drawn)} random ones: {mean_of(drawn, what)}." if len(drawn) > 1 else ""
@@ -336,7 +342,7 @@ def pages(numbers, figures):
             ("search", "the search"), ("found", "a training of what it found"),
             ("random", "a training of a random network" if drawn else "a training, in the mean"))]),
         ("p", f"Its FLOPs would have trained {cost['bought']:.1f} networks of equal budget, its hours "
-              f"{cost['search_hours'] / cost['random_hours']:.1f}; {len(drawn)} random ones were trained. Hours are of steps, without "
+              f"{cost['search_hours'] / cost['random_hours']:.1f}; random ones trained here: {len(drawn)}. Hours are of steps, without "
               "evaluations. A step of the weights counts as three forward passes, one of the alphas as two, of second order as twelve; a "
               "mixture of sizes as the largest network, one of operations as all of them. The architectures that spos evaluates after its "
               f"training are in its hours and FLOPs.{before}")]

@@ -20,6 +20,7 @@ import report
 from model import build
 from optim_nas import Budget, architectures, key_of
 from prepare import read_json, write_json
+from train import space_module
 
 SMALL = TINY | dict(n_pick=3, n_rank=4, n_random=2, seeds=[1, 2])
 CHARS = dict(n_layer=[4, 5, 6], n_head=[2, 4, 6], n_embd=[96, 192, 384], mlp_ratio=[2, 3, 4], vocab_size=65, block_size=256)
@@ -65,6 +66,19 @@ def test_the_largest_by_exhaustion_and_nanogpts_shape():
         arch = report.standard(net.choices, Budget(net.choices, net.cost, {"params": target}))
         assert arch == dict(n_layer=depth, n_embd=width, n_head=[{384: 6, 192: 4}[width]] * depth, mlp_ratio=[4] * depth)
     assert report.standard(net.choices, Budget(net.choices, net.cost, {"params": 340_000})) is None # mlp_ratio 4 does not fit
+
+
+def test_a_network_is_the_same_whatever_it_says_of_blocks_that_it_does_not_have():
+    """In a space of one or two blocks, two architectures of one block that differ in the second."""
+    sizes = dict(n_embd=[12], n_rstb=[1, 2], n_layer=[1, 2], n_head=[2, 3], mlp_ratio=[1], window_size=4, patch=8)
+    net = space_module("swinir").build(sizes)
+    blocks = {1: dict(n_layer=2, n_head=[3, 3], mlp_ratio=[1, 1]), 2: dict(n_layer=1, n_head=[2], mlp_ratio=[1])}
+    found = {"n_embd": 12, "n_rstb": 1} | {f"{name}_{r}": value for r, rows in blocks.items() for name, value in rows.items()}
+    budget = Budget(net.choices, net.cost, {"params": net.cost(found)["params"]}) # it alone is the largest that fits
+    archs = report.networks_of(net, {"arch": found, "space": "swinir"}, budget, None, dict(n_pick=0, n_random=8, seed=1))
+    texts = {name: report.text_of(arch, "swinir") for name, arch in archs.items()}
+    assert "largest" not in archs and texts["found"] in [text for name, text in texts.items() if name != "found"]
+    assert all((archs[a] == archs[b]) == (texts[a] == texts[b]) for a, b in itertools.combinations(archs, 2))
 
 
 def constructed(found, *rivals):
