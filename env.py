@@ -132,7 +132,8 @@ def cached(kind, config, shard, **settings):
     name = hashlib.sha256(json.dumps([settings, data], sort_keys=True).encode()).hexdigest()[:32]
     path = os.path.join(config["cache_dir"], kind + name)
     job = {**config, **settings, "dataset": shard["dataset"], "out_dir": f"{path}.{os.getpid()}.run", "overwrite": True,
-           "init_from": "scratch", "save_minutes": 0.0, "eval_interval": settings["max_iters"], "eval_iters": 1}
+           "init_from": "scratch", "save_minutes": 0.0, "eval_interval": settings["max_iters"], "eval_iters": 1,
+           "wandb_log": False, "tensorboard": False} # the agent's run is logged, not each of its evaluations
     return settings, path, job
 
 
@@ -197,14 +198,15 @@ def load_supernet(config, shard):
 def train_supernet(net, tokens, config, run):
     """SPOS (Guo et al. 2019) on the 64 networks: every step trains one, all as likely, by slicing, at its own cost."""
     begin(config, run)
-    optimizer, log = configure_optimizer(net, config, run), Log(config, run)
+    optimizer = configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0)
 
     def step(lr):
         arch = arch_of(torch.randint(N * N, (), generator=rng(config.seed, "sample", state.step)))
         return train_step(net, net, optimizer, tokens, config, run, state, lr, (diagonal(arch, vars(config)),))
 
-    loop(config, run, state, log, 0, step, lambda: False, lambda: None)
+    with Log(config, run) as log:
+        loop(config, run, state, log, 0, step, lambda: False, lambda: None)
 
 
 def table_evaluator(config):

@@ -352,6 +352,16 @@ class Log:
             raise SystemExit(f"wandb_log={config.wandb_log} and tensorboard={config.tensorboard} need packages of their own ({e}): "
                              "pip install wandb tensorboard, or leave them off.") from None
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """Waits until all is written: both writers have threads of their own, that might write into a folder that is gone."""
+        if self.wandb:
+            self.wandb.finish()
+        if self.board:
+            self.board.close()
+
     def __call__(self, line, **values):
         if not self.run.master:
             return
@@ -840,9 +850,7 @@ def train(config, arch=None, test=False):
         resume(config, run, net, optimizer, state)
     begin(config, run)
     forward = torch.compile(net) if config.compile else net
-    log = Log(config, run, state.step)
     sample = "a sequence" if config.space == "gpt" else "an image"
-    log(f"{cost['params']:,} parameters, {cost['flops'] / 1e9:.3g} GFLOPs {sample}, on {run.device} in {run.dtype}", **cost)
 
     def step(lr):
         net.progress = state.step / config.max_iters # some regularisation grows with it
@@ -857,9 +865,11 @@ def train(config, arch=None, test=False):
     def checkpoint():
         save(config, run, "ckpt.pt", net, optimizer, arch=arch, state=vars(state))
 
-    with signals(run):
-        loop(config, run, state, log, cost["flops"], step, evaluation, checkpoint)
-    return finish(net, splits, config, run, state, cost, arch, log)
+    with Log(config, run, state.step) as log:
+        log(f"{cost['params']:,} parameters, {cost['flops'] / 1e9:.3g} GFLOPs {sample}, on {run.device} in {run.dtype}", **cost)
+        with signals(run):
+            loop(config, run, state, log, cost["flops"], step, evaluation, checkpoint)
+        return finish(net, splits, config, run, state, cost, arch, log)
 
 
 @contextlib.contextmanager

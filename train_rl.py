@@ -292,8 +292,7 @@ def learn(config):
         if checkpoint:
             load_agent(model, checkpoint["agent"])
     begin(config, run)
-    log = Log(SimpleNamespace(**vars(config) | {"max_iters": config.budget * config.n_iterations}), run, state.step)
-    with signals(run):
+    with Log(SimpleNamespace(**vars(config) | {"max_iters": config.budget * config.n_iterations}), run, state.step) as log, signals(run):
         while state.iteration < config.n_iterations:
             if model:
                 iterate(config, run, log, state, model, env, rewards)

@@ -536,9 +536,6 @@ def search(config):
     begin(config, run)
     chooser.open = phase_of(phases, max(0, state.step - 1)).choices
     forward = (net.compile_parts() if config.space == "gpt" else torch.compile(net)) if config.compile else net
-    log = Log(config, run, state.step)
-    log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +
-        " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
 
     def step(lr):
         nonlocal net, forward, optimizer
@@ -566,7 +563,9 @@ def search(config):
     def checkpoint():
         save(config, run, "ckpt.pt", net, optimizer, chooser=chooser.state_dict(), state=vars(state))
 
-    with signals(run):
+    with Log(config, run, state.step) as log, signals(run):
+        log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +
+            " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
         loop(config, run, state, log, net.cost(chooser.mean())["flops"].item(), step,
              lambda: evaluate(net, forward, chooser, cost, splits, config, run, state, log, table), checkpoint, undecided, schedule)
         if config.optimizer == "spos":

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, TINY_SEARCH, fails, flags, succeeds
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 import train
 import train_base
@@ -52,6 +55,18 @@ def losses(out_dir):
     """Every logged number but the times."""
     times = ("ms", "tokens_per_s")
     return [{key: value for key, value in line.items() if key not in times} for line in read_lines(Path(out_dir) / "log.jsonl")]
+
+
+def test_tensorboard_has_every_number_at_the_end(data_dir, tmp_path, monkeypatch):
+    """Its writer has a thread of its own, that must be done when train() returns: whoever then deletes the folder finds it whole."""
+    append = LocalFileSystem.append
+    monkeypatch.setattr(LocalFileSystem, "append", lambda *args, **kwargs: time.sleep(0.01) or append(*args, **kwargs)) # a slow disk
+    train.train(train_config(data_dir, tmp_path, tensorboard=True))
+    lines = [line for line in read_lines(tmp_path / "log.jsonl") if "lr" in line]
+    logged = EventAccumulator(str(tmp_path)).Reload()
+    for key in ("loss", "lr", "ms"):
+        assert [event.step for event in logged.Scalars(key)] == [line["step"] for line in lines] == list(range(1, TINY["max_iters"] + 1))
+        assert [event.value for event in logged.Scalars(key)] == pytest.approx([line[key] for line in lines], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
