@@ -1,8 +1,8 @@
 // The mixing kernels of a weight-entangled supernet on a CPU, forward and backward: LayerNorm, Linear and attention;
 // and depthwise convolution, whose backward is slow in PyTorch.
 //
-// supernet.py compiles this file at first use, registers shapes and autograd, and has each kernel's reference in PyTorch, which
-// says what is computed. Activations are float, double, bfloat16 or float16; sums and all small vectors are float (double for double).
+// supernet.py compiles this file at first use, registers the shapes, and has each kernel's reference in PyTorch, which says what is
+// computed. Activations are float, double, bfloat16 or float16; sums and all small vectors are float (double for double).
 // Strides are free but for the last dimension, which is made contiguous.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -12,6 +12,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -877,6 +878,100 @@ std::tuple<Tensor, Tensor> depthwise_backward(const Tensor& g, const Tensor& x, 
   return {dx, dw};
 }
 
+// ---------------------------------------------------------------------------------------------------------------------------
+// Autograd, by the dispatcher, so that torch.compile sees both directions. In Python it would cost a small layer as much time again.
+
+using Context = torch::autograd::AutogradContext;
+using Gradients = torch::autograd::variable_list;
+
+template <typename F>
+auto find(F&, const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
+}
+
+template <typename F, typename... Args>
+auto apply(Tensor (&)(Args...)) {
+  return +[](Args... args) { return F::apply(args...); };
+}
+
+Tensor as(const Tensor& gradient, const Tensor& x, bool needed = true) { return needed ? gradient.to(x.scalar_type()) : Tensor(); }
+
+struct LayerNorm : torch::autograd::Function<LayerNorm> {
+  static Tensor forward(Context* ctx, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& p, Sizes n, double eps) {
+    static const auto op = find(layer_norm, "nas::layer_norm");
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({x, weight, p});
+    ctx->saved_data = {{"bias", bias.has_value()}, {"n", n}, {"eps", eps}};
+    return op.call(x, weight, bias, p, n, eps);
+  }
+  static Gradients backward(Context* ctx, Gradients g) {
+    static const auto op = find(layer_norm_backward, "nas::layer_norm_backward");
+    auto saved = ctx->get_saved_variables();
+    auto& rest = ctx->saved_data;
+    auto [dx, dweight, dbias, dp] = op.call(g[0], saved[0], saved[1], saved[2], rest["n"].toIntVector(), rest["eps"].toDouble());
+    return {dx, as(dweight, saved[1]), as(dbias, saved[1], rest["bias"].toBool()), as(dp, saved[2]), Tensor(), Tensor()};
+  }
+};
+
+struct BlockLinear : torch::autograd::Function<BlockLinear> {
+  static Tensor forward(Context* ctx, const Tensor& x, const Tensor& W, const OptTensor& bias, const Tensor& M, Sizes o, Sizes i) {
+    static const auto op = find(block_linear, "nas::block_linear");
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({x, W, M});
+    ctx->saved_data = {{"bias", bias.has_value()}, {"o", o}, {"i", i}};
+    return op.call(x, W, bias, M, o, i);
+  }
+  static Gradients backward(Context* ctx, Gradients g) {
+    static const auto op = find(block_linear_backward, "nas::block_linear_backward");
+    auto saved = ctx->get_saved_variables();
+    auto& rest = ctx->saved_data;
+    const bool bias = rest["bias"].toBool(), need_W = ctx->needs_input_grad(1); // which counts the tensors that there are
+    const bool need_bias = bias && ctx->needs_input_grad(2), need_M = ctx->needs_input_grad(2 + bias);
+    auto [dx, dW, dbias, dM] = op.call(g[0], saved[0], saved[1], saved[2], rest["o"].toIntVector(), rest["i"].toIntVector(), need_W,
+                                       need_bias, need_M);
+    return {dx, as(dW, saved[1], need_W), as(dbias, g[0], need_bias), as(dM, saved[2], need_M), Tensor(), Tensor()};
+  }
+};
+
+struct Attention : torch::autograd::Function<Attention> {
+  static Tensor forward(Context* ctx, const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale, Sizes n_head, const OptTensor& bias,
+                        const OptTensor& mask) {
+    static const auto op = find(attention, "nas::attention");
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({qkv, q_scale, y_scale, bias.value_or(Tensor()), mask.value_or(Tensor())});
+    ctx->saved_data = {{"n_head", n_head}};
+    return op.call(qkv, q_scale, y_scale, n_head, bias, mask);
+  }
+  static Gradients backward(Context* ctx, Gradients g) {
+    static const auto op = find(attention_backward, "nas::attention_backward");
+    auto saved = ctx->get_saved_variables();
+    auto optional = [](const Tensor& t) { return t.defined() ? OptTensor(t) : OptTensor(); };
+    const bool need_bias = saved[3].defined() && ctx->needs_input_grad(3);
+    auto [dqkv, dq_scale, dy_scale, dbias] = op.call(g[0], saved[0], saved[1], saved[2], ctx->saved_data["n_head"].toIntVector(),
+                                                     optional(saved[3]), optional(saved[4]), need_bias);
+    return {dqkv, as(dq_scale, saved[1]), as(dy_scale, saved[2]), Tensor(), need_bias ? as(dbias, saved[3]) : Tensor(), Tensor()};
+  }
+};
+
+struct Depthwise : torch::autograd::Function<Depthwise> {
+  static Tensor forward(Context* ctx, const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding, int64_t dilation) {
+    static const auto op = find(depthwise, "nas::depthwise");
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({x, weight});
+    ctx->saved_data = {{"stride", stride}, {"padding", padding}, {"dilation", dilation}};
+    return op.call(x, weight, stride, padding, dilation);
+  }
+  static Gradients backward(Context* ctx, Gradients g) {
+    static const auto op = find(depthwise_backward, "nas::depthwise_backward");
+    auto saved = ctx->get_saved_variables();
+    auto& rest = ctx->saved_data;
+    const bool need_x = ctx->needs_input_grad(0), need_w = ctx->needs_input_grad(1);
+    auto [dx, dw] = op.call(g[0], saved[0], saved[1], rest["stride"].toInt(), rest["padding"].toInt(), rest["dilation"].toInt(), need_x,
+                            need_w);
+    return {need_x ? dx : Tensor(), need_w ? dw : Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
 } // namespace
 
 TORCH_LIBRARY(nas, m) {
@@ -902,4 +997,11 @@ TORCH_LIBRARY_IMPL(nas, CPU, m) {
   m.impl("attention_backward", attention_backward);
   m.impl("depthwise", depthwise);
   m.impl("depthwise_backward", depthwise_backward);
+}
+
+TORCH_LIBRARY_IMPL(nas, Autograd, m) {
+  m.impl("layer_norm", apply<LayerNorm>(layer_norm));
+  m.impl("block_linear", apply<BlockLinear>(block_linear));
+  m.impl("attention", apply<Attention>(attention));
+  m.impl("depthwise", apply<Depthwise>(depthwise));
 }

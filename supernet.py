@@ -271,8 +271,8 @@ def processor():
 
 
 def register_fused_ops():
-    """The shapes and the gradients of the kernels."""
-    ops, library = torch.ops.nas, torch.library
+    """The shapes of what the kernels return."""
+    library = torch.library
 
     library.register_fake("nas::layer_norm")(lambda x, weight, bias, p, n, eps: torch.empty_like(x, memory_format=torch.contiguous_format))
     library.register_fake("nas::layer_norm_backward")(lambda g, x, weight, p, n, eps: (
@@ -295,36 +295,6 @@ def register_fused_ops():
 
     def small(x, shape): # what the kernels sum up is float32, or float64
         return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-    def keep(ctx, inputs, output):
-        ctx.save_for_backward(*(t for t in inputs if isinstance(t, torch.Tensor)))
-        ctx.rest = [t for t in inputs if not isinstance(t, torch.Tensor | None)]
-        ctx.bias = isinstance(inputs[2], torch.Tensor)
-
-    def layer_norm(ctx, g):
-        x, weight, *_, p = ctx.saved_tensors
-        dx, dweight, dbias, dp = ops.layer_norm_backward(g, x, weight, p, *ctx.rest)
-        return dx, dweight.to(weight.dtype), dbias.to(weight.dtype) if ctx.bias else None, dp.to(p.dtype), None, None
-
-    def block_linear(ctx, g):
-        x, W, *_, M = ctx.saved_tensors
-        need_W, need_bias, need_M = ctx.needs_input_grad[1:4]
-        dx, dW, dbias, dM = ops.block_linear_backward(g, x, W, M, *ctx.rest, need_W, need_bias, need_M)
-        return dx, dW if need_W else None, dbias.to(g.dtype) if need_bias else None, dM.to(M.dtype) if need_M else None, None, None
-
-    def attention(ctx, g):
-        qkv, q_scale, y_scale, *rest = ctx.saved_tensors
-        need_bias = bool(rest) and ctx.needs_input_grad[4]
-        dqkv, dq_scale, dy_scale, dbias = ops.attention_backward(g, qkv, q_scale, y_scale, *ctx.rest, *rest, need_bias=need_bias)
-        return dqkv, dq_scale.to(q_scale.dtype), dy_scale.to(y_scale.dtype), None, dbias.to(rest[0].dtype) if need_bias else None, None
-
-    def depthwise(ctx, g):
-        need = ctx.needs_input_grad[:2]
-        gradients = ops.depthwise_backward(g, *ctx.saved_tensors, *ctx.rest, *need)
-        return *(d if needed else None for d, needed in zip(gradients, need, strict=True)), None, None, None
-
-    for backward in (layer_norm, block_linear, attention, depthwise):
-        library.register_autograd(f"nas::{backward.__name__}", backward, setup_context=keep)
 
 
 def mixed_norm(x, weight, bias, p, n, eps):
