@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
+from conftest import TINY, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
 from test_budget import CHARS, drawn, generator
 
 import bench
@@ -123,6 +123,15 @@ def test_a_search_ends_in_its_latency(data_dir, tmp_path):
     succeeds("train_search.py", *flags(tiny | front))
     found = json.loads((tmp_path / "p/pareto.json").read_text())
     assert found["cost"] == "latency" and all(point["latency"] > 0 for point in found["front"])
+
+    path.rename(tmp_path / "moved.json") # a report without the search's table is told where it is
+    few = dict(n_rank=0, n_pick=0, n_random=1, seeds=[1, 2], data_dir=data_dir)
+    report = ["analyze.py", "report", str(tmp_path / "s"), *flags(TINY | few)]
+    assert "l/latency.json" in fails(*report)
+    succeeds(*report, f"--latency_table={tmp_path}/moved.json")
+    page, told = ((tmp_path / f"s/report/report.{kind}").read_text() for kind in ("md", "json"))
+    assert f"at most {target:.3g} ms" in page
+    assert all(0 < network["used"] <= 1 for network in json.loads(told)["networks"].values())
 
 
 def test_the_vocabulary_is_that_of_the_search(data_dir, tmp_path):

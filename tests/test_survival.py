@@ -161,6 +161,14 @@ def wait_for(process, words):
     raise AssertionError(f"ended without {words!r}")
 
 
+def test_ctrl_c_before_the_first_step_ends_without_a_traceback():
+    def interrupted(config):
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stopped:
+        train.main(interrupted, {})
+    assert stopped.value.code == 128 + signal.SIGINT
+
+
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(data_dir, tmp_path):
     options = [*flags(TINY_SEARCH | {"max_iters": 100000, "eval_interval": 50000}), f"--data_dir={data_dir}"]
     process = start("train_search.py", *options, f"--out_dir={tmp_path}/a")

@@ -254,6 +254,13 @@ def test_spos_ends_with_the_search_that_was_asked_for(arch_search, other, data_d
     assert len(read_lines(tmp_path / "s/arch_search.jsonl")) == 6
 
 
+def test_the_seconds_of_spos_are_also_those_of_the_search_that_ends_it(data_dir, tmp_path, monkeypatch):
+    score = train_search.score
+    monkeypatch.setattr(train_search, "score", lambda *args, **kwargs: time.sleep(0.2) or score(*args, **kwargs))
+    result = train_search.search(search_config(data_dir, tmp_path, optimizer="spos", max_iters=2, eval_interval=2, arch_evals=6))
+    assert result["seconds"] >= 6 * 0.2
+
+
 def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
     """arch_step of order 2 against the central difference of L_val(w - lr dL_train/dw) in one weight, with dropout; float64, where
     the inner difference may be short."""
