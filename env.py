@@ -65,7 +65,7 @@ N = 8 # heads and layers are 1 to N
 COLUMNS = {"entries": int, "n_head": int, "n_layer": int, "seed": int, "loss": float, "ppl": float, "time": float, "params": int,
            "flops": int}
 PLACES = ("out_dir", "overwrite", "data_dir", "dataset", "init_from", "wandb_log", "wandb_project", "tensorboard", "log_interval",
-          "eval_interval", "eval_iters", "save_interval", "save_minutes", "device", "backend", "timeout_minutes") # change no result
+          "eval_interval", "eval_iters", "save_interval", "save_minutes", "backend", "timeout_minutes") # change no result
 
 
 # ---- rewards
@@ -144,9 +144,11 @@ def train_evaluator(config):
         if not os.path.exists(f"{path}.json"):
             with aside():
                 result = train(job, test=True)
-            write_json(f"{path}.json", {"arch": arch, "shard": shard, "settings": settings, "loss": result["test_loss"],
-                                        "flops": result["flops"], "params": result["params"],
-                                        "seconds": result["seconds"] / job["max_iters"] / job["batch_size"]})
+            found = {"loss": result["test_loss"], "flops": result["flops"], "params": result["params"],
+                     "seconds": result["seconds"] / job["max_iters"] / job["batch_size"]}
+            done = os.path.join(job["out_dir"], "evaluation.json") # not by write_json: another process may end the same training now
+            write_json(done, {"arch": arch, "shard": shard, "settings": settings, **found})
+            os.replace(done, f"{path}.json")
             shutil.rmtree(job["out_dir"])
         return with_time(read_json(f"{path}.json"), config)
     return evaluate
@@ -189,7 +191,8 @@ def load_supernet(config, shard):
         net = build(vars(job)).to(run.device)
         if not os.path.exists(name):
             train_supernet(net, tokens, job, run)
-            save(job, run, os.path.abspath(name), net)
+            save(job, run, "supernet.pt", net)
+            os.replace(os.path.join(job.out_dir, "supernet.pt"), name)
             shutil.rmtree(job.out_dir)
     job.batch_size = 64 # of evaluations
     return load_model(net, load_checkpoint(name, run.device), name), test, job, run

@@ -896,6 +896,11 @@ auto apply(Tensor (&)(Args...)) {
 
 Tensor as(const Tensor& gradient, const Tensor& x, bool needed = true) { return needed ? gradient.to(x.scalar_type()) : Tensor(); }
 
+Gradients saved_by(Context* ctx) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), "the kernels of fused_ops.cpp have no second derivatives: turn them off");
+  return ctx->get_saved_variables();
+}
+
 struct LayerNorm : torch::autograd::Function<LayerNorm> {
   static Tensor forward(Context* ctx, const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& p, Sizes n, double eps) {
     static const auto op = find(layer_norm, "nas::layer_norm");
@@ -906,7 +911,7 @@ struct LayerNorm : torch::autograd::Function<LayerNorm> {
   }
   static Gradients backward(Context* ctx, Gradients g) {
     static const auto op = find(layer_norm_backward, "nas::layer_norm_backward");
-    auto saved = ctx->get_saved_variables();
+    auto saved = saved_by(ctx);
     auto& rest = ctx->saved_data;
     auto [dx, dweight, dbias, dp] = op.call(g[0], saved[0], saved[1], saved[2], rest["n"].toIntVector(), rest["eps"].toDouble());
     return {dx, as(dweight, saved[1]), as(dbias, saved[1], rest["bias"].toBool()), as(dp, saved[2]), Tensor(), Tensor()};
@@ -923,7 +928,7 @@ struct BlockLinear : torch::autograd::Function<BlockLinear> {
   }
   static Gradients backward(Context* ctx, Gradients g) {
     static const auto op = find(block_linear_backward, "nas::block_linear_backward");
-    auto saved = ctx->get_saved_variables();
+    auto saved = saved_by(ctx);
     auto& rest = ctx->saved_data;
     const bool bias = rest["bias"].toBool(), need_W = ctx->needs_input_grad(1); // which counts the tensors that there are
     const bool need_bias = bias && ctx->needs_input_grad(2), need_M = ctx->needs_input_grad(2 + bias);
@@ -944,7 +949,7 @@ struct Attention : torch::autograd::Function<Attention> {
   }
   static Gradients backward(Context* ctx, Gradients g) {
     static const auto op = find(attention_backward, "nas::attention_backward");
-    auto saved = ctx->get_saved_variables();
+    auto saved = saved_by(ctx);
     auto optional = [](const Tensor& t) { return t.defined() ? OptTensor(t) : OptTensor(); };
     const bool need_bias = saved[3].defined() && ctx->needs_input_grad(3);
     auto [dqkv, dq_scale, dy_scale, dbias] = op.call(g[0], saved[0], saved[1], saved[2], ctx->saved_data["n_head"].toIntVector(),
@@ -963,7 +968,7 @@ struct Depthwise : torch::autograd::Function<Depthwise> {
   }
   static Gradients backward(Context* ctx, Gradients g) {
     static const auto op = find(depthwise_backward, "nas::depthwise_backward");
-    auto saved = ctx->get_saved_variables();
+    auto saved = saved_by(ctx);
     auto& rest = ctx->saved_data;
     const bool need_x = ctx->needs_input_grad(0), need_w = ctx->needs_input_grad(1);
     auto [dx, dw] = op.call(g[0], saved[0], saved[1], rest["stride"].toInt(), rest["padding"].toInt(), rest["dilation"].toInt(), need_x,

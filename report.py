@@ -109,13 +109,15 @@ def text_of(arch, space):
     return getattr(space_module(space), "genotype", describe)(arch)
 
 
-def largest(choices, budget, found, generator, text=key_of):
-    """The architecture other than `found` that uses most of the budget, of those that climbs from random ones end at; None if none."""
+def largest(choices, budget, generator, text=key_of, other_than=None):
+    """The architecture that uses most of the budget, of those that climbs from random ones end at. other_than: one that it is not to be,
+    under the name that text() gives; None if all of them are that one."""
     def used(arch, cost):
         share = budget.used(cost)
         return share if share <= 1 else -share
     ends = [check_arch(choices, budget.climb(budget.whole(uniform(choices, generator)), used, generator)) for _ in range(20)]
-    return max((arch for arch in ends if text(arch) != text(found)), key=lambda arch: used(arch, budget.of(arch)), default=None)
+    taken = [text(arch) for arch in (other_than,) if arch]
+    return max((arch for arch in ends if text(arch) not in taken), key=lambda arch: used(arch, budget.of(arch)), default=None)
 
 
 def standard(choices, budget, head_size=0):
@@ -133,10 +135,12 @@ def standard(choices, budget, head_size=0):
     return min((entry[1:] for entry in fitting if entry[0] >= 0.9 * most), key=lambda entry: entry[0], default=(0, None))[1]
 
 
-def networks_of(net, found, budget, score_of, config):
-    """{name: architecture} of what is compared, equal ones for equal networks; all but the first are rivals."""
+def networks_of(net, found, budget, score_of, config, own=False):
+    """{name: architecture} of what is compared, equal ones for equal networks; all but the first are rivals. own: the budget is what the
+    found network costs, which is then the largest by definition."""
     text, first = partial(text_of, space=found["space"]), {}
-    rivals = {"found": found["arch"], "largest": largest(budget.drawn, budget, found["arch"], rng(config["seed"], "largest"), text)}
+    other_than = found["arch"] if own else None
+    rivals = {"found": found["arch"], "largest": largest(budget.drawn, budget, rng(config["seed"], "largest"), text, other_than)}
     if found["space"] == "gpt":
         rivals["standard"] = standard(net.choices, budget, found["model"]["head_size"])
     if config["n_pick"]:
@@ -173,13 +177,14 @@ def training_flops(flops, config):
     return 3 * flops * config["batch_size"] * config["gradient_accumulation_steps"] * config["max_iters"] # backward costs two forwards
 
 
-def search_flops(net, search, evaluated):
-    """FLOPs of a search: its steps, and its `evaluated` networks with inherited weights.
+def search_flops(net, search, evaluated, first=None):
+    """FLOPs of a search: its steps, and its `evaluated` networks with inherited weights. first: the network of the first half of a
+    progressive search.
 
     A mixture of sizes computes what the largest network does, one of operations all of them; gdas and spos compute an architecture. The
     step of the weights costs three forward passes; that of the alphas two, for it needs no weight gradients; of second order twelve.
     A teacher's answers count as one of this network. What was trained before the search, a teacher or a GPT-2, is not counted."""
-    def flops_of(drawn):
+    def flops_of(net, drawn):
         if search.optimizer in ("gdas", "spos"):
             weights = {name: torch.tensor([(o in drawn[name].options) / len(drawn[name].options) for o in c.options]).expand(c.shape)
                        for name, c in net.choices.items()}
@@ -188,9 +193,13 @@ def search_flops(net, search, evaluated):
             weights = {name: torch.ones(c.shape) for name, c in net.choices.items()} if operations else extremes(net.choices)[1]
         return float(net.cost(weights)["flops"]) * search.batch_size
     phases, alphas = read_phases(net.choices, search), {"spos": 0}.get(search.optimizer, 12 if search.order == 2 else 2)
-    return evaluated * search.eval_iters * flops_of(phases[-1].choices) + sum(
-        (3 * phase.config.subnets_per_step + alphas + bool(search.teacher)) * phase.config.max_iters * search.gradient_accumulation_steps *
-        flops_of(phase.choices) for phase in phases)
+    parts = [(net, phase.choices, phase.config.subnets_per_step, phase.config.max_iters) for phase in phases]
+    if first:
+        half = search.max_iters // 2
+        parts = [(net, net.choices, search.subnets_per_step, steps) for net, steps in ((first, half), (net, search.max_iters - half))]
+    return evaluated * search.eval_iters * flops_of(net, phases[-1].choices) + sum(
+        ((3 * draws + bool(search.teacher)) * steps + alphas * max(0, steps - search.arch_warmup_iters)) *
+        search.gradient_accumulation_steps * flops_of(part, drawn) for part, drawn, draws, steps in parts)
 
 # -----------------------------------------------------------------------------
 # the numbers
@@ -387,26 +396,28 @@ def report(config):
         raise SystemExit("val_portion=0.0 leaves nothing to choose the strongest rival by: give a share, such as --val_portion=0.1.")
     if not os.path.exists(os.path.join(out, "result.json")):
         raise SystemExit(f"{out} holds no finished search: end it by python train_search.py --init_from=resume, or name another OUT_DIR.")
-    first = read_json(os.path.join(out, "run.json"))["config"]["init_from"]
+    began = read_json(os.path.join(out, "run.json"))["config"]
     searched, found = read_json(os.path.join(out, "result.json")), read_arch(os.path.join(out, "arch.json"), "")
     search, net, splits, score_of = load_supernet(config)
     os.makedirs(os.path.join(folder, "runs"), exist_ok=True)
     predict = load_latency(net, search)
-    budget = make_budget(net, search, lambda arch: with_latency(net, arch, predict))
-    budget = budget or Budget(net.choices, net.cost, {"params": net.cost(found["arch"])["params"]},
-                              drawn=read_phases(net.choices, search)[-1].choices)
+    given = make_budget(net, search, lambda arch: with_latency(net, arch, predict))
+    budget = given or Budget(net.choices, net.cost, {"params": net.cost(found["arch"])["params"]},
+                             drawn=read_phases(net.choices, search)[-1].choices)
     with tqdm(desc="inherited weights", unit=" networks", total=config["n_pick"] + config["n_rank"]) as bar:
         def scored(arch):
             bar.update()
             return score_of(arch)
-        archs = networks_of(net, found, budget, scored, config)
+        archs = networks_of(net, found, budget, scored, config, own=not given)
         history = random_search(budget.drawn, scored, config["n_rank"], rng(config["seed"], "rank"))
     inherited, ranked = [loss for loss, _ in history], [arch for _, arch in history]
 
     evaluations = os.path.join(out, "arch_search.jsonl") # of spos
-    cost = {"before": [name for name in dict.fromkeys((search.inherit, search.teacher, first)) if name not in ("", "scratch")],
+    first = build(vars(search) | {"partial_channels": began.get("partial_channels", 1)}) if search.prune_keep else None
+    cost = {"before": [name for name in dict.fromkeys((search.inherit, search.teacher, began["init_from"])) if name not in ("", "scratch")],
             "search_hours": searched["seconds"] / 3600,
-            "search_flops": search_flops(net, search, len(read_lines(evaluations)) if os.path.exists(evaluations) else 0)}
+            "search_flops": search_flops(net, search, len(read_lines(evaluations)) if os.path.exists(evaluations) else 0,
+                                         first)}
     jobs = {run_folder(arch, seed, found, config): (arch, seed)
             for arch, seed in [*itertools.product(archs.values(), seeds), *((arch, seeds[0]) for arch in ranked)]}
     left = [arch for path, (arch, _) in jobs.items() if not os.path.exists(os.path.join(path, "result.json"))]

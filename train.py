@@ -20,6 +20,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,7 +251,7 @@ def begin(config, run):
         os.makedirs(config.out_dir, exist_ok=True)
     except OSError as e:
         raise SystemExit(f"out_dir={config.out_dir} cannot be made ({e.strerror}): choose another --out_dir.") from None
-    for name in (*LOGS, "arch.json", "result.json", "ckpt.pt", "ckpt.prev.pt", "best.pt"):
+    for name in (*LOGS, "arch_search.jsonl", "pareto.json", "arch.json", "result.json", "ckpt.pt", "ckpt.prev.pt", "best.pt"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(config.out_dir, name))
     here, commit = os.path.dirname(os.path.abspath(__file__)), ""
@@ -762,6 +763,9 @@ def resume(config, run, net, optimizer, state):
         vars(state).update(checkpoint["state"])
     if run.world > 1:
         dist.barrier()
+    if run.master and config.init_from == "previous": # else the next save would put the damaged one in its place
+        with open(path, "rb") as whole:
+            write(os.path.join(config.out_dir, "ckpt.pt"), lambda f: shutil.copyfileobj(whole, f))
     for log in LOGS if run.master else ():
         if os.path.exists(path := os.path.join(config.out_dir, log)):
             os.truncate(path, checkpoint["logs"].get(log, 0))
@@ -802,6 +806,9 @@ def loop(config, run, state, log, flops, step, evaluate, checkpoint, line=dict, 
     step(lr) -> loss: one step. evaluate() -> whether to stop early. checkpoint(): saves everything. flops: of one sequence,
     forward. line() -> more values of a log line. schedule(step, config) -> the learning rate.
     """
+    if state.step > config.max_iters:
+        raise SystemExit(f"max_iters={config.max_iters} is below the {state.step} steps that this run has made: give --max_iters={state.step} "
+                         "or more, or start anew with --overwrite=True.")
     clock, timed, saved = time.perf_counter(), 0, time.perf_counter()
     while True:
         done = state.step == config.max_iters

@@ -585,6 +585,7 @@ def search_inherited(net, forward, cost, chooser, splits, config, run, state, lo
         if resumes(config) and os.path.exists(path):
             lines = [line for line in (unseal(line, path) for line in read_lines(path)) if line["step"] == state.step] # of these weights
         write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
+        state.seconds += sum(line["seconds"] for line in lines)
     known = {key_of(line["arch"]): line["loss"] for line in lines}
 
     costs = {} # of a search for both
@@ -598,10 +599,12 @@ def search_inherited(net, forward, cost, chooser, splits, config, run, state, lo
         stop_if_told(run, lambda: None)
         loss = share(known.get(key_of(arch), math.nan), run)[0] # rank 0 knows
         if math.isnan(loss):
+            start = time.perf_counter()
             loss = score(net, forward, arch, splits, config, run)["loss"]
             if run.master:
                 both = {"cost": cost_of(arch)} if config.arch_search == "pareto" else {}
-                append(path, seal({"evaluation": len(losses) + 1, "step": state.step, "arch": arch, "loss": loss, **both}))
+                append(path, seal({"evaluation": len(losses) + 1, "step": state.step, "arch": arch, "loss": loss, **both,
+                                   "seconds": time.perf_counter() - start}))
         losses.append(loss)
         if run.master and (loss == min(losses) or len(losses) % 25 == 0):
             count = f"{config.arch_search} {len(losses)}/{config.arch_evals}"

@@ -142,6 +142,9 @@ def test_a_new_run_knows_nothing_of_the_one_it_replaces(gpt2, data_dir, tmp_path
     (tmp_path / "arch_search.jsonl").write_text("no line of ours\n")
     train_search.search(config)
     assert len(read_lines(tmp_path / "arch_search.jsonl")) == config["arch_evals"]
+    (tmp_path / "pareto.json").write_text("{}")
+    train_search.search(config | dict(optimizer="drnas")) # a report of it would count these evaluations
+    assert not (tmp_path / "arch_search.jsonl").exists() and not (tmp_path / "pareto.json").exists()
 
 
 def test_the_vocabulary_is_not_padded(tmp_path):

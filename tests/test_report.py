@@ -20,6 +20,7 @@ import report
 from model import build
 from optim_nas import Budget, architectures, key_of
 from prepare import read_json, write_json
+from supernet import extremes
 from train import space_module
 
 SMALL = TINY | dict(n_pick=3, n_rank=4, n_random=2, seeds=[1, 2])
@@ -58,9 +59,9 @@ def test_the_largest_by_exhaustion_and_nanogpts_shape():
     for target in (9_000, 20_000, 33_000):
         budget = Budget(net.choices, net.cost, {"params": target})
         everything = {key_of(arch): net.cost(arch)["params"] for arch in architectures(net.choices)}
-        arch = report.largest(net.choices, budget, None, torch.Generator().manual_seed(0))
+        arch = report.largest(net.choices, budget, torch.Generator().manual_seed(0))
         assert everything[key_of(arch)] == max(params for params in everything.values() if params <= target)
-        assert report.largest(net.choices, budget, arch, torch.Generator().manual_seed(0)) != arch
+        assert report.largest(net.choices, budget, torch.Generator().manual_seed(0), other_than=arch) != arch
     net = build(CHARS)
     for target, (depth, width) in ((10_800_000, (6, 384)), (2_750_000, (6, 192))):
         arch = report.standard(net.choices, Budget(net.choices, net.cost, {"params": target}))
@@ -75,10 +76,21 @@ def test_a_network_is_the_same_whatever_it_says_of_blocks_that_it_does_not_have(
     blocks = {1: dict(n_layer=2, n_head=[3, 3], mlp_ratio=[1, 1]), 2: dict(n_layer=1, n_head=[2], mlp_ratio=[1])}
     found = {"n_embd": 12, "n_rstb": 1} | {f"{name}_{r}": value for r, rows in blocks.items() for name, value in rows.items()}
     budget = Budget(net.choices, net.cost, {"params": net.cost(found)["params"]}) # it alone is the largest that fits
-    archs = report.networks_of(net, {"arch": found, "space": "swinir"}, budget, None, dict(n_pick=0, n_random=8, seed=1))
+    archs = report.networks_of(net, {"arch": found, "space": "swinir"}, budget, None, dict(n_pick=0, n_random=8, seed=1), own=True)
     texts = {name: report.text_of(arch, "swinir") for name, arch in archs.items()}
     assert "largest" not in archs and texts["found"] in [text for name, text in texts.items() if name != "found"]
     assert all((archs[a] == archs[b]) == (texts[a] == texts[b]) for a, b in itertools.combinations(archs, 2))
+
+
+def test_a_search_that_ends_at_the_largest_that_fits_did_not_pay():
+    net = space_module("nats_size").build(TINY_IMAGES | TINY_SPACES["nats_size"] | dict(img_size=8, in_channels=1, num_classes=10))
+    found = extremes(net.choices)[1]
+    budget = Budget(net.choices, net.cost, {"params": 1.02 * net.cost(found)["params"]})
+    archs = report.networks_of(net, {"arch": found, "space": "nats_size"}, budget, None, dict(n_pick=0, n_random=1, seed=1))
+    assert archs["largest"] == found
+    numbers = {name: {"arch": arch, "val": [2.0, 2.1], "test": [2.0, 2.1]} for name, arch in archs.items()}
+    numbers["random 1"] |= {"val": [3.0, 3.1], "test": [3.0, 3.1]}
+    assert report.verdict(numbers, 5, 1)[0] == "The search did not pay: what it found is largest, which needs no search."
 
 
 def constructed(found, *rivals):
@@ -133,17 +145,34 @@ def test_kendalls_tau_by_pairs():
 def test_the_flops_of_a_search(optimizer, order, draws, batches):
     net = build(dict(n_layer=[1, 2], n_head=[1], n_embd=[16, 32], mlp_ratio=[1, 2], vocab_size=65, block_size=16))
     search = SimpleNamespace(optimizer=optimizer, order=order, max_iters=10, gradient_accumulation_steps=3, eval_iters=2, batch_size=4,
-                             subnets_per_step=draws, teacher="", shrink="")
+                             subnets_per_step=draws, teacher="", shrink="", arch_warmup_iters=0)
     costs = [net.cost(arch)["flops"] for arch in architectures(net.choices)]
     flops = report.search_flops(net, search, 7 if optimizer == "spos" else 0) / 4 / batches
     assert min(costs) < flops < max(costs) if optimizer == "spos" else flops == max(costs)
+    search.arch_warmup_iters = 6 # the alphas move in 4 steps of 10
+    alphas = {1: 2, 2: 12}[order] * (optimizer != "spos")
+    rested = report.search_flops(net, search, 7 if optimizer == "spos" else 0) / 4 / batches
+    assert (flops - rested) * batches == pytest.approx(3 * alphas * 6 * flops)
+
+
+def test_the_flops_of_a_progressive_search():
+    """Two halves: all operations of a quarter of the channels, then some of half of them; the alphas rest at the start of each."""
+    config = TINY_IMAGES | TINY_SPACES["nb201"] | dict(img_size=8, in_channels=1, num_classes=10, init_channels=8)
+    first, second = (space_module("nb201").build(config | dict(partial_channels=k)) for k in (4, 2))
+    second.prune({name: torch.arange(5).expand(c.shape) % 2 == 0 for name, c in second.choices.items()})
+    a, b = (float(net.cost({name: torch.ones(c.shape) for name, c in net.choices.items()})["flops"]) for net in (first, second))
+    assert b < 2 * a
+    search = SimpleNamespace(optimizer="drnas", order=1, max_iters=11, gradient_accumulation_steps=1, eval_iters=2, batch_size=4,
+                             subnets_per_step=1, teacher="", shrink="", arch_warmup_iters=2)
+    assert report.search_flops(second, search, 0, first) == pytest.approx(4 * (a * (5 * 3 + 3 * 2) + b * (6 * 3 + 4 * 2)))
 
 
 def test_the_flops_of_a_shrinking():
     """Of each phase what it draws: here one architecture in the first, and in the second one of two, in two draws a step."""
     net = build(dict(n_layer=[1, 2], n_head=[1], n_embd=[16, 32], mlp_ratio=[2], vocab_size=65, block_size=16))
     search = SimpleNamespace(optimizer="spos", order=1, max_iters=10, gradient_accumulation_steps=1, eval_iters=2, batch_size=4,
-                             subnets_per_step=1, teacher="t", shrink="n_layer=2 n_embd=32 share=2, n_embd=16 share=3 subnets_per_step=2")
+                             subnets_per_step=1, teacher="t", arch_warmup_iters=0,
+                             shrink="n_layer=2 n_embd=32 share=2, n_embd=16 share=3 subnets_per_step=2")
     small, large = (net.cost({"n_layer": 2, "n_embd": n, "n_head": [1, 1], "mlp_ratio": [2, 2]})["flops"] for n in (16, 32))
     mean = (small + large) / 2
     assert report.search_flops(net, search, 5) == pytest.approx(4 * (4 * (3 + 1) * large + 6 * (2 * 3 + 1) * mean + 5 * 2 * mean))

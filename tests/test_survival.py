@@ -31,11 +31,11 @@ def state_of(out_dir):
     for key in ("config", "sha256", "logs"):
         checkpoint.pop(key)
     checkpoint["state"].pop("seconds")
-    times = ("ms", "tokens_per_s", "images_per_s")
-    logs = [{k: v for k, v in line.items() if k not in times} for line in read_lines(Path(out_dir) / "log.jsonl")]
-    files = {name: (Path(out_dir) / name).read_bytes() for name in ("arch.json", "arch_traj.jsonl", "arch_search.jsonl")
-             if (Path(out_dir) / name).exists()}
-    return train.fingerprint(checkpoint), [line for line in logs if line.get("step")], files
+    times = ("ms", "tokens_per_s", "images_per_s", "seconds", "sha256")
+    logs, searched = ([{k: v for k, v in line.items() if k not in times} for line in read_lines(path)] if path.exists() else []
+                      for path in (Path(out_dir) / "log.jsonl", Path(out_dir) / "arch_search.jsonl"))
+    files = {name: (Path(out_dir) / name).read_bytes() for name in ("arch.json", "arch_traj.jsonl") if (Path(out_dir) / name).exists()}
+    return train.fingerprint(checkpoint), [line for line in logs if line.get("step")], searched, files
 
 
 def killed_early(whole, out_dir):
@@ -93,7 +93,7 @@ def go(out, init_from):
     sys.stdout = open(os.devnull, "w")
     train_search.search(search_config({data!r}, out, optimizer={optimizer!r}, max_iters=60, lr_decay_iters=60, eval_interval=10,
                                       save_interval=1, dropout=0.1, arch_evals=30, population=8, init_from=init_from))
-def attempt(out, kill_after=1e9):
+def attempt(out, lines=1e9, wait=0.0):
     began = os.path.exists(out + "/run.json")
     child = os.fork()
     if not child:
@@ -104,9 +104,9 @@ def attempt(out, kill_after=1e9):
             print(e, file=sys.stderr)
             os._exit(1)
     start, log = time.time(), touched(out)
-    while time.time() < start + kill_after:
-        if touched(out) == log: # it has not begun to work yet
-            start = time.time()
+    while lines > 0 or time.time() < start + wait: # so much work, and a moment
+        if touched(out) != log:
+            start, log, lines = time.time(), touched(out), lines - 1
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return status
@@ -124,7 +124,7 @@ assert attempt({out!r} + "/whole") == 0
 clock, kills, run, moments = random.Random({seed}), 0, 0, set()
 while kills < 20:
     out = {out!r} + f"/killed{{run}}"
-    status = attempt(out, clock.uniform(0.0, 0.08))
+    status = attempt(out, clock.randrange(1, 9), clock.uniform(0.0, 0.05))
     assert status in (0, signal.SIGKILL), status
     kills += status == signal.SIGKILL
     moments.add(progress(out))
@@ -205,7 +205,7 @@ def test_an_out_dir_that_cannot_be_made_is_one_sentence(data_dir, tmp_path):
     assert "cannot be made" in fails("train.py", *flags(TINY), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/file/out")
 
 
-def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path):
+def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path, monkeypatch):
     config = train_config(data_dir, tmp_path / "t", save_interval=1, max_iters=8)
     train.train(config)
     shutil.copytree(tmp_path / "t", tmp_path / "whole")
@@ -215,8 +215,24 @@ def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path):
     (tmp_path / "t/ckpt.pt").write_bytes(damaged)
     with pytest.raises(SystemExit, match="--init_from=previous"):
         train.train(config | {"init_from": "resume"})
+    with monkeypatch.context() as patch: # killed within its first save
+        patch.setattr(torch, "save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config | {"init_from": "previous"})
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        train.load_checkpoint(str(tmp_path / "t" / name), "cpu")
     train.train(config | {"init_from": "previous"})
     assert state_of(tmp_path / "t") == state_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("module, config_of", [(train, train_config), (train_search, search_config)])
+def test_fewer_steps_than_a_run_has_made_are_refused(module, config_of, data_dir, tmp_path):
+    begin = module.train if module is train else module.search
+    begin(config_of(data_dir, tmp_path / "o"))
+    before = state_of(tmp_path / "o")
+    with pytest.raises(SystemExit, match="max_iters=3 is below the 4 steps that this run has made"):
+        begin(config_of(data_dir, tmp_path / "o", init_from="resume", max_iters=3))
+    assert state_of(tmp_path / "o") == before
 
 
 class Bomb:

@@ -255,10 +255,14 @@ def test_spos_ends_with_the_search_that_was_asked_for(arch_search, other, data_d
 
 
 def test_the_seconds_of_spos_are_also_those_of_the_search_that_ends_it(data_dir, tmp_path, monkeypatch):
+    """Also of evaluations that a run which goes on has not to repeat."""
     score = train_search.score
     monkeypatch.setattr(train_search, "score", lambda *args, **kwargs: time.sleep(0.2) or score(*args, **kwargs))
-    result = train_search.search(search_config(data_dir, tmp_path, optimizer="spos", max_iters=2, eval_interval=2, arch_evals=6))
-    assert result["seconds"] >= 6 * 0.2
+    config = search_config(data_dir, tmp_path, optimizer="spos", max_iters=2, eval_interval=2, arch_evals=6)
+    assert train_search.search(config)["seconds"] >= 6 * 0.2
+    lines = (tmp_path / "arch_search.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "arch_search.jsonl").write_text("".join(lines[:-1]))
+    assert train_search.search(config | {"init_from": "resume"})["seconds"] >= 6 * 0.2
 
 
 def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
