@@ -1,5 +1,8 @@
 """The environment, its rewards and evaluators, and the shards: laws on real data."""
+import json
 import math
+import subprocess
+import sys
 import warnings
 
 import gymnasium.utils.env_checker
@@ -48,6 +51,44 @@ def test_balance_reward_trades_time_for_loss_at_the_stated_rate(trade_off):
     b = {"loss": 3.0 - trade_off, "ppl": 20.0, "time": 0.002 * math.e}
     assert balance_reward(a, trade_off) == pytest.approx(balance_reward(b, trade_off))
     assert balance_reward(a, trade_off) > balance_reward(a | {"loss": 3.1}, trade_off)
+
+
+# ---- two processes
+
+RACE = """
+import json, multiprocessing, sys
+sys.path[:0] = [{root!r}]
+import torch
+import env
+torch.set_num_threads(1)
+def evaluate(config, barrier):
+    train, shards = env.train, env.shards_of(config)
+    def together(*args, **kwargs):
+        result = train(*args, **kwargs)
+        barrier.wait()
+        return result
+    env.train = together
+    for seed in range(15):
+        for shard in shards[:2]:
+            env.train_evaluator(config)(env.arch_of(0), {{**shard, "seed": seed}})
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")
+    config, barrier = json.loads({config!r}), fork.Barrier(2, timeout=60)
+    env.shards_of(config) # cuts them
+    both = [fork.Process(target=evaluate, args=(config, barrier)) for _ in range(2)]
+    [process.start() for process in both]
+    [process.join() for process in both]
+    print([process.exitcode for process in both])
+"""
+
+
+def test_two_environments_may_end_the_same_training_at_once(config, tmp_path):
+    """As they do that step together: neither destroys what the other writes."""
+    program = RACE.format(root=str(ROOT), config=json.dumps(config | {"max_iters": 1}))
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[0, 0]", done.stderr[-2000:]
+    left = [path.name for path in tmp_path.iterdir()]
+    assert len(left) == 30 and all(name.endswith(".json") for name in left), left
 
 
 # ---- the environment
