@@ -318,7 +318,8 @@ def mixed_norm(x, weight, bias, p, n, eps):
         shifts.append(scales[-1] * mean)
     # block k is in every option from k on
     y = weight * torch.cat([block * sum(scales[k:]) - sum(shifts[k:]) for k, block in enumerate(blocks)], dim=-1)
-    return (y if bias is None else y + bias).to(dtype)
+    y = y if bias is None else y + bias
+    return y if torch.is_autocast_enabled("cuda") else y.to(dtype) # the norms of a single size stay in float32 there
 
 
 def mixed_linear(x, W, bias, M, o, i):
@@ -523,8 +524,9 @@ class RMSNorm(nn.Module):
         return {"weight": take(self.weight, 0, e)}
 
     def scale(self, x, n):
-        """(..., 1): 1 / RMS of a width of n channels."""
-        return torch.rsqrt(x[..., :max(1, int(self.portion * n))].square().mean(-1, keepdim=True) + self.eps)
+        """(..., 1): 1 / RMS of a width of n channels, at least in float32: in float16 small squares vanish, and gradients overflow."""
+        x = x[..., :max(1, int(self.portion * n))].to(torch.promote_types(x.dtype, torch.float32))
+        return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
     def forward(self, x, e=None):
         if e is not None and e.mixed:

@@ -416,13 +416,13 @@ def get_lr(step, config):
 
 def configure_optimizer(net, config, run):
     """AdamW, under which biases and norms, of one dimension, and what the network names in no_weight_decay do not decay; or Adam or
-    SGD, under which everything does."""
+    SGD, under which everything does but in a network that says decays_norms = False."""
     params, sgd = list(net.parameters()), config.weight_optimizer == "sgd"
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
     if config.weight_optimizer not in kinds:
         raise SystemExit(f"weight_optimizer='{config.weight_optimizer}' is not one of {', '.join(kinds)}.")
     groups = [{"params": params, "weight_decay": config.weight_decay}]
-    if config.weight_optimizer == "adamw":
+    if config.weight_optimizer == "adamw" or not getattr(net, "decays_norms", True):
         exempt = {p for name, p in net.named_parameters() if p.dim() < 2 or name.split(".")[-1] in getattr(net, "no_weight_decay", ())}
         groups = [{"params": [p for p in params if p not in exempt], "weight_decay": config.weight_decay},
                   {"params": [p for p in params if p in exempt], "weight_decay": 0.0}]
@@ -649,7 +649,7 @@ def ssim(a, b):
 def fidelity(image, target, border, structure=False):
     """{"psnr_y", "psnr_rgb"} of images (B, 3, H, W) of 0 to 1, in dB, as papers of super-resolution measure it: rounded to 8 bits, without
     `border` pixels at the edges; with structure also {"ssim_y", "ssim_rgb"}."""
-    a, b = ((255 * t.double()).round().clamp(0, 255)[:, :, border:-border, border:-border] for t in (image, target))
+    a, b = ((255 * t.cpu().double()).round().clamp(0, 255)[:, :, border:-border, border:-border] for t in (image, target))
     found = {}
     for kind, (c, d) in {"y": (luma(a), luma(b)), "rgb": (a, b)}.items():
         found |= {f"psnr_{kind}": psnr(c, d)} | ({f"ssim_{kind}": ssim(c, d)} if structure else {})
@@ -807,8 +807,8 @@ def loop(config, run, state, log, flops, step, evaluate, checkpoint, line=dict, 
     forward. line() -> more values of a log line. schedule(step, config) -> the learning rate.
     """
     if state.step > config.max_iters:
-        raise SystemExit(f"max_iters={config.max_iters} is below the {state.step} steps that this run has made: give --max_iters={state.step} "
-                         "or more, or start anew with --overwrite=True.")
+        raise SystemExit(f"max_iters={config.max_iters} is below the {state.step} steps that this run has made: give "
+                         f"--max_iters={state.step} or more, or start anew with --overwrite=True.")
     clock, timed, saved = time.perf_counter(), 0, time.perf_counter()
     while True:
         done = state.step == config.max_iters

@@ -145,6 +145,7 @@ class Block(nn.Module):
 
 
 class MobileNetV3(ImageNetwork):
+    decays_norms = False # nor biases, as in once-for-all
 
     def __init__(self, c, arch=None):
         super().__init__()

@@ -109,13 +109,15 @@ class Layer(nn.Module):
 
     def forward(self, x, e=None, n_head=None, mlp_ratio=None):
         """x: (B, H, W, n_embd)"""
-        H, W = x.shape[1:3]
+        B, H, W = x.shape[:3]
         shift = self.shift if min(H, W) > self.size else 0 # one window is all there is
         mask = shift_mask(H, W, self.size, shift, x.device) if shift else None
         x = windows(x, self.size, shift) # (B * windows, size^2, n_embd)
-        drop = self.drop if self.training else 0.0
-        x = x + drop_samples(self.attn(self.ln_1(x, e), mask, e, n_head), drop)
-        x = x + drop_samples(self.mlp(self.ln_2(x, e), e, mlp_ratio), drop)
+        def drop(y): # an image's windows together
+            return drop_samples(y.unflatten(0, (B, -1)), self.drop).flatten(0, 1) if self.training and self.drop else y
+
+        x = x + drop(self.attn(self.ln_1(x, e), mask, e, n_head))
+        x = x + drop(self.mlp(self.ln_2(x, e), e, mlp_ratio))
         return unwindows(x, self.size, shift, H, W)
 
 

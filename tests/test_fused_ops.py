@@ -125,6 +125,15 @@ def test_linear_backward_is_registered_right(need_W, need_bias):
                                                                          for t in inputs), test_utils=TESTS[:3])
 
 
+def test_second_derivatives_are_refused():
+    """They would be wrong, and nothing would say so."""
+    for _, operator, inputs in cases(0, torch.float64):
+        leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        torch.autograd.grad(operator(*inputs).sum(), leaves)
+        with pytest.raises(NotImplementedError, match="no second derivatives"):
+            torch.autograd.grad(operator(*inputs).sum(), leaves, create_graph=True)
+
+
 def test_gradients_are_finite_differences():
     for reference, _, inputs in cases(5, torch.float64):
         inputs = [t[:1, :5].detach().requires_grad_() if isinstance(t, torch.Tensor) and t.dim() == 3 else t for t in inputs]

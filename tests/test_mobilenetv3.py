@@ -77,6 +77,16 @@ def test_published_counts(k, e, d, params, macs, macs_160, params_wide):
         assert sum(p.numel() for p in mobilenetv3.build({"width_mult": 1.2}, arch).parameters()) == params_wide
 
 
+def test_sgd_decays_neither_norms_nor_biases():
+    net = supernet()
+    options = SimpleNamespace(weight_decay=3e-5, learning_rate=0.1, momentum=0.9, nesterov=True, zero_stage=0, weight_optimizer="sgd")
+    decaying, others = train.configure_optimizer(net, options, SimpleNamespace(device_type="cpu")).param_groups
+    names = {id(p): name for name, p in net.named_parameters()}
+    of = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in (decaying, others)}
+    plain = {name for name in names.values() if "norm" in name or "bias" in name}
+    assert of[0.0] == plain and of[3e-5] == {*names.values()} - plain and len(plain) > 20
+
+
 def test_published_space():
     with torch.device("meta"):
         net = mobilenetv3.build({})

@@ -229,6 +229,17 @@ def test_drop_path_is_for_training_alone():
     assert torch.equal(make(drop_path=0.9)(x, None, arch)[0], plain(x)[0]), "a supernet drops nothing"
 
 
+def test_drop_path_drops_all_windows_of_an_image_or_none():
+    net = make(drop_path=0.5)
+    layer = net.extract(extremes(net.choices)[1]).rstb[-1].layers[-1].train()
+    x = torch.randn(16, 8, 8, layer.ln_1.weight.numel(), generator=torch.Generator().manual_seed(0)) # of 2 x 2 windows
+    layer.mlp.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
+    layer.attn.register_forward_hook(lambda *args: torch.ones_like(args[2]))
+    added = (layer(x) - x).flatten(1)
+    assert torch.allclose(added, added[:, :1].expand_as(added), atol=1e-6)
+    assert {round(value, 4) for value in added[:, 0].tolist()} == {0.0, 2.0}
+
+
 def test_genotypes_round_trip():
     with torch.device("meta"):
         net = swinir.build({})
