@@ -106,7 +106,7 @@ def check_law_of_exactness(net):
 def test_norms_of_16_bit_numbers(norm, dtype):
     """With residual=branch they come from a matrix product: the gradients of a new network are those of float32 in half precision too."""
     torch.manual_seed(0)
-    net = build(dict(n_layer=2, n_embd=[16, 32], n_head=[2, 4], mlp_ratio=[1, 2], vocab_size=20, block_size=16, norm=norm,
+    net = build(dict(n_layer=2, n_embd=[64, 128], n_head=[2, 4], mlp_ratio=[1, 2], vocab_size=20, block_size=16, norm=norm,
                      residual="branch"))
     x = torch.randint(20, (4, 16))
     for third in (extremes(net.choices)[1], {name: w.softmax(-1) for name, w in one_hot(net.choices, extremes(net.choices)[0]).items()}):
@@ -116,7 +116,7 @@ def test_norms_of_16_bit_numbers(norm, dtype):
             with torch.autocast("cpu", dtype, enabled):
                 net(x, x, third)[1].backward()
             gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
-        assert (gradients[1] - gradients[0]).norm() <= 10 * torch.finfo(dtype).eps * gradients[0].norm()
+        assert (gradients[1] - gradients[0]).norm() <= 3 * torch.finfo(dtype).eps * gradients[0].norm()
 
 
 def gradients_as_weights(net):
