@@ -497,7 +497,7 @@ def where(config):
 
 def main(config):
     c = SimpleNamespace(**config)
-    check_range(c, 1 if c.latency else 2, "rounds") # an iteration's have quartiles
+    check_range(c, 1 if c.latency else 2, "rounds") # quartiles need two
     check_range(c, 1, "max_iters", "latency_batch_size", "latency_samples", "latency_heldout")
     check_range(c, 0, "warmup", "latency_length", "img_size")
     check_range(c, 2, "growth_options", below=10)
