@@ -37,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 from analyze import save_figure
+from configurator import as_list, check_range
 from optim_nas import ArchOptimizer, likeliest, random_search
 from prepare import Images, Pairs, load_meta, rng, write_json
 from supernet import one_hot, use_fused_ops
@@ -452,7 +453,7 @@ def measure_latency(config):
     """Writes latency.json; returns {key: {"mean_error", "max_error"}}, relative, on the networks held out."""
     config = SimpleNamespace(**config)
     run, gpt = setup(config), config.space == "gpt"
-    batch_sizes, lengths = (value if isinstance(value, list) else [value] for value in (config.latency_batch_size, config.latency_length))
+    batch_sizes, lengths = map(as_list, (config.latency_batch_size, config.latency_length))
     vars(config).update(facts_of(config, run))
     use_fused_ops(config.fused and run.device_type == "cpu" and not gpt)
     net = build(vars(config))
@@ -495,6 +496,11 @@ def where(config):
 
 
 def main(config):
+    c = SimpleNamespace(**config)
+    check_range(c, 1 if c.latency else 2, "rounds") # quartiles need two
+    check_range(c, 1, "max_iters", "latency_batch_size", "latency_samples", "latency_heldout")
+    check_range(c, 0, "warmup", "latency_length", "img_size")
+    check_range(c, 2, "growth_options", below=10)
     os.makedirs(config["out_dir"], exist_ok=True)
     if not config["img_size"]:
         del config["img_size"]

@@ -18,6 +18,7 @@ Keys are the lower-case globals that hold a bool, int, float, str, list or tuple
 import ast
 import copy
 import difflib
+import math
 import os
 import re
 import sys
@@ -88,6 +89,19 @@ def check(value, default):
     if type(default) is int:
         return is_number(value) and type(value) is int, "an int (1000, not 1e3)"
     return type(value) is type(default), "True or False" if type(default) is bool else "a quoted string"
+
+
+def check_range(config, low, *keys, below=math.inf):
+    """SystemExit unless these keys of config (a namespace), a number or a list of them each, are `low` or more, and below `below`."""
+    for key in keys:
+        if not all(low <= value < below for value in as_list(getattr(config, key))):
+            allowed = f"{low} or more" if below == math.inf else f"at least {low} and below {below}"
+            stop(f"{key}={getattr(config, key)} must be {allowed}.")
+
+
+def as_list(value):
+    """A number, which stands for a list of one, or a list, as a list."""
+    return value if isinstance(value, list) else [value]
 
 
 def given(key, argv=None):

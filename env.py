@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import defaults
+from configurator import as_list, check_range, defaults
 from model import build
 from prepare import cut_shards, load_meta, load_shards, read_json, write, write_json
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
@@ -315,6 +315,8 @@ def run_job(arch, shard):
 
 def make_table(config):
     """Evaluates everything and writes the table; returns its rows."""
+    config = config | {"seeds": as_list(config["seeds"])}
+    check_range(SimpleNamespace(**config), 1, "n_envs", "max_iters", "supernet_iters")
     archs = [arch_of(action) for action in range(N * N)]
     jobs = [(arch, {**shard, "seed": seed}) for seed in config["seeds"] for shard in shards_of(config) for arch in archs]
     # the time of a training is that of whatever else ran beside it, so it is measured afterwards

@@ -43,6 +43,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
+from configurator import check_range
 from prepare import rng, write
 from sample import load_run
 from supernet import use_fused_ops
@@ -269,11 +270,14 @@ def quiet():
 def export(config):
     """Writes what config (a dict) asks for; returns its path and the largest difference, relative to the largest output."""
     config = SimpleNamespace(**config)
+    check_range(config, 0, "img_size")
     if config.format not in FORMATS:
         raise SystemExit(f"format='{config.format}' is not one of {', '.join(FORMATS)}.")
     use_fused_ops(False) # whose operations no other program knows
     net, trained = load_run(config.out_dir, "cpu")
     tokens = trained.space == "gpt"
+    if tokens and config.img_size:
+        raise SystemExit(f"img_size={config.img_size} is for images, and a GPT has none: leave it out.")
     if config.format in ("nanogpt", "huggingface") and not tokens:
         raise SystemExit(f"format={config.format} is for a GPT, and this network is one of {trained.space}: {OTHERS}.")
     net, generator = Outputs(net, tokens).eval(), rng("export")

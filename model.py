@@ -24,6 +24,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from configurator import check_range
 from supernet import Choice, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, causal_attention, check_arch, extract, extremes
 from supernet import mixed_attention, mixed_rotary_attention, one_hot, options_of, prefixes, ranking, reorder, rotary, size_of
 from supernet import straight
@@ -246,8 +247,8 @@ def check_options(config):
         raise SystemExit(f"n_expert={config.n_expert} must be 0, or above top_k={config.top_k}, which must be at least 1.")
     if not 0 < config.prmsnorm_pct <= 1:
         raise SystemExit(f"prmsnorm_pct={config.prmsnorm_pct} must be above 0 and at most 1: the share of the channels, such as 0.0625.")
-    if config.loss_chunk < 0:
-        raise SystemExit(f"loss_chunk={config.loss_chunk} must be a number of tokens, or 0 for all of them at once.")
+    check_range(config, 0, "head_size", "loss_chunk")
+    check_range(config, 0, "dropout", below=1)
 
 
 SIZES = ("n_layer", "n_embd", "n_head", "mlp_ratio") # of a transformer; the last two of every layer

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from configurator import as_list
+
 RANGES = {"label_smoothing": (0, 1), "mixup": (0, math.inf), "cutmix": (0, math.inf), "mix_prob": (0, 1), "mix_switch": (0, 1),
           "rand_augment": (0, 10), "random_erasing": (0, 1), "color_jitter": (0, 1), "resized_crop": (0, 1)}
 
@@ -35,7 +37,7 @@ def check_recipe(config):
 
 
 def sides(config):
-    return config.resolutions if isinstance(config.resolutions, list) else [config.resolutions]
+    return as_list(config.resolutions)
 
 
 def change_pixels(x, mean, config, generator):

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from analyze import BLUE, GREY, RED, describe, read_lines, save_figure, search_figure
-from configurator import configure, given
+from configurator import as_list, configure, given
 from optim_nas import Budget, best_of, key_of, random_search, uniform
 from prepare import read_json, rng, seal, unseal, write, write_json
 from supernet import check_arch, extremes, use_fused_ops
@@ -384,7 +384,7 @@ def made_by(config, search, splits, run):
 
 def report(config):
     """Writes the report of the search in config["out_dir"]; returns its numbers, those of report.json."""
-    out, seeds = config["out_dir"], config["seeds"] if isinstance(config["seeds"], list) else [config["seeds"]]
+    out, seeds = config["out_dir"], as_list(config["seeds"])
     folder = os.path.join(out, "report")
     if len(set(seeds)) < max(2, len(seeds)):
         raise SystemExit(f"seeds={seeds} must be two or more different ones, such as --seeds=[1,2,3].")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
+from configurator import check_range
 from prepare import load_meta, load_tokenizer
 from train import DTYPES, build, load_checkpoint, load_model, pick_device, pick_dtype
 
@@ -38,6 +39,8 @@ def load_run(out_dir, device):
 def main(config):
     """Prints num_samples continuations of the prompt."""
     config = SimpleNamespace(**config)
+    check_range(config, 1, "num_samples", "max_new_tokens")
+    check_range(config, 0, "temperature", "top_k")
     device = pick_device(config.device)
     net, trained = load_run(config.out_dir, device)
     encode, decode = load_tokenizer(trained.data_dir, trained.dataset)

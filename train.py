@@ -36,7 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model
-from configurator import defaults, given
+from configurator import as_list, check_range, defaults, given
 from prepare import Images, Pairs, blocks, check_length, draw_index, get_batch, get_images, get_patches, image_batches, load_images
 from prepare import load_meta, load_pairs, load_tokens, pair_batches, prepare, read_json, rng, write, write_json
 from recipes import change_batch, change_pixels, check_recipe, sides
@@ -160,12 +160,23 @@ def build(config, arch=None):
     return net.to(memory_format=torch.channels_last) # in which convolutions are fastest
 
 
+def check_numbers(config):
+    """SystemExit for a number that no run can have."""
+    check_range(config, 1, "eval_interval", "log_interval", "eval_iters", "batch_size", "gradient_accumulation_steps",
+                *["block_size"] * (config.space == "gpt"))
+    check_range(config, 0, "max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
+    check_range(config, 0, "beta1", "beta2", "momentum", below=1)
+    if config.weight_optimizer == "sgd" and config.nesterov and not config.momentum:
+        raise SystemExit("nesterov=True needs a momentum above 0, and momentum=0: raise it, such as --momentum=0.9, or leave nesterov out.")
+
+
 def setup(config):
-    """Joins torchrun's processes, seeds, and checks out_dir.
+    """Joins torchrun's processes, seeds, and checks the numbers and out_dir.
 
     Returns the run: rank, world, master (rank 0), device, device_type, dtype, amp (a context), scaler, control, signal (that arrived).
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    check_numbers(config)
     check_recipe(config)
     if config.gradient_accumulation_steps % world:
         raise SystemExit(f"gradient_accumulation_steps={config.gradient_accumulation_steps} does not divide over {world} processes: "
@@ -404,7 +415,7 @@ def get_lr(step, config):
     """Linear warmup, cosine decay to min_lr, min_lr from then on; or halved at the milestones."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    milestones = config.milestones if isinstance(config.milestones, list) else [config.milestones]
+    milestones = as_list(config.milestones)
     if any(milestones):
         return config.learning_rate * 0.5 ** sum(step >= milestone for milestone in milestones)
     end = config.lr_decay_iters or config.max_iters
@@ -710,8 +721,7 @@ def finite(value, what):
 
 def split_data(config, run, test):
     """{"train", "val", "test"}: the data of each split that this run has; config gets what the network must know of it."""
-    if not 0 <= config.val_portion < 1:
-        raise SystemExit(f"val_portion={config.val_portion} must be at least 0 and below 1.")
+    check_range(config, 0, "val_portion", below=1)
     if config.early_stopping and test and not config.val_portion:
         raise SystemExit("early_stopping needs a validation loss: set val_portion, such as --val_portion=0.1.")
     train, val, facts = load_data(config, run)

@@ -22,7 +22,7 @@ import shutil
 from tqdm import tqdm
 
 from analyze import read_lines, read_table
-from configurator import defaults, given
+from configurator import as_list, defaults, given
 from model import OPTIONS, GPTConfig
 from prepare import read_json, unseal
 from train import * # noqa: F403 (every key of train.py)
@@ -98,11 +98,10 @@ def train_table(config):
     """Trains every architecture of the space once a seed, without a look at the test split before the end, into config["table"]."""
     path, module = config["table"], space_module(config["space"])
     config["dataset"] = config["dataset"] or own_data(module)
-    seeds = config["seeds"] if isinstance(config["seeds"], list) else [config["seeds"]]
     if config["space"] == "gpt" or hasattr(module, "scale"):
         raise SystemExit(f"table='{path}' is for the spaces of search_spaces/ that classify: name one by --space.")
     choices = build(config).choices
-    rows = [(module.columns(arch), arch, seed) for seed in seeds for arch in architectures(choices)]
+    rows = [(module.columns(arch), arch, seed) for seed in as_list(config["seeds"]) for arch in architectures(choices)]
     head = [*rows[0][0], "seed", *COLUMNS]
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -117,7 +116,7 @@ def train_table(config):
     for columns, arch, seed in tqdm(rows, desc=path, unit=" networks"):
         if (*map(str, columns.values()), str(seed)) in done:
             continue
-        job = {**config, "seed": seed, "out_dir": f"{path}.{os.getpid()}.run", "overwrite": True, "eval_interval": config["max_iters"]}
+        job = {**config, "seed": seed, "out_dir": f"{path}.{os.getpid()}.run", "overwrite": True, "eval_interval": config["max_iters"] or 1}
         try:
             with aside():
                 result = train({**job, "data_dir": config["data_dir"] or "data"}, arch, test=True)

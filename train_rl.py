@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from analyze import rl_figures
+from configurator import as_list, check_range
 from env import * # noqa: F403 (every key of env.py)
 from env import EVALUATORS, N, REWARDS, ArchEnv, arch_of, regret, reward_table, shards_of
 from prepare import write_json
@@ -259,6 +260,10 @@ def load_agent(model, agent):
     model.num_timesteps, model._n_updates = agent["num_timesteps"], agent["n_updates"]
     rms.mean, rms.var, rms.count = map(np.float64, agent["normalizer"])
     if isinstance(model, DQN):
+        seen, room = agent["buffer"]["rewards"].shape, model.replay_buffer.rewards.shape # (steps, n_envs)
+        if seen[0] > room[0] or seen[1] != room[1]:
+            raise SystemExit(f"The agent has seen {seen.numel()} evaluations in n_envs={seen[1]}, and this run has room for "
+                             f"{np.prod(room)} in n_envs={room[1]}: raise --budget or --n_iterations, or take the --n_envs of before.")
         for name, rows in agent["buffer"].items():
             getattr(model.replay_buffer, name)[:len(rows)] = rows.numpy()
         model.replay_buffer.pos = len(rows)
@@ -267,19 +272,21 @@ def load_agent(model, agent):
 # ---- the run
 
 def check(config):
-    """SystemExit for a name that there is not."""
-    names = {"algo": [*ALGOS, "random"], "evaluator": list(EVALUATORS), "reward": list(REWARDS), "q_network": ["numbers", "outputs"]}
+    """SystemExit for a name that there is not, or a number that cannot be."""
+    names = {"algo": [*ALGOS, "random"], "evaluator": list(EVALUATORS), "reward": list(REWARDS), "q_network": ["numbers", "outputs"],
+             "mode": [0, 1, 2]}
     for key, known in names.items():
         if getattr(config, key) not in known:
-            raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(known)}.")
-    for key in ("budget", "n_iterations", "n_envs", "eval_interval"):
-        if getattr(config, key) < 1:
-            raise SystemExit(f"{key}={getattr(config, key)} must be at least 1.")
+            raise SystemExit(f"{key}={getattr(config, key)!r} is not one of {', '.join(map(str, known))}.")
+    check_range(config, 1, "budget", "n_iterations", "n_envs", "eval_interval", "updates", "max_iters", "supernet_iters")
+    check_range(config, 0, "learning_starts", "rl_learning_rate")
+    if config.temperature <= 0:
+        raise SystemExit(f"temperature={config.temperature} must be above 0.")
 
 
 def learn(config):
     """Runs the iterations of config (a dict); returns what it writes to result.json."""
-    config = SimpleNamespace(**config)
+    config = SimpleNamespace(**config | {"seeds": as_list(config["seeds"])})
     check(config)
     run, state, model = setup(config), SimpleNamespace(step=0, iteration=0, seen=[]), None
     env, rewards = build_env(config), None

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from analyze import Benchmark, describe, read_lines, search_figure
-from configurator import defaults
+from configurator import check_range, defaults
 from model import GPT, OPTIONS, load_gpt2
 from optim_nas import ArchOptimizer, Budget, best_of, by_front, entropy, evolutionary_search, fronts, key_of, picked, random_search
 from optim_nas import rowwise, uniform, unrolled_gradient
@@ -475,9 +475,8 @@ def check(config):
                          ("latency_of", ("prefill", "decode"))):
         if getattr(config, key) not in allowed:
             raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
-    for key in ("subnets_per_step", "arch_evals", "population"):
-        if getattr(config, key) < 1:
-            raise SystemExit(f"{key}={getattr(config, key)} must be 1 or more.")
+    check_range(config, 1, "subnets_per_step", "arch_evals", "population", "parents")
+    check_range(config, 0, "arch_learning_rate", "arch_weight_decay")
     if hasattr(space_module(config.space), "scale") and (config.teacher or config.inplace_distill):
         raise SystemExit("teacher and inplace_distill need classes or tokens, which super-resolution does not have: leave them out.")
     if config.prune_keep and (config.target_params or config.target_flops or config.target_latency):

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import defaults
+from configurator import check_range, defaults
 from model import MLP, mixture_sizes, run_blocks, transformer_choices
 from supernet import Conv2d, ImageNetwork, LayerNorm, Linear, Size, options_of, prefixes, straight, take
 from supernet import drop_path as drop
@@ -143,13 +143,10 @@ class AutoFormer(ImageNetwork):
     def __init__(self, c, arch=None):
         super().__init__()
         self.config = c
-        if c.patch_size < 1 or c.head_size < 1 or not 0 <= c.dropout < 1:
-            raise SystemExit(f"patch_size={c.patch_size} and head_size={c.head_size} must be at least 1, and dropout={c.dropout} at least "
-                             "0 and below 1.")
+        check_range(c, 1, "patch_size", "head_size", "rel_pos_clip")
+        check_range(c, 0, "dropout", "drop_path", below=1)
         if c.img_size % c.patch_size:
             raise SystemExit(f"patch_size={c.patch_size} does not divide img_size={c.img_size}: choose another, such as {c.img_size // 4}.")
-        if not 0 <= c.drop_path < 1 or c.rel_pos_clip < 1:
-            raise SystemExit(f"drop_path={c.drop_path} must be at least 0 and below 1, and rel_pos_clip={c.rel_pos_clip} at least 1.")
         self.choices, self.n_layer, self.n_embd, layers = transformer_choices(c, arch)
         E, side = self.n_embd[-1], c.img_size // c.patch_size
         deepest = options_of(c.n_layer, "n_layer")[-1]

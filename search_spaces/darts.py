@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import defaults
+from configurator import check_range, defaults
 from supernet import (BatchNorm2d, CellNetwork, Choice, Conv2d, DilConv, Edge, FactorizedReduce, Linear, Pool, ReLUConvBN, SepConv, Skip,
                       check_arch, check_names, nodes, partial, read_genotype, write_genotype)
 
@@ -92,6 +92,9 @@ class DARTS(CellNetwork):
 
     def __init__(self, c, arch=None):
         super().__init__()
+        check_range(c, 1, "init_channels", "n_layer", "stem_multiplier")
+        check_range(c, 0, "auxiliary")
+        check_range(c, 0, "drop_path", below=1)
         if arch is None:
             c.auxiliary = 0.0 # nor has an extracted network such a head
         self.config, self.progress = c, 0.0 # progress: of the training, from 0 to 1, told by who trains

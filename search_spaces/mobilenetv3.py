@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import defaults
+from configurator import as_list, check_range, defaults
 from model import run_blocks
 from supernet import BatchNorm2d, Choice, Conv2d, ImageNetwork, Linear, Size, check_arch, one_hot, options_of, prefixes, ranking
 from supernet import reorder, straight
@@ -38,7 +38,7 @@ mix_channels = 1280 # of the first linear layer
 dropout = 0.1 # before the second
 # -----------------------------------------------------------------------------
 
-NAMES = ("depth", "kernel_size", "expand")
+NAMES, OF_STAGES = ("depth", "kernel_size", "expand"), ("strides", "se", "hswish")
 
 
 def divisible(n, by=8):
@@ -149,16 +149,19 @@ class MobileNetV3(ImageNetwork):
 
     def __init__(self, c, arch=None):
         super().__init__()
+        for key in ("widths", *OF_STAGES):
+            setattr(c, key, as_list(getattr(c, key)))
         self.config, stages = c, len(c.widths)
         options = {name: options_of(getattr(c, name), name) for name in NAMES}
         if not all(k % 2 for k in options["kernel_size"]):
             raise SystemExit(f"kernel_size={c.kernel_size} must be odd numbers: the output has the size of the input.")
         if options["expand"][0] < 2:
             raise SystemExit(f"expand={c.expand} must be 2 or more: without an expansion a block has a layer less, and is no part of it.")
-        if min(c.stem_stride, *c.strides, *c.widths, c.stem_channels) < 1 or c.width_mult <= 0 or not 0 <= c.dropout < 1:
-            raise SystemExit(f"stem_stride={c.stem_stride}, strides={c.strides}, widths={c.widths} and stem_channels={c.stem_channels} "
-                             f"must be 1 or more, width_mult={c.width_mult} above 0, and dropout={c.dropout} at least 0 and below 1.")
-        for key in ("strides", "se", "hswish"):
+        check_range(c, 1, "stem_channels", "stem_stride", "widths", "strides", "last_channels", "mix_channels")
+        check_range(c, 0, "dropout", below=1)
+        if c.width_mult <= 0:
+            raise SystemExit(f"width_mult={c.width_mult} must be above 0.")
+        for key in OF_STAGES:
             if len(getattr(c, key)) != stages:
                 raise SystemExit(f"{key}={getattr(c, key)} needs one entry a stage, and widths={c.widths} has {stages}.")
         self.choices = {}

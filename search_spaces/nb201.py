@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import defaults
+from configurator import check_range, defaults
 from supernet import (BatchNorm2d, CellNetwork, Choice, Conv2d, Edge, Linear, Pool, ReLUConvBN, Skip, check_arch, check_names, nodes,
                       partial)
 
@@ -61,6 +61,7 @@ class NB201(CellNetwork):
     def __init__(self, c, arch=None):
         super().__init__()
         self.config = c
+        check_range(c, 1, "init_channels", "n_cell")
         check_names("primitives", c.primitives, PRIMITIVES)
         self.choices = {"cell": Choice(tuple(c.primitives), repeat=6)}
         rows = [c.primitives] * 6

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import defaults
+from configurator import check_range, defaults
 from model import MLP, CausalSelfAttention, run_blocks
 from supernet import Choice, Conv2d, Embedding, ImageNetwork, LayerNorm, Size, check_arch, drop_path as drop_samples, options_of, prefixes
 from supernet import size_of, straight, window_attention
@@ -164,8 +164,7 @@ class SwinIR(ImageNetwork):
             for h in {h for row in rows for n_head, _ in row for h in n_head}:
                 if e % h:
                     raise SystemExit(f"n_embd={e} is not divisible by n_head={h}: choose widths and head counts that divide.")
-        if not 0 <= c.drop_path < 1:
-            raise SystemExit(f"drop_path={c.drop_path} must be at least 0 and below 1.")
+        check_range(c, 0, "drop_path", below=1)
         something_to_choose = any(len(choice.options) > 1 for choice in self.choices.values())
         E, total, drop = self.n_embd[-1], sum(n[-1] for n in depths), 0.0 if something_to_choose else c.drop_path
         self.conv_first, self.ln_first = Conv2d(3, E, 3, bias=True), LayerNorm(E, bias=True)

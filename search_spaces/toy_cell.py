@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import defaults
+from configurator import check_range, defaults
 from supernet import (CellNetwork, Choice, DilConv, Edge, Linear, ReLUConvBN, SepConv, check_arch, check_names, nodes, read_genotype,
                       write_genotype)
 
@@ -48,6 +48,8 @@ class ToyCell(CellNetwork):
     def __init__(self, c, arch=None):
         super().__init__()
         self.config = c
+        check_range(c, 1, "init_channels")
+        check_range(c, 0, "dropout", below=1)
         check_names("primitives", c.primitives, PRIMITIVES)
         self.choices = {name: Choice(tuple(c.primitives), repeat=3) for name in ("normal", "reduce")}
         rows = {name: [c.primitives] * 3 for name in self.choices}

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import defaults
+from configurator import check_range, defaults
 from supernet import Choice, Conv2d, Entangled, ImageNetwork, Linear, check_arch, check_entanglement, options_of, prefixes, size_of
 
 # -----------------------------------------------------------------------------
@@ -41,6 +41,10 @@ class ConvMacro(ImageNetwork):
     def __init__(self, c, arch=None):
         super().__init__()
         self.config = c
+        check_range(c, 1, "last_channels", "last_kernel_size")
+        check_range(c, 0, "last_padding")
+        check_range(c, 0, "dropout", below=1)
+        check_range(c, 4, "fc") # halved twice
         check_entanglement(c.entanglement)
         options = {name: options_of(getattr(c, name), name) for name in (*CHANNELS, "kernel_size")}
         if not all(k % 2 for k in options["kernel_size"]):

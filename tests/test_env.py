@@ -159,6 +159,13 @@ def test_impossible_shards_are_one_sentence(config, change, words):
         env.shards_of(config | {"shards": 7} | change, change.get("mode", 0))
 
 
+@pytest.mark.parametrize("key", ["n_envs", "max_iters", "supernet_iters"])
+def test_a_table_of_nothing_is_one_sentence(key, tmp_path):
+    with pytest.raises(SystemExit, match=f"^{key}=0 must be 1 or more.$"):
+        env.make_table(configurator.defaults(vars(env)) | {key: 0, "data_dir": str(tmp_path), "table": str(tmp_path / "t.csv"), "seeds": 1})
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_shards_do_not_replace_those_there_are(config):
     env.shards_of(config)
     with pytest.raises(SystemExit, match="holds shards of 5 to 60 entries of 16 tokens"):

@@ -155,6 +155,8 @@ def test_mistakes_are_one_sentence(trained, tmp_path, monkeypatch):
     out = trained("nb201")
     for words, config in {"There is no checkpoint": options(tmp_path), "'caffe' is not one of onnx, torch, safe": options(out, "caffe"),
                           "toy_conv_macro takes no images of 16 pixels": options(trained("toy_conv_macro"), img_size=16),
+                          "img_size=28 is for images, and a GPT has none: leave it out": options(trained("gpt"), img_size=28),
+                          "img_size=-1 must be 0 or more": options(out, img_size=-1),
                           "nanogpt is for a GPT, and this network is one of nb201": options(out, "nanogpt"),
                           "huggingface is for a GPT, and this network is one of nb201": options(out, "huggingface")}.items():
         with pytest.raises(SystemExit, match=words):

@@ -1,5 +1,6 @@
 """The latency table of a machine: how it is put together, what is predicted from it, and a search that ends within a target."""
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +148,19 @@ def test_data_that_nothing_is_known_of_is_one_sentence(tmp_path):
     for mode in (["latency"], []):
         said = fails("bench.py", *mode, *flags(TINY_SEARCH | dict(dataset="mine", data_dir=tmp_path, out_dir=tmp_path / "o")))
         assert "mine is not prepared: run python prepare.py --dataset=text" in said
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(rounds=1), "rounds=1 must be 2 or more"), (dict(rounds=0, latency=True), "rounds=0 must be 1 or more"),
+    (dict(growth_options=[1, 2]), r"growth_options=\[1, 2\] must be at least 2 and below 10"),
+    (dict(max_iters=0), "max_iters=0 must be 1 or more"),
+    *((dict(latency=True) | {key: value}, f"{key}={re.escape(str(value))} must be {low} or more") for key, value, low in (
+        ("latency_heldout", 0, 1), ("latency_samples", 0, 1), ("latency_batch_size", 0, 1), ("latency_batch_size", [1, 0], 1),
+        ("latency_length", -1, 0), ("warmup", -1, 0), ("img_size", -1, 0)))])
+def test_bad_numbers_are_one_sentence_before_anything_is_measured(change, words, tmp_path):
+    with pytest.raises(SystemExit, match=f"^{words}.$"):
+        bench.main(defaults(vars(bench)) | TINY_SEARCH | dict(dataset="pydocs", out_dir=str(tmp_path / "o")) | change)
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_table_that_does_not_fit_is_one_sentence(measured, data_dir, tmp_path):

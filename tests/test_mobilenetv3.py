@@ -110,11 +110,20 @@ def test_genotypes():
 
 @pytest.mark.parametrize("rest, message", [
     (dict(kernel_size=[2, 4]), "must be odd"), (dict(se=[0, 1, 1]), "se=.* needs one entry a stage, and widths=.* has 2"),
-    (dict(depth=[2, 1]), "increasing order")])
+    (dict(depth=[2, 1]), "increasing order"), (dict(strides=2), r"strides=\[2\] needs one entry a stage"), (dict(hswish=1), "hswish="),
+    *((dict([(key, 0)]), f"^{key}=0 must be 1 or more.$") for key in ("last_channels", "mix_channels", "stem_channels", "stem_stride")),
+    (dict(mix_channels=-3), "^mix_channels=-3 must be 1 or more.$"), (dict(widths=[8, 0]), r"^widths=\[8, 0\] must be 1 or more.$"),
+    (dict(dropout=1.0), "dropout=1.0 must be at least 0 and below 1"), (dict(width_mult=0.0), "width_mult=0.0 must be above 0")])
 def test_errors_are_one_sentence(rest, message):
     with pytest.raises(SystemExit, match=message) as e:
         mobilenetv3.build(SMALL | rest)
     assert "\n" not in str(e.value)
+
+
+def test_a_number_is_a_list_of_one_stage():
+    one = dict(widths=16, strides=2, se=1, hswish=0)
+    net, same = (mobilenetv3.build(SMALL | keys) for keys in (one, {key: [value] for key, value in one.items()}))
+    assert str(net) == str(same) and net.choices == same.choices
 
 
 def test_any_image_size():

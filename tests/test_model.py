@@ -605,7 +605,11 @@ def test_residual_projections_start_smaller():
     (dict(norm="partial_rmsnorm", prmsnorm_pct=6.25), ["prmsnorm_pct=6.25", "0.0625"]),
     (dict(n_expert=4), ["n_expert=4", "lists"]),
     (dict(n_expert=2, top_k=2), ["n_expert=2", "top_k=2"]),
-    (dict(loss_chunk=-1), ["loss_chunk=-1"]),
+    (dict(loss_chunk=-1), ["loss_chunk=-1 must be 0 or more"]),
+    (dict(head_size=-4), ["head_size=-4 must be 0 or more"]),
+    (dict(dropout=1.0), ["dropout=1.0 must be at least 0 and below 1"]),
+    (dict(dropout=1.5), ["dropout=1.5 must be at least 0 and below 1"]),
+    (dict(dropout=-0.1), ["dropout=-0.1 must be at least 0 and below 1"]),
 ])
 def test_bad_sizes_are_one_sentence(change, words):
     with pytest.raises(SystemExit) as e:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, succeeds
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 import configurator
 import env
@@ -111,10 +112,28 @@ def test_numbers_are_what_the_network_sees():
 
 @pytest.mark.parametrize("changes, words", [
     (dict(algo="sac"), "algo='sac' is not one of dqn, ppo, a2c, random"), (dict(reward="x"), "reward='x'"), (dict(budget=0), "budget=0"),
-    (dict(seeds=[9]), "lacks a row"), (dict(table="none.csv"), "cannot be read")])
+    (dict(seeds=[9]), "lacks a row"), (dict(table="none.csv"), "cannot be read"), (dict(mode=5), "mode=5 is not one of 0, 1, 2"),
+    (dict(updates=0), "updates=0 must be 1 or more"), (dict(temperature=0.0), "temperature=0.0 must be above 0"),
+    (dict(learning_starts=-1), "learning_starts=-1 must be 0"), (dict(rl_learning_rate=-1), "rl_learning_rate=-1 must be 0 or more")])
 def test_a_mistake_is_one_sentence(changes, words, tmp_path):
-    with pytest.raises(SystemExit, match=words):
-        learn(settings(tmp_path, **changes))
+    with pytest.raises(SystemExit, match=words) as e:
+        learn(settings(tmp_path / "o", **changes))
+    assert "\n" not in str(e.value) and not (tmp_path / "o").exists()
+
+
+def test_a_number_is_a_list_of_one_seed(tmp_path):
+    number, listed = (learn(settings(tmp_path / str(i), seeds=seeds, algo="random")) for i, seeds in enumerate((1, [1])))
+    assert number | {"out_dir": ""} == listed | {"out_dir": ""}
+
+
+@pytest.mark.parametrize("n_envs, changes", [(1, dict(n_iterations=2, budget=10)), (2, dict(n_iterations=4))])
+def test_a_resume_that_does_not_hold_what_the_agent_has_seen_is_one_sentence(n_envs, changes, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_rl, "SubprocVecEnv", lambda envs, start_method: DummyVecEnv(envs)) # no processes: seconds each
+    learn(settings(tmp_path, n_envs=n_envs))
+    log = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match=f"has seen 40 evaluations in n_envs={n_envs}, .* raise --budget or --n_iterations, or") as e:
+        learn(settings(tmp_path, init_from="resume", **changes))
+    assert "\n" not in str(e.value) and (tmp_path / "log.jsonl").read_bytes() == log
 
 
 def test_groups_of_runs_are_compared(tmp_path, capsys):

@@ -275,6 +275,9 @@ def one_sentence(error):
     ("toy_conv_macro", dict(kernel_size=[3, 4]), "odd"), ("toy_conv_macro", dict(last_kernel_size=7), "img_size"),
     ("toy_conv_macro", dict(img_size=3), "img_size"), ("nats_size", dict(channels=[3, 2]), "channels"),
     ("nats_size", dict(entanglement="weight"), "entanglement"), ("toy_conv_macro", dict(entanglement="some"), "entanglement"),
+    ("toy_conv_macro", dict(fc=2), "fc=2 must be 4 or more"), ("toy_conv_macro", dict(last_channels=0), "last_channels=0 must be 1"),
+    ("toy_conv_macro", dict(last_kernel_size=0), "last_kernel_size=0 must be 1"), ("toy_conv_macro", dict(dropout=1.0), "dropout=1.0 must"),
+    ("toy_conv_macro", dict(last_padding=-1, last_kernel_size=1), "last_padding=-1 must be 0 or more"),
 ])
 def test_wrong_keys(name, config, words):
     with pytest.raises(SystemExit, match=words) as error:

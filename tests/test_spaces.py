@@ -1,5 +1,6 @@
 """Every vision space: mixture, hard architecture and extracted network agree in value and gradient; costs, genotypes, published counts."""
 import copy
+import functools
 import importlib
 import itertools
 import math
@@ -318,6 +319,12 @@ V1 = darts.GENOTYPES["DARTS_V1"]
     (lambda: FactorizedReduce(3, 3), "its 3 channels in two halves: choose an even number"),
     (lambda: darts.build({"auxiliary": 0.4, "img_size": 28, "init_channels": 4, "n_layer": 3}, darts.arch_of("DARTS_V1")),
      "img_size=28 leaves 7 x 7"),
+    *((functools.partial(make, name, **{key: value}), f"^{key}={value} must be {allowed}.$") for name, key, value, allowed in (
+        ("darts", "init_channels", 0, "1 or more"), ("darts", "n_layer", 0, "1 or more"), ("darts", "stem_multiplier", -1, "1 or more"),
+        ("darts", "auxiliary", -0.4, "0 or more"), ("darts", "drop_path", 1.0, "at least 0 and below 1"),
+        ("darts", "drop_path", -0.1, "at least 0 and below 1"), ("nb201", "init_channels", -4, "1 or more"),
+        ("nb201", "n_cell", 0, "1 or more"), ("toy_cell", "init_channels", 0, "1 or more"),
+        ("toy_cell", "dropout", 1.0, "at least 0 and below 1"), ("toy_cell", "dropout", -0.1, "at least 0 and below 1"))),
     (lambda: make("nb201").extract({"cell": ["none"] * 5}), "needs a list of at least 6 entries")])
 def test_errors_are_one_sentence(call, message):
     with pytest.raises(SystemExit, match=message) as error:

@@ -15,6 +15,7 @@ from conftest import TINY, TINY_SEARCH, fails, flags, succeeds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
+import sample
 import train
 import train_base
 import train_search
@@ -465,12 +466,42 @@ def test_mistakes_are_one_sentence_and_lose_nothing(searched, data_dir, tmp_path
     (dict(optimizer="dart"), ["dart", "drnas"]), (dict(order=2), ["order=2", "darts"]),
     (dict(optimizer="darts", order=2, dtype="float16"), ["order=2", "float16"]), (dict(train_portion=1.0), ["train_portion"]),
     (dict(device="tpu"), ["tpu", "cpu"]), (dict(dtype="float8"), ["float8"]), (dict(init_from="gpt5"), ["gpt5"]),
-    (dict(init_from="resume"), ["holds no run"]), (dict(arch_search="luck"), ["luck"])])
+    (dict(init_from="resume"), ["holds no run"]), (dict(arch_search="luck"), ["luck"]), (dict(parents=0), ["parents=0 must be 1 or more"]),
+    (dict(arch_learning_rate=-1e-3), ["arch_learning_rate=-0.001 must be 0 or more"]), (dict(arch_weight_decay=-1), ["decay=-1"])])
 def test_wrong_values_are_one_sentence(change, words, data_dir, tmp_path):
     with pytest.raises(SystemExit) as e:
         train_search.search(search_config(data_dir, tmp_path / "s", **change))
     assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
-    assert not (tmp_path / "s/arch.json").exists()
+    assert not (tmp_path / "s").exists()
+
+
+COUNTS = ("eval_interval", "log_interval", "eval_iters", "batch_size", "block_size", "gradient_accumulation_steps")
+
+
+@pytest.mark.parametrize("change, words", [
+    *((dict([(key, 0)]), "0 must be 1 or more") for key in COUNTS), (dict(block_size=-16), "-16 must be 1 or more"),
+    *((dict([(key, -1)]), "-1 must be 0 or more") for key in ("max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")),
+    *((dict([(key, value)]), f"{value} must be at least 0 and below 1") for key in ("beta1", "beta2", "momentum") for value in (-0.1, 1.0)),
+    (dict(nesterov=True, momentum=0, weight_optimizer="sgd"), "True needs a momentum above 0, and momentum=0"),
+    (dict(dropout=1.0), "1.0 must be at least 0 and below 1"), (dict(head_size=-4), "-4 must be 0 or more")])
+def test_numbers_out_of_range_are_one_sentence(change, words, searched, data_dir, tmp_path):
+    """Of every trainer, which leaves nothing behind."""
+    places, (key, value) = (data_dir, tmp_path / "o"), next(iter(change.items()))
+    runs = [(train.train, train_config(*places, **change)), (train_search.search, search_config(*places, **change))]
+    if (key, value) not in (("block_size", 0), ("head_size", -4)): # train_base.py has those of the search
+        runs.append((train_base.train_found, base_config(*places, searched / "arch.json", **change)))
+    for function, config in runs:
+        with pytest.raises(SystemExit) as e:
+            function(config)
+        assert f"{key}={words}" in str(e.value) and "\n" not in str(e.value)
+        assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("change", [dict(top_k=-1), dict(temperature=-0.5), dict(num_samples=0), dict(max_new_tokens=0)])
+def test_samples_out_of_range_are_one_sentence(change):
+    (key, value), = change.items()
+    with pytest.raises(SystemExit, match=f"^{key}={value} must be {'1' if value == 0 else '0'} or more.$"):
+        sample.main(defaults(vars(sample)) | change)
 
 
 def test_checkpoint_of_another_shape(data_dir, tmp_path):
