@@ -376,16 +376,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_linear_backward(const Tensor& g
                                                                  Sizes o, Sizes i, bool need_W, bool need_bias, bool need_M) {
   Tensor g2 = rows_of(g), x2 = rows_of(x), dx, dW = at::empty({0}, W.options());
   Tensor db = at::empty({0}, acc_options(x)), dM = at::empty({0}, acc_options(x));
-  if (need_M && !need_W) {
+  const bool by_rows = !need_W && W.size(0) >= 32 * static_cast<int64_t>(o.size()); // products of a few rows are slower than one more
+  if (need_M && by_rows) {
     dx = at::empty(x2.sizes(), x.options());
     frozen_backward(g2, x2, W, M, o, i, dx, dM);
   } else {
     dx = at::mm(g2, block_scale(W, M, o, i));
   }
-  if (need_W) {
+  if (need_W || (need_M && !by_rows)) {
     Tensor raw = at::mm(g2.t(), x2); // (out, in)
     if (need_M) dM = block_dot(raw, W, o, i);
-    dW = block_scale(raw, M, o, i);
+    if (need_W) dW = block_scale(raw, M, o, i);
   }
   if (need_bias) db = g2.sum(0, false, acc_options(x).dtype().toScalarType());
   return {dx.view(x.sizes()), dW, db, dM};

@@ -48,7 +48,9 @@ def cases(seed, dtype):
     M = torch.rand(len(o), len(n), generator=g, dtype=torch.float64).to(vector).requires_grad_()
     b = tensor(R) if bias else None
     yield mixed_linear, torch.ops.nas.block_linear, (x, tensor(R, N), b, M, o, n)
-    yield mixed_linear, torch.ops.nas.block_linear, (x, tensor(R, N, grad=False), b, M, o, n) # frozen: another backward
+    yield mixed_linear, torch.ops.nas.block_linear, (x, tensor(R, N, grad=False), b, M, o, n) # frozen,
+    b2 = tensor(32 * R) if bias else None # and of so many rows that the backward goes by them
+    yield mixed_linear, torch.ops.nas.block_linear, (x, tensor(32 * R, N, grad=False), b2, M, [32 * rows for rows in o], n)
     heads = [h for h in (1, 2, 3, 4, 6) if number(0, 1)] or [2]
     E = 12 * number(1, 6)
     scales = [torch.randn(len(heads), E, generator=g, dtype=torch.float64).to(vector).requires_grad_() for _ in range(2)]
