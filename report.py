@@ -77,6 +77,9 @@ def load_supernet(config):
     with these weights on the alphas' part of the data, which report/inherited.jsonl remembers."""
     path = os.path.join(config["out_dir"], "ckpt.pt")
     checkpoint = load_checkpoint(path, "cpu")
+    if checkpoint["chooser"]["mask"] and (config["n_pick"] or config["n_rank"]):
+        raise SystemExit("This progressive search has pruned operations, so that its supernet has weights for a few networks alone: give "
+                         "--n_pick=0 --n_rank=0.")
     own = {key: config[key] for key in ("device", "data_dir", "latency_table") if config[key]}
     own |= dict(out_dir=config["out_dir"], init_from="resume", zero_stage=0) # with the vocabulary that the run has
     search = SimpleNamespace(**checkpoint["config"] | own)
@@ -200,6 +203,15 @@ def search_flops(net, search, evaluated, first=None):
     return evaluated * search.eval_iters * flops_of(net, phases[-1].choices) + sum(
         ((3 * draws + bool(search.teacher)) * steps + alphas * max(0, steps - search.arch_warmup_iters)) *
         search.gradient_accumulation_steps * flops_of(part, drawn) for part, drawn, draws, steps in parts)
+
+
+def search_cost(net, search, out):
+    """{"before": what had been trained, "search_hours", "search_flops"} of the finished search in the folder `out`."""
+    began, evaluations = read_json(os.path.join(out, "run.json"))["config"], os.path.join(out, "arch_search.jsonl") # of spos
+    first = build(vars(search) | {"partial_channels": began.get("partial_channels", 1)}) if search.prune_keep else None
+    return {"before": [name for name in dict.fromkeys((search.inherit, search.teacher, began["init_from"])) if name not in ("", "scratch")],
+            "search_hours": read_json(os.path.join(out, "result.json"))["seconds"] / 3600,
+            "search_flops": search_flops(net, search, len(read_lines(evaluations)) if os.path.exists(evaluations) else 0, first)}
 
 # -----------------------------------------------------------------------------
 # the numbers
@@ -396,9 +408,10 @@ def report(config):
         raise SystemExit("val_portion=0.0 leaves nothing to choose the strongest rival by: give a share, such as --val_portion=0.1.")
     if not os.path.exists(os.path.join(out, "result.json")):
         raise SystemExit(f"{out} holds no finished search: end it by python train_search.py --init_from=resume, or name another OUT_DIR.")
-    began = read_json(os.path.join(out, "run.json"))["config"]
-    searched, found = read_json(os.path.join(out, "result.json")), read_arch(os.path.join(out, "arch.json"), "")
+    found = read_arch(os.path.join(out, "arch.json"), "")
     search, net, splits, score_of = load_supernet(config)
+    cost = search_cost(net, search, out)
+    net = build(vars(search)) if search.prune_keep else net # rivals may have any operation
     os.makedirs(os.path.join(folder, "runs"), exist_ok=True)
     predict = load_latency(net, search)
     given = make_budget(net, search, lambda arch: with_latency(net, arch, predict))
@@ -412,12 +425,6 @@ def report(config):
         history = random_search(budget.drawn, scored, config["n_rank"], rng(config["seed"], "rank"))
     inherited, ranked = [loss for loss, _ in history], [arch for _, arch in history]
 
-    evaluations = os.path.join(out, "arch_search.jsonl") # of spos
-    first = build(vars(search) | {"partial_channels": began.get("partial_channels", 1)}) if search.prune_keep else None
-    cost = {"before": [name for name in dict.fromkeys((search.inherit, search.teacher, began["init_from"])) if name not in ("", "scratch")],
-            "search_hours": searched["seconds"] / 3600,
-            "search_flops": search_flops(net, search, len(read_lines(evaluations)) if os.path.exists(evaluations) else 0,
-                                         first)}
     jobs = {run_folder(arch, seed, found, config): (arch, seed)
             for arch, seed in [*itertools.product(archs.values(), seeds), *((arch, seeds[0]) for arch in ranked)]}
     left = [arch for path, (arch, _) in jobs.items() if not os.path.exists(os.path.join(path, "result.json"))]

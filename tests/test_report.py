@@ -93,6 +93,18 @@ def test_a_search_that_ends_at_the_largest_that_fits_did_not_pay():
     assert report.verdict(numbers, 5, 1)[0] == "The search did not pay: what it found is largest, which needs no search."
 
 
+def test_a_progressive_search_can_be_reported(digits_dir, tmp_path):
+    """Its supernet has lost operations that its rivals have."""
+    search = TINY_IMAGES | TINY_SPACES["nb201"] | dict(space="nb201", init_channels=8, optimizer="drnas", partial_channels=4, widen_to=2,
+                                                       prune_keep=2, data_dir=digits_dir, out_dir=tmp_path / "s")
+    succeeds("train_search.py", *flags(search))
+    report = ["analyze.py", "report", str(tmp_path / "s"), "--n_random=2", "--seeds=[1,2]", f"--data_dir={digits_dir}", *flags(TINY_IMAGES)]
+    assert "give --n_pick=0 --n_rank=0" in fails(*report)
+    succeeds(*report, "--n_pick=0", "--n_rank=0")
+    told = read_json(tmp_path / "s/report/report.json")
+    assert {"found", "random 1", "random 2"} <= set(told["networks"]) and told["cost"]["search_flops"] > 0
+
+
 def constructed(found, *rivals):
     """networks of these mean losses, three seeds each."""
     return {name: {"arch": {"n": i}, "val": [mean + d for d in (-0.01, 0.0, 0.01)], "test": [mean + d for d in (-0.011, 0.0, 0.01)]}
