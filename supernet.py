@@ -247,7 +247,7 @@ def compile_fused_ops():
         if os.path.exists(library):
             torch.ops.load_library(library)
         else: # in a folder of its own: PyTorch's lock on a shared one outlives a process that is killed, and all later ones wait for it
-            say("compiling fused_ops.cpp, once on this machine, about 30 s ...")
+            say("compiling fused_ops.cpp, once on this machine, about 35 s ...")
             os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable) # ninja, of a virtual environment that is not activated
             os.makedirs(root, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
