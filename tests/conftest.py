@@ -2,6 +2,7 @@ import argparse
 import inspect
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,20 @@ TINY_LARGEST = dict(depth=2, kernel_size=5, expand=3) # of mobilenetv3
 TINY_STAGES = dict(partial_channels=2, widen_to=1, prune_keep=2, arch_warmup_iters=1)
 
 
+WATCHED = """
+import json, os, runpy, signal, sys
+from glob import glob
+def watch(frame, event, arg):
+    if frame.f_code.co_name == {function!r} and ({condition}):
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = {command!r}
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+sys.setprofile(watch)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def flags(options):
     return [f"--{key}={str(value).replace(' ', '')}" for key, value in options.items()]
 
@@ -55,6 +70,15 @@ def fails(*command, **kwargs):
     done = run(*command, **kwargs)
     assert done.returncode == 1 and "Traceback" not in done.stderr, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stderr.strip().splitlines()[-1]
+
+
+def killed_in(function, condition, *command, cwd=ROOT):
+    """A script that ends itself by SIGKILL within the first call of this function in which condition, a Python expression, holds: who
+    watches from outside comes late on a busy machine. Returns what it had printed."""
+    program = WATCHED.format(function=function, condition=condition, command=list(map(str, command)))
+    done = subprocess.run([sys.executable, "-c", program], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert done.returncode == -signal.SIGKILL, f"{command} ended with {done.returncode} before {condition} in {function}"
+    return done.stdout
 
 
 @pytest.fixture(scope="session")

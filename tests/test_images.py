@@ -5,18 +5,15 @@ import io
 import os
 import re
 import runpy
-import signal
 import struct
-import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fails, succeeds
+from conftest import ROOT, fails, killed_in, succeeds
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -243,12 +240,7 @@ def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path, capsys):
     pixels, labels = (np.tile(a, (6, *[1] * (a.ndim - 1))) for a in grey(0, 1797))
     path = str(as_npz(tmp_path, {"train": (pixels, labels), "test": grey(0, 50)}))
     folder, args = tmp_path / "killed", ["prepare.py", "--dataset=images", f"--path={path}", f"--data_dir={tmp_path}", "--name=killed"]
-    running = subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (folder / "train.npy.tmp").exists():
-        assert running.poll() is None, "the run ended before it could be killed: give it more images"
-        time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    killed_in("update", f"any(map(os.path.getsize, glob({str(folder / 'train.npy.tmp')!r})))", *args)
     assert not (folder / "train.npy").exists() and not (folder / "meta.json").exists()
     with pytest.raises(SystemExit, match=r"not prepared: run python prepare.py --dataset=images --path=FILE_OR_FOLDER --name=killed"):
         p.load_images(tmp_path, "killed", "train")

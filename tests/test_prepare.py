@@ -4,16 +4,16 @@ import gzip
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from conftest import killed_in
 
 import prepare as p
 
@@ -214,16 +214,8 @@ def test_a_killed_run_continues_to_the_same_bytes(pydocs, tmp_path):
 
     folder, noted = tmp_path / "data/killed", []
     for split in ("train", "val"):
-        running = subprocess.Popen([sys.executable, SCRIPT, *args, "--name=killed"], cwd=tmp_path,
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        progress = {}
-        while progress.get(f"{split}_documents", 0) == 0:
-            assert running.poll() is None, "the run ended before it could be killed: give it more text"
-            time.sleep(0.002)
-            if (folder / "progress.json").exists():
-                progress = json.loads((folder / "progress.json").read_text())
-        running.send_signal(signal.SIGKILL)
-        out = running.communicate()[0]
+        begun = f"event == 'return' and json.load(open({str(folder / 'progress.json')!r})).get('{split}_documents')"
+        out = killed_in("write_json", begun, SCRIPT, *args, "--name=killed", cwd=tmp_path)
         assert all(f"continuing after {n:,} documents of train" in out for n in noted)
         noted = [json.loads((folder / "progress.json").read_text())["train_documents"]]
         assert (folder / f"{split}.bin.part").exists() and not (folder / "meta.json").exists()

@@ -4,16 +4,12 @@ import itertools
 import json
 import math
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
+from conftest import TINY, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, killed_in, succeeds
 from test_pretrained import SPACE, save_gpt2
 
 import report
@@ -192,19 +188,15 @@ def test_the_flops_of_a_shrinking():
 
 def test_killed_and_rerun_it_has_the_same_numbers_and_trains_nothing_again(searched, reported, data_dir, tmp_path):
     shutil.copytree(searched, tmp_path / "s", ignore=shutil.ignore_patterns("report"))
-    command = [sys.executable, "analyze.py", "report", str(tmp_path / "s"), *flags(SMALL | dict(data_dir=data_dir))]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    runs, deadline = tmp_path / "s/report/runs", time.monotonic() + 120
-    while len(list(runs.glob("*/result.json"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = ["analyze.py", "report", str(tmp_path / "s"), *flags(SMALL | dict(data_dir=data_dir))]
+    runs = tmp_path / "s/report/runs"
+    killed_in("write_json", f"event == 'return' and len(glob({str(runs)!r} + '/*/result.json')) > 2", *command)
     done = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
     assert len(done) >= 3 and not (runs.parent / "report.json").exists()
     memory = runs.parent / "inherited.jsonl"
     scored = memory.read_bytes()
     memory.write_bytes(scored + b'{"supernet": "0') # as if it had been killed while it wrote
-    assert "of which 0 are left" not in succeeds(*command[1:])
+    assert "of which 0 are left" not in succeeds(*command)
     assert {path: path.stat().st_mtime_ns for path in done} == done and memory.read_bytes() == scored
     assert numbers_of(tmp_path / "s/report") == numbers_of(reported)
 

@@ -3,10 +3,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, turn_kernels_on
+from conftest import ROOT, killed_in, turn_kernels_on
 from PIL import Image
 from test_size_spaces import agree, some_archs, weights_of
 from test_spaces import check_law, generator, mixed
@@ -371,12 +367,7 @@ def test_search_and_training_never_share_a_pixel(tmp_path):
 def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path):
     path = write_pictures(tmp_path / "in", [(400, 500)] * 16)
     args = ["prepare.py", "--dataset=pairs", f"--path={path}", f"--data_dir={tmp_path}", "--name=killed"]
-    running = subprocess.Popen([sys.executable, *args], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed_x2/train.bin.tmp").exists():
-        assert running.poll() is None, "the run ended before it could be killed: give it more images"
-        time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    killed_in("read_pair", f"any(map(os.path.getsize, glob({str(tmp_path / 'killed_x2/train.bin.tmp')!r})))", *args)
     with pytest.raises(SystemExit, match=r"run python prepare.py --dataset=pairs --scale=2 --path=FOLDER --name=killed"):
         p.load_pairs(tmp_path, "killed", "train", 2)
     for name in ("killed", "whole"):
