@@ -237,9 +237,10 @@ class SwinIR(ImageNetwork):
         small, attention = 6 * e + 3 * c.scale ** 2, 0 # biases, norms and tables; scores and weighted values
         for r, used in enumerate(chances(weights["n_rstb"], self.n_rstb), 1):
             convs, small = convs + used * 9 * e ** 2, small + used * e
-            heads, ratios = (weights[f"{name}_{r}"] @ torch.tensor(self.choices[f"{name}_{r}"].options).double() for name in LAYERED[1:])
+            heads = weights[f"n_head_{r}"] @ torch.tensor(self.choices[f"n_head_{r}"].options).double() # (layers,)
+            hidden_of = torch.tensor([[int(m * n) for n in self.n_embd] for m in self.choices[f"mlp_ratio_{r}"].options]).double()
             for i, chance in enumerate(chances(weights[f"n_layer_{r}"], self.rstb[r - 1].n_layer)):
-                hidden, chance = ratios[i] * e, used * chance
+                hidden, chance = weights[f"mlp_ratio_{r}"][i] @ hidden_of, used * chance # (n_embd,)
                 convs = convs + chance * (4 * e ** 2 + 2 * e * hidden)
                 small = small + chance * (9 * e + hidden + (2 * c.window_size - 1) ** 2 * heads[i])
                 attention = attention + chance * 2 * c.window_size ** 2 * e

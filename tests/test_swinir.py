@@ -109,14 +109,15 @@ def test_published_parameter_counts(scale, arch, params):
         assert sum(q.numel() for q in swinir.build({"scale": scale}, uniform_arch(*arch)).parameters()) == params
 
 
-@pytest.mark.parametrize("patch, tile", [(8, 0), (10, 0), (24, 16)])
-def test_cost_is_that_of_the_extracted_network_and_its_expectation(patch, tile):
-    """That of weights is linear in every choice: by all corners of a mixture of two architectures in two rows. Tiles cost nothing."""
-    net = make(patch=patch, tile=tile)
+@pytest.mark.parametrize("patch, tile, mlp_ratio", [(8, 0, [1, 2]), (10, 0, [1, 2]), (24, 16, [1, 2]), (8, 0, [1.3, 1.7])])
+def test_cost_is_that_of_the_extracted_network_and_its_expectation(patch, tile, mlp_ratio):
+    """That of weights is linear in every choice: by all corners of a mixture of two architectures in two rows. Tiles cost nothing, and a
+    ratio that makes no whole number of neurons counts those that there are."""
+    net = make(patch=patch, tile=tile, mlp_ratio=mlp_ratio)
     for arch in some_archs(net):
         small, cost = net.extract(arch), net.cost(arch)
         assert cost == small.cost() and cost["params"] == sum(q.numel() for q in small.parameters())
-        assert {key: value.item() for key, value in net.cost(one_hot(net.choices, arch)).items()} == pytest.approx(cost)
+        assert {key: value.item() for key, value in net.cost(one_hot(net.choices, arch)).items()} == pytest.approx(cost, rel=1e-9)
     weights = mixed(net)
     rows = [("n_embd", None), ("mlp_ratio_1", 0), ("n_rstb", None)]
     expected = {"params": 0, "flops": 0}
