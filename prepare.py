@@ -331,6 +331,8 @@ def read_folder(path):
     splits = {}
     for split, folder in folders.items():
         files = [f for f in list_files(folder) if f.suffix.lower() in IMAGE_FILES and f.parent != folder]
+        if split == "val":  # an estimate takes the first ones, which must not be of the first classes alone
+            files.sort(key=lambda f: hashlib.sha256(f.relative_to(folder).as_posix().encode()).digest())
         names = [f.relative_to(folder).parts[0] for f in files]
         if not files or not set(names) <= set(classes):
             what = f"the class {min(set(names) - set(classes))}, which train has not" if files else "no image in a folder of its class"
