@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from optim_nas import fronts
-from prepare import load_pairs, pair_batches, read_json, write
+from prepare import load_pairs, pair_batches, read_json, seal, write
 
 # -----------------------------------------------------------------------------
 out_dir = 'out/search' # of the run
@@ -300,9 +300,7 @@ def search_figure(out_dir):
     config = read_json(os.path.join(out_dir, "run.json"))["config"]
     log = read_lines(os.path.join(out_dir, "log.jsonl"))
     found = evaluations(os.path.join(out_dir, "arch_traj.jsonl"), "arch_loss")
-    lines, best = by_step(line for line in found if "weights" in line), best_of(found) # the result of spos has none
-    if os.path.exists(path := os.path.join(out_dir, "arch.json")): # of a progressive search, the best of its second half
-        best = next((line for line in found if line == read_json(path)), best)
+    lines, best = by_step(line for line in found if "weights" in line), kept(out_dir, found) # the result of spos has none
     labels, matrix = ([], None) if config["optimizer"] == "spos" else heat_map(lines, config) # of spos they stay uniform
     path = os.path.join(out_dir, "arch_search.jsonl")
     searched = read_lines(path) if os.path.exists(path) else []
@@ -457,7 +455,7 @@ def compare_figure(out_dir, patterns):
         label, _, folders = pattern.rpartition(":")
         found = sorted(glob.glob(folders))
         groups[label or folders] = [rl_log(folder)[1] for folder in found]
-        if not found or not all("regret" in run[0] for run in groups[label or folders]):
+        if not found or not all(run and "regret" in run[0] for run in groups[label or folders]):
             raise SystemExit(f"{folders} names no runs that know their regret: give the out_dirs of train_rl.py --evaluator=table.")
         print(f"{label or folders}: regret after the last evaluation "
               f"{100 * np.mean([np.mean(run[-1]['regret']) for run in groups[label or folders]]):.2f}%")
@@ -526,15 +524,30 @@ def evaluations(path, key):
 
 
 def best_of(lines):
-    """The evaluation that a run keeps: of the lowest loss of the architecture, or of validation; without validation the last."""
-    return min(lines, key=lambda line: line.get("arch_loss", line.get("val_loss", -line["step"])))
+    """The evaluation that a run keeps: of the lowest loss of the architecture; of images in validation of the highest accuracy or PSNR, of
+    text of the lowest loss; without validation the last."""
+    def score(line):
+        for key, sign in (("arch_loss", 1), ("val_acc", -1), ("val_psnr", -1), ("val_loss", 1)):
+            if key in line:
+                return sign * line[key]
+        return -line["step"]
+    return min(lines, key=score)
 
 
-def table(lines):
+def kept(out_dir, lines):
+    """The evaluation in a search's arch.json: the best, but of a progressive search only of its second half; until there is one, the
+    best."""
+    path = os.path.join(out_dir, "arch.json")
+    found = seal(read_json(path)) if os.path.exists(path) else None
+    return next((line for line in lines if line == found), best_of(lines))
+
+
+def table(lines, best):
     """The best and the last of evaluations, in columns."""
-    keys = [key for key in ("arch_loss", "mixture_loss", "gap", "val_arch_loss", "train_loss", "val_loss") if key in lines[-1]]
+    keys = ("arch_loss", "mixture_loss", "gap", "val_arch_loss", "train_loss", "val_loss", "val_acc", "val_psnr")
+    keys = [key for key in keys if key in lines[-1]]
     rows = [["", "step", *keys]]
-    for name, line in (("best", best_of(lines)), ("last", lines[-1])):
+    for name, line in (("best", best), ("last", lines[-1])):
         rows.append([name, str(line["step"]), *(f"{line[key]:.4f}" for key in keys)])
     return "\n".join("  ".join(cell.rjust(max(len(key), 7)) for key, cell in zip(rows[0], row, strict=True)) for row in rows)
 
@@ -554,11 +567,12 @@ def main(out_dir, compare="", images=""):
         return
     if os.path.exists(traj):
         path, lines = search_figure(out_dir), evaluations(traj, "arch_loss")
-        found, cost = describe(best_of(lines)["arch"]) + ": ", best_of(lines)["cost"]
+        best = kept(out_dir, lines)
+        found, cost = describe(best["arch"]) + ": ", best["cost"]
     else:
         path, lines = train_figure(out_dir), evaluations(log, "train_loss")
-        found, cost = "", read_lines(log)[0]
-    print(table(lines))
+        best, found, cost = best_of(lines), "", read_lines(log)[0]
+    print(table(lines, best))
     print(f"{found}{cost['params']:,} parameters, {cost['flops'] / 1e9:.3g} GFLOPs")
     print(f"figure: {path}")
 

@@ -12,7 +12,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from analyze import heat_map, main, read_lines, search_figure, train_figure
+from analyze import describe, heat_map, main, read_lines, search_figure, train_figure
+from prepare import seal, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACES = { # lists of different lengths, numbers, and a choice that the config does not list
@@ -271,6 +272,32 @@ def test_the_script_redraws_real_runs(tmp_path):
         if folder is search:
             assert f"{best['arch_loss']:.4f}" in done.stdout and f"n_layer={best['arch']['n_layer']}" in done.stdout
             assert f"{best['cost']['params']:,} parameters" in done.stdout
+
+
+def test_the_best_of_a_progressive_search_is_what_it_keeps(tmp_path, drawn, capsys):
+    """The best of its second half, though the first had a lower loss with operations that have been pruned since."""
+    traj = [line | {"arch_loss": loss} for line, loss in zip(search_run(tmp_path, n=4), (3.0, 1.0, 2.5, 2.0), strict=True)]
+    jsonl(tmp_path / "arch_traj.jsonl", map(seal, traj))
+    write_json(tmp_path / "arch.json", traj[3])
+    main(str(tmp_path))
+    said = capsys.readouterr().out
+    assert next(line.split() for line in said.splitlines() if line.split()[0] == "best")[1] == "300" and describe(traj[3]["arch"]) in said
+    assert {line.get_xdata()[0] for ax in drawn[0].axes for line in ax.lines if line.get_marker() == "*"} == {300}
+
+
+@pytest.mark.parametrize("key", ["val_acc", "val_psnr"])
+def test_the_best_of_images_is_that_of_the_weights_that_are_kept(tmp_path, drawn, capsys, key):
+    """Of the highest accuracy or PSNR in validation, of equal ones the first, where the loss may be lowest at another step."""
+    log = [{"params": 1000, "flops": 2000}]
+    log += [{"step": step, "train_loss": 1.0, "val_loss": loss, key: value, "train" + key[3:]: 1.0}
+            for step, loss, value in ((0, 2.0, 10.0), (100, 0.5, 80.0), (200, 0.7, 90.0), (300, 0.9, 90.0))]
+    jsonl(tmp_path / "log.jsonl", [*log, {"step": 300, "test_loss": 0.8}])
+    (tmp_path / "run.json").write_text(json.dumps({"config": {}}))
+    main(str(tmp_path))
+    best = next(line.split() for line in capsys.readouterr().out.splitlines() if line.split()[0] == "best")
+    assert best[1] == "200" and "90.0000" in best
+    star, = (line for ax in drawn[0].axes for line in ax.lines if line.get_marker() == "*")
+    assert star.get_xdata()[0] == 200 and "weights of step 200" in star.get_label()
 
 
 def test_a_folder_without_a_run_is_one_sentence(tmp_path):
