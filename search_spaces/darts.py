@@ -92,7 +92,8 @@ class DARTS(CellNetwork):
 
     def __init__(self, c, arch=None):
         super().__init__()
-        check_range(c, 1, "init_channels", "n_layer", "stem_multiplier")
+        check_range(c, 1, "init_channels", "stem_multiplier")
+        check_range(c, 1 if arch else 3, "n_layer") # with fewer all cells are reductions, and `normal` chooses nothing
         check_range(c, 0, "auxiliary")
         check_range(c, 0, "drop_path", below=1)
         if arch is None:

@@ -63,6 +63,8 @@ class NB201(CellNetwork):
         self.config = c
         check_range(c, 1, "init_channels", "n_cell")
         check_names("primitives", c.primitives, PRIMITIVES)
+        if list(c.primitives) == ["none"]:
+            raise SystemExit("primitives=['none'] of nb201 must have another operation, or nothing reaches the output.")
         self.choices = {"cell": Choice(tuple(c.primitives), repeat=6)}
         rows = [c.primitives] * 6
         if arch is not None: # nothing is left to choose

@@ -312,6 +312,7 @@ V1 = darts.GENOTYPES["DARTS_V1"]
     (lambda: make("nb201", primitives=["none", "conv"]), "primitives=.* must be one or more different ones of none, skip_connect"),
     (lambda: make("toy_cell", primitives=["sep_conv_3x3"] * 2), "primitives=.* must be one or more different ones"),
     (lambda: make("darts", primitives=["skip_connect"]), "must have 'none'"),
+    (lambda: make("nb201", primitives=["none"]), "must have another operation"),
     (lambda: make("toy_cell", entanglement="weight"), "entanglement='weight' is not one of weights, outputs, none"),
     (lambda: make("toy_cell", img_size=4), "img_size=4 leaves nothing to classify"),
     (lambda: make("darts", init_channels=10, partial_channels=4), "partial_channels=4 does not divide the 10 channels"),
@@ -320,7 +321,7 @@ V1 = darts.GENOTYPES["DARTS_V1"]
     (lambda: darts.build({"auxiliary": 0.4, "img_size": 28, "init_channels": 4, "n_layer": 3}, darts.arch_of("DARTS_V1")),
      "img_size=28 leaves 7 x 7"),
     *((functools.partial(make, name, **{key: value}), f"^{key}={value} must be {allowed}.$") for name, key, value, allowed in (
-        ("darts", "init_channels", 0, "1 or more"), ("darts", "n_layer", 0, "1 or more"), ("darts", "stem_multiplier", -1, "1 or more"),
+        ("darts", "init_channels", 0, "1 or more"), ("darts", "n_layer", 2, "3 or more"), ("darts", "stem_multiplier", -1, "1 or more"),
         ("darts", "auxiliary", -0.4, "0 or more"), ("darts", "drop_path", 1.0, "at least 0 and below 1"),
         ("darts", "drop_path", -0.1, "at least 0 and below 1"), ("nb201", "init_channels", -4, "1 or more"),
         ("nb201", "n_cell", 0, "1 or more"), ("toy_cell", "init_channels", 0, "1 or more"),
