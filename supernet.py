@@ -610,6 +610,9 @@ class BatchNorm2d(nn.BatchNorm2d):
                 ("running_mean", self.running_mean), ("running_var", self.running_var))}
 
     def forward(self, x, c=None, scale=None):
+        if self.training and x.numel() == x.shape[1]:
+            raise SystemExit("A BatchNorm in training needs more than one value a channel, and has one image of 1 x 1: give a larger "
+                             "batch_size, or larger images or smaller strides.")
         mixed = c is not None and c.mixed
         slices = self.take(None if mixed else c)
         if mixed:

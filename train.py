@@ -690,7 +690,8 @@ def estimate(net, data, config, run, name, arch_of=None, own_norms=False):
     training, images, pairs = net.training, isinstance(data, Images), isinstance(data, Pairs)
     count = config.eval_iters
     if images or pairs:
-        count = min(count, -(-len(data) // (config.batch_size if images else 1)))
+        rest = len(data) - own_norms # one image alone has no statistics
+        count = min(count, max(1, -(-rest // (config.batch_size if images else 1))))
     net.eval()
     with batch_norms(net) if own_norms else contextlib.nullcontext():
         total, right, n = (sum(share(t, run)) for t in tally(net, batches(), run))

@@ -449,6 +449,16 @@ def test_a_table_is_a_benchmark(table, digits_dir, tmp_path):
 
 # ---- mistakes
 
+def test_one_image_has_no_statistics(digits_dir, tmp_path):
+    """Where the maps end at 1 x 1: batches of one are one sentence, and one image that is left over is no batch of an evaluation."""
+    options = dict(stem_stride=2, strides=[4, 1], max_iters=1, eval_iters=9)
+    with pytest.raises(SystemExit, match=r"more than one value a channel, .* give a larger batch_size"):
+        train_search.search(search_config("mobilenetv3", digits_dir, tmp_path / "one", **options, batch_size=1))
+    config = search_config("mobilenetv3", digits_dir, tmp_path / "left", **options, batch_size=359)
+    assert len(parts(config)[2]["search"]) == 2 * 359 + 1
+    assert train_search.search(config)["steps"] == 1
+
+
 GENOTYPE = "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
 MISTAKES = {
     "unknown space": ("train_search.py", ["--space=nb301"], ["nb301", "nb201", "search_spaces/"]),
