@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from analyze import save_figure
-from configurator import as_list, check_range
+from configurator import as_list, check_range, check_whole
 from optim_nas import ArchOptimizer, likeliest, random_search
 from prepare import Images, Pairs, load_meta, rng, write_json
 from supernet import one_hot, use_fused_ops
@@ -497,10 +497,12 @@ def where(config):
 
 def main(config):
     c = SimpleNamespace(**config)
+    check_whole(c, "growth_options", "growth_layers", "latency_batch_size", "latency_length")
     check_range(c, 1 if c.latency else 2, "rounds") # quartiles need two
     check_range(c, 1, "max_iters", "latency_batch_size", "latency_samples", "latency_heldout")
     check_range(c, 0, "warmup", "latency_length", "img_size")
     check_range(c, 2, "growth_options", below=10)
+    check_range(c, 3, "growth_layers") # three options of n_layer
     os.makedirs(config["out_dir"], exist_ok=True)
     if not config["img_size"]:
         del config["img_size"]

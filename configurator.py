@@ -99,6 +99,13 @@ def check_range(config, low, *keys, below=math.inf):
             stop(f"{key}={getattr(config, key)} must be {allowed}.")
 
 
+def check_whole(config, *keys):
+    """SystemExit unless these keys of config (a namespace), a number or a list of them each, are whole numbers."""
+    for key in keys:
+        if not all(type(value) is int for value in as_list(getattr(config, key))):
+            stop(f"{key}={getattr(config, key)} must be whole numbers, such as 2 and not 2.0.")
+
+
 def as_list(value):
     """A number, which stands for a list of one, or a list, as a list."""
     return value if isinstance(value, list) else [value]

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from analyze import BLUE, GREY, RED, describe, read_lines, save_figure, search_figure
-from configurator import as_list, configure, given
+from configurator import as_list, check_range, check_whole, configure, given
 from optim_nas import Budget, best_of, key_of, random_search, uniform
 from prepare import read_json, rng, seal, unseal, write, write_json
 from supernet import check_arch, extremes, use_fused_ops
@@ -398,10 +398,13 @@ def report(config):
     """Writes the report of the search in config["out_dir"]; returns its numbers, those of report.json."""
     out, seeds = config["out_dir"], as_list(config["seeds"])
     folder = os.path.join(out, "report")
+    check_whole(SimpleNamespace(**config), "seeds")
     if len(set(seeds)) < max(2, len(seeds)):
         raise SystemExit(f"seeds={seeds} must be two or more different ones, such as --seeds=[1,2,3].")
     if resumes(SimpleNamespace(**config)):
         raise SystemExit(f"init_from='{config['init_from']}' is how a training goes on, and a report does so by itself: leave it out.")
+    check_range(SimpleNamespace(**config), 0, "n_random", "n_pick", "n_rank")
+    check_range(SimpleNamespace(**config), 1, "max_iters")
     if config["n_rank"] in (1, 2):
         raise SystemExit(f"n_rank={config['n_rank']} networks have no order to speak of: take 3 or more, or 0.")
     if not config["val_portion"]:

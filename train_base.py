@@ -18,15 +18,16 @@ that of the search, unless a key of its space says otherwise, such as the number
 import contextlib
 import os
 import shutil
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
 from analyze import read_lines, read_table
-from configurator import as_list, defaults, given
+from configurator import as_list, check_whole, defaults, given
 from model import OPTIONS, GPTConfig
 from prepare import read_json, unseal
 from train import * # noqa: F403 (every key of train.py)
-from optim_nas import architectures
+from optim_nas import architectures, space_size
 from train import aside, build, main, own_data, space_module, train, with_space
 
 # -----------------------------------------------------------------------------
@@ -100,7 +101,10 @@ def train_table(config):
     config["dataset"] = config["dataset"] or own_data(module)
     if config["space"] == "gpt" or hasattr(module, "scale"):
         raise SystemExit(f"table='{path}' is for the spaces of search_spaces/ that classify: name one by --space.")
+    check_whole(SimpleNamespace(**config), "seeds")
     choices = build(config).choices
+    if (n := space_size(choices)) > 1_000_000:
+        raise SystemExit(f"table='{path}': space={config['space']} has {n:.3g} architectures, too many to train: give it fewer options.")
     rows = [(module.columns(arch), arch, seed) for seed in as_list(config["seeds"]) for arch in architectures(choices)]
     head = [*rows[0][0], "seed", *COLUMNS]
     try:

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import as_list, check_range, defaults
+from configurator import as_list, check_range, check_whole, defaults
 from model import run_blocks
 from supernet import BatchNorm2d, Choice, Conv2d, ImageNetwork, Linear, Size, check_arch, one_hot, options_of, prefixes, ranking
 from supernet import reorder, straight
@@ -157,6 +157,8 @@ class MobileNetV3(ImageNetwork):
             raise SystemExit(f"kernel_size={c.kernel_size} must be odd numbers: the output has the size of the input.")
         if options["expand"][0] < 2:
             raise SystemExit(f"expand={c.expand} must be 2 or more: without an expansion a block has a layer less, and is no part of it.")
+        check_whole(c, "widths", *OF_STAGES)
+        check_range(c, 0, "se", "hswish", below=2)
         check_range(c, 1, "stem_channels", "stem_stride", "widths", "strides", "last_channels", "mix_channels")
         check_range(c, 0, "dropout", below=1)
         if c.width_mult <= 0:

@@ -153,6 +153,9 @@ def test_data_that_nothing_is_known_of_is_one_sentence(tmp_path):
 @pytest.mark.parametrize("change, words", [
     (dict(rounds=1), "rounds=1 must be 2 or more"), (dict(rounds=0, latency=True), "rounds=0 must be 1 or more"),
     (dict(growth_options=[1, 2]), r"growth_options=\[1, 2\] must be at least 2 and below 10"),
+    (dict(growth_layers=[2]), r"growth_layers=\[2\] must be 3 or more"),
+    *((dict([(key, 5.5)]), f"{key}=5.5 must be whole numbers, such as 2 and not 2.0") for key in (
+        "growth_options", "growth_layers", "latency_batch_size", "latency_length")),
     (dict(max_iters=0), "max_iters=0 must be 1 or more"),
     *((dict(latency=True) | {key: value}, f"{key}={re.escape(str(value))} must be {low} or more") for key, value, low in (
         ("latency_heldout", 0, 1), ("latency_samples", 0, 1), ("latency_batch_size", 0, 1), ("latency_batch_size", [1, 0], 1),

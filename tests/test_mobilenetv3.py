@@ -112,6 +112,9 @@ def test_genotypes():
     (dict(kernel_size=[2, 4]), "must be odd"), (dict(se=[0, 1, 1]), "se=.* needs one entry a stage, and widths=.* has 2"),
     (dict(depth=[2, 1]), "increasing order"), (dict(strides=2), r"strides=\[2\] needs one entry a stage"), (dict(hswish=1), "hswish="),
     *((dict([(key, 0)]), f"^{key}=0 must be 1 or more.$") for key in ("last_channels", "mix_channels", "stem_channels", "stem_stride")),
+    (dict(strides=[1.5, 2]), r"^strides=\[1.5, 2\] must be whole numbers"), (dict(strides=[2.0, 1]), "must be whole numbers"),
+    (dict(widths=[8.5, 16]), "widths=.* must be whole numbers"), (dict(se=[0.5, 1]), "se=.* must be whole numbers"),
+    (dict(hswish=[0, 2]), "hswish=.* must be at least 0 and below 2"), (dict(se=[-1, 1]), "se=.* must be at least 0 and below 2"),
     (dict(mix_channels=-3), "^mix_channels=-3 must be 1 or more.$"), (dict(widths=[8, 0]), r"^widths=\[8, 0\] must be 1 or more.$"),
     (dict(dropout=1.0), "dropout=1.0 must be at least 0 and below 1"), (dict(width_mult=0.0), "width_mult=0.0 must be above 0")])
 def test_errors_are_one_sentence(rest, message):

@@ -274,6 +274,9 @@ def test_a_search_from_a_gpt2_has_its_vocabulary(data_dir, tmp_path):
 
 def test_what_cannot_be_reported_is_one_sentence(searched, tmp_path):
     assert "two or more different" in fails("analyze.py", "report", str(searched), "--seeds=[1,1]")
+    assert "seeds=[1.5, 2] must be whole numbers" in fails("analyze.py", "report", str(searched), "--seeds=[1.5,2]")
+    assert "n_random=-1 must be 0 or more" in fails("analyze.py", "report", str(searched), "--n_random=-1")
+    assert "max_iters=0 must be 1 or more" in fails("analyze.py", "report", str(searched), "--max_iters=0")
     assert "val_portion" in fails("analyze.py", "report", str(searched), "--val_portion=0.0")
     assert "leave it out" in fails("analyze.py", "report", str(searched), "--init_from=resume")
     assert "n_rank=2 networks have no order" in fails("analyze.py", "report", str(searched), "--n_rank=2")

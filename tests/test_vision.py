@@ -486,6 +486,8 @@ MISTAKES = {
     "compiling every architecture": ("train_search.py", ["--space=nb201", "--compile=True", "--optimizer=gdas"], ["compile=True", "gdas"]),
     "a benchmark of the GPT": ("train_search.py", ["--dataset=words", "--benchmark=table.csv", "--block_size=16"], ["table.csv", "gpt"]),
     "a table of the GPT": ("train_base.py", ["--table=TABLE", "--dataset=words"], ["table", "space"]),
+    "a table of half a seed": ("train_base.py", ["--space=toy_conv_macro", "--table=TABLE", "--seeds=[1,2.5]"], ["seeds=[1, 2.5]"]),
+    "a table without end": ("train_base.py", ["--space=darts", "--table=TABLE", "--n_layer=3"], ["TABLE", "darts", "too many"]),
     "a table where none can be": ("train_base.py", ["--space=toy_conv_macro", "--table=words/train.bin/x.csv"], ["words/train.bin/x.csv"]),
     "a table of something else": ("train_base.py", ["--space=toy_conv_macro", "--table=other.csv"], ["other.csv", "test_acc"]),
 }
