@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import as_list, check_range, defaults
+from configurator import as_list, check_range, check_whole, defaults
 from model import build
 from prepare import cut_shards, load_meta, load_shards, read_json, write, write_json
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
@@ -233,6 +233,8 @@ def shards_of(config, mode=0):
     """[{"entries", "mode", ...}] in order of size: of the table if that evaluates, else of the data, cut at first use."""
     if config.get("evaluator") == "table":
         sizes = sorted({row["entries"] for row in read_table(config["table"])})
+        if len(sizes) < 2:
+            raise SystemExit(f"The table {config['table']} has {len(sizes)} number of entries, and an agent needs two or more.")
         return [{"entries": n, "mode": i % 2 + 1} for i, n in enumerate(sizes) if mode in (0, i % 2 + 1)]
     load_data(SimpleNamespace(**config), SimpleNamespace(master=True, world=1)) # pydocs is made at first use
     meta, cuts = load_meta(config["data_dir"], config["dataset"]), ("shards", "entries", "test_entries", "block_size")
@@ -265,7 +267,10 @@ class ArchEnv(gymnasium.Env):
 
     def step(self, action):
         shard, arch = self.shards[self.order[self.position]], arch_of(action)
-        metrics = self.evaluate(arch, {**shard, "seed": self.seed})
+        try:
+            metrics = self.evaluate(arch, {**shard, "seed": self.seed})
+        except FloatingPointError as e: # in a process of its own nobody else would make a sentence of it
+            raise SystemExit(str(e)) from None
         reward = self.reward(metrics)
         self.position += 1
         done = self.position == len(self.shards)
@@ -274,6 +279,22 @@ class ArchEnv(gymnasium.Env):
 
 
 # ---- the table
+
+def check_known(config, known):
+    """SystemExit unless the keys of config have one of the values that there are. known: key -> values."""
+    for key, values in known.items():
+        if getattr(config, key) not in values:
+            raise SystemExit(f"{key}={getattr(config, key)!r} is not one of {', '.join(map(str, values))}.")
+
+
+def check(config, evaluators):
+    """SystemExit for a key of this script that cannot be."""
+    check_known(config, {"evaluator": evaluators, "time_from": ["measured", "flops"]})
+    check_range(config, 1, "n_envs", "max_iters", "supernet_iters")
+    check_whole(config, "seeds")
+    if config.flops_per_second <= 0:
+        raise SystemExit(f"flops_per_second={config.flops_per_second} must be above 0.")
+
 
 def read_table(path):
     """The rows of a table: dicts of numbers. SystemExit if there is none, or it is damaged."""
@@ -316,9 +337,14 @@ def run_job(arch, shard):
 def make_table(config):
     """Evaluates everything and writes the table; returns its rows."""
     config = config | {"seeds": as_list(config["seeds"])}
-    check_range(SimpleNamespace(**config), 1, "n_envs", "max_iters", "supernet_iters")
+    check(SimpleNamespace(**config), ["train", "supernet"])
+    others = read_table(config["against"]) if config["against"] else []
     archs = [arch_of(action) for action in range(N * N)]
     jobs = [(arch, {**shard, "seed": seed}) for seed in config["seeds"] for shard in shards_of(config) for arch in archs]
+    wanted = {(shard["entries"], *arch.values()) for arch, shard in jobs} if others else set()
+    for n, head, layer in sorted(wanted - {(row["entries"], row["n_head"], row["n_layer"]) for row in others})[:1]:
+        raise SystemExit(f"The table against={config['against']} lacks a row of {n} entries, {head} heads and {layer} layers: name one of "
+                         "the same --shards and --entries.")
     # the time of a training is that of whatever else ran beside it, so it is measured afterwards
     config, measured = config | {"time_from": "flops"}, config["time_from"] == "measured"
     with ProcessPoolExecutor(config["n_envs"], multiprocessing.get_context("spawn"), start_worker, (config,)) as pool:
@@ -330,8 +356,8 @@ def make_table(config):
     write(config["table"], lambda f: f.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
     took = [row["took"] for row in rows]
     print(f"{config['table']}: {len(rows)} rows, {sum(took):.0f} s, {1000 * statistics.median(took):.1f} ms an evaluation (median)")
-    if config["against"]:
-        compare(rows, read_table(config["against"]))
+    if others:
+        compare(rows, others)
     print(f"next: python train_rl.py --table={config['table']}")
     return rows
 

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import create_mlp
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
@@ -28,8 +29,9 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from analyze import rl_figures
 from configurator import as_list, check_range
 from env import * # noqa: F403 (every key of env.py)
-from env import EVALUATORS, N, REWARDS, ArchEnv, arch_of, regret, reward_table, shards_of
-from prepare import write_json
+from env import EVALUATORS, N, REWARDS, ArchEnv, arch_of, check_known, regret, reward_table, shards_of
+from env import check as check_env
+from prepare import read_json, write_json
 from train import Log, begin, main, resume, resumes, rng, save, setup, signals, stop_if_told
 
 # -----------------------------------------------------------------------------
@@ -61,7 +63,7 @@ def settings_of(config):
     common = {"gamma": 0.0, "seed": config.seed, "device": "cpu"}
     if config.algo == "dqn":
         return common | {
-            "learning_rate": config.rl_learning_rate or 1e-3, "buffer_size": total + config.n_envs * config.n_iterations,
+            "learning_rate": config.rl_learning_rate or 1e-3, "buffer_size": total + config.n_envs * (config.n_iterations + 1), # never full
             "batch_size": 32, "train_freq": 1, "learning_starts": config.learning_starts or min(16, config.budget // 2),
             "gradient_steps": min(16, max(1, config.updates // config.budget)),
             "exploration_fraction": 0.1 if config.q_network == "numbers" else 0.5, "exploration_final_eps": 0.1,
@@ -260,25 +262,23 @@ def load_agent(model, agent):
     model.num_timesteps, model._n_updates = agent["num_timesteps"], agent["n_updates"]
     rms.mean, rms.var, rms.count = map(np.float64, agent["normalizer"])
     if isinstance(model, DQN):
-        seen, room = agent["buffer"]["rewards"].shape, model.replay_buffer.rewards.shape # (steps, n_envs)
-        if seen[0] > room[0] or seen[1] != room[1]:
-            raise SystemExit(f"The agent has seen {seen.numel()} evaluations in n_envs={seen[1]}, and this run has room for "
-                             f"{np.prod(room)} in n_envs={room[1]}: raise --budget or --n_iterations, or take the --n_envs of before.")
+        buffer, (seen, n_envs) = model.replay_buffer, agent["buffer"]["rewards"].shape
+        if n_envs != buffer.n_envs:
+            raise SystemExit(f"The agent has learned in n_envs={n_envs}, and not in n_envs={buffer.n_envs}: take the --n_envs of before.")
+        size = (seen + buffer.buffer_size) * n_envs # if the budget was larger before, the buffer for this one does not hold all
+        model.replay_buffer = buffer = ReplayBuffer(size, buffer.observation_space, buffer.action_space, buffer.device, n_envs)
         for name, rows in agent["buffer"].items():
-            getattr(model.replay_buffer, name)[:len(rows)] = rows.numpy()
-        model.replay_buffer.pos = len(rows)
+            getattr(buffer, name)[:seen] = rows.numpy()
+        buffer.pos = seen
 
 
 # ---- the run
 
 def check(config):
     """SystemExit for a name that there is not, or a number that cannot be."""
-    names = {"algo": [*ALGOS, "random"], "evaluator": list(EVALUATORS), "reward": list(REWARDS), "q_network": ["numbers", "outputs"],
-             "mode": [0, 1, 2]}
-    for key, known in names.items():
-        if getattr(config, key) not in known:
-            raise SystemExit(f"{key}={getattr(config, key)!r} is not one of {', '.join(map(str, known))}.")
-    check_range(config, 1, "budget", "n_iterations", "n_envs", "eval_interval", "updates", "max_iters", "supernet_iters")
+    check_known(config, {"algo": [*ALGOS, "random"], "reward": list(REWARDS), "q_network": ["numbers", "outputs"], "mode": [0, 1, 2]})
+    check_env(config, list(EVALUATORS))
+    check_range(config, 1, "budget", "n_iterations", "eval_interval", "updates")
     check_range(config, 0, "learning_starts", "rl_learning_rate")
     if config.temperature <= 0:
         raise SystemExit(f"temperature={config.temperature} must be above 0.")
@@ -295,14 +295,23 @@ def learn(config):
     if config.algo != "random":
         model = ALGOS[config.algo](env=build_envs(config, mode_of(config, 0)), **settings_of(config))
     if resumes(config):
+        if (algo := read_json(os.path.join(config.out_dir, "run.json"))["config"]["algo"]) != config.algo:
+            raise SystemExit(f"algo='{config.algo}' cannot go on with what {algo} has learned: give --algo={algo}, or another --out_dir.")
         checkpoint = resume(config, run, model and model.policy, model and model.policy.optimizer, state)
+        if state.iteration > config.n_iterations:
+            raise SystemExit(f"n_iterations={config.n_iterations} is below the {state.iteration} that this run has made: give "
+                             f"--n_iterations={state.iteration} or more, or start anew with --overwrite=True.")
         if checkpoint:
             load_agent(model, checkpoint["agent"])
     begin(config, run)
     with Log(SimpleNamespace(**vars(config) | {"max_iters": config.budget * config.n_iterations}), run, state.step) as log, signals(run):
         while state.iteration < config.n_iterations:
             if model:
-                iterate(config, run, log, state, model, env, rewards)
+                try:
+                    iterate(config, run, log, state, model, env, rewards)
+                except (EOFError, ConnectionError):
+                    stop_if_told(run, lambda: None) # Ctrl-C reaches all processes
+                    raise SystemExit("The process of an environment has ended; why, it has said above.") from None
             else:
                 iterate_random(config, run, log, state, env, rewards)
             state.iteration += 1

@@ -166,6 +166,23 @@ def test_a_table_of_nothing_is_one_sentence(key, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("change, words", [
+    (dict(evaluator="table"), "evaluator='table' is not one of train, supernet"), (dict(time_from="clock"), "time_from='clock' is not one"),
+    (dict(seeds=[1, 2.5]), r"seeds=\[1, 2.5\] must be whole numbers"), (dict(flops_per_second=-1.0), "flops_per_second=-1.0 must be above"),
+    (dict(against="none.csv"), "none.csv cannot be read"), (dict(against=TABLE), "lacks a row of 5 entries, 1 heads and 1 layers")])
+def test_a_mistake_is_one_sentence_before_anything_is_trained(config, change, words, tmp_path):
+    with pytest.raises(SystemExit, match=words) as e:
+        env.make_table(config | {"table": str(tmp_path / "t.csv")} | change)
+    assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def test_a_table_of_one_number_of_entries_has_no_scale(tmp_path):
+    lines = (ROOT / "assets/heads_layers.csv").read_text().splitlines()
+    (tmp_path / "t.csv").write_text("\n".join(line for line in lines if line.startswith(("entries", "20,"))))
+    with pytest.raises(SystemExit, match=r"t.csv has 1 number of entries, and an agent needs two or more"):
+        env.shards_of(on_table(table=str(tmp_path / "t.csv")))
+
+
 def test_other_shards_do_not_replace_those_there_are(config):
     env.shards_of(config)
     with pytest.raises(SystemExit, match="holds shards of 5 to 60 entries of 16 tokens"):

@@ -114,6 +114,8 @@ def test_numbers_are_what_the_network_sees():
     (dict(algo="sac"), "algo='sac' is not one of dqn, ppo, a2c, random"), (dict(reward="x"), "reward='x'"), (dict(budget=0), "budget=0"),
     (dict(seeds=[9]), "lacks a row"), (dict(table="none.csv"), "cannot be read"), (dict(mode=5), "mode=5 is not one of 0, 1, 2"),
     (dict(updates=0), "updates=0 must be 1 or more"), (dict(temperature=0.0), "temperature=0.0 must be above 0"),
+    (dict(time_from="flop"), "time_from='flop' is not one of measured, flops"), (dict(seeds=1.5), r"seeds=\[1.5\] must be whole"),
+    (dict(flops_per_second=0.0), "flops_per_second=0.0 must be above 0"), (dict(evaluator="x"), "evaluator='x' is not one of"),
     (dict(learning_starts=-1), "learning_starts=-1 must be 0"), (dict(rl_learning_rate=-1), "rl_learning_rate=-1 must be 0 or more")])
 def test_a_mistake_is_one_sentence(changes, words, tmp_path):
     with pytest.raises(SystemExit, match=words) as e:
@@ -126,14 +128,30 @@ def test_a_number_is_a_list_of_one_seed(tmp_path):
     assert number | {"out_dir": ""} == listed | {"out_dir": ""}
 
 
-@pytest.mark.parametrize("n_envs, changes", [(1, dict(n_iterations=2, budget=10)), (2, dict(n_iterations=4))])
-def test_a_resume_that_does_not_hold_what_the_agent_has_seen_is_one_sentence(n_envs, changes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes, words", [
+    (dict(n_envs=1, n_iterations=3), "has learned in n_envs=2, and not in n_envs=1: take the --n_envs of before"),
+    (dict(n_envs=2, n_iterations=1), "n_iterations=1 is below the 2 that this run has made: give --n_iterations=2 or more")])
+def test_a_resume_that_cannot_be_is_one_sentence(changes, words, tmp_path, monkeypatch):
     monkeypatch.setattr(train_rl, "SubprocVecEnv", lambda envs, start_method: DummyVecEnv(envs)) # no processes: seconds each
-    learn(settings(tmp_path, n_envs=n_envs))
+    learn(settings(tmp_path, n_envs=2, n_iterations=2))
     log = (tmp_path / "log.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match=f"has seen 40 evaluations in n_envs={n_envs}, .* raise --budget or --n_iterations, or") as e:
+    with pytest.raises(SystemExit, match=words) as e:
         learn(settings(tmp_path, init_from="resume", **changes))
     assert "\n" not in str(e.value) and (tmp_path / "log.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize("n_envs, changes", [(3, {}), (1, dict(budget=9)), (1, dict(budget=70))])
+def test_an_agent_that_goes_on_forgets_nothing(n_envs, changes, tmp_path, monkeypatch):
+    """40 evaluations do not divide by 3; later iterations may be shorter or longer than the first."""
+    monkeypatch.setattr(train_rl, "SubprocVecEnv", lambda envs, start_method: DummyVecEnv(envs))
+    learn(settings(tmp_path / "b", mode=1, n_envs=n_envs))
+    learn(settings(tmp_path / "b", mode=1, n_envs=n_envs, n_iterations=3, init_from="resume", **changes))
+    evaluated, _ = log_of(tmp_path / "b")
+    rewards = load_checkpoint(str(tmp_path / "b/ckpt.pt"), "cpu")["agent"]["buffer"]["rewards"]
+    assert rewards.flatten().tolist() == pytest.approx([line["reward"] for line in evaluated])
+    if not changes:
+        learn(settings(tmp_path / "a", mode=1, n_envs=n_envs, n_iterations=3))
+        assert flat(load_checkpoint(str(tmp_path / "a/ckpt.pt"), "cpu")) == flat(load_checkpoint(str(tmp_path / "b/ckpt.pt"), "cpu"))
 
 
 def test_groups_of_runs_are_compared(tmp_path, capsys):
@@ -143,8 +161,10 @@ def test_groups_of_runs_are_compared(tmp_path, capsys):
     assert (tmp_path / "regret.png").stat().st_size > 10_000
     last = [np.mean(log_of(tmp_path / f"r_{seed}")[1][-1]["regret"]) for seed in (1, 2)]
     assert f"draws: regret after the last evaluation {100 * np.mean(last):.2f}%" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="names no runs"):
-        main(str(tmp_path), f"x:{tmp_path}/none_*")
+    learn(settings(tmp_path / "short", algo="random", budget=8)) # it ends before its first look at the policy
+    for folders in ("none_*", "short"):
+        with pytest.raises(SystemExit, match="names no runs"):
+            main(str(tmp_path), f"x:{tmp_path}/{folders}")
 
 
 def test_parallel_environments_train_for_real(data_dir, tmp_path):
