@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, succeeds
+from conftest import ROOT, flags, run, succeeds
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import configurator
@@ -165,6 +165,16 @@ def test_groups_of_runs_are_compared(tmp_path, capsys):
     for folders in ("none_*", "short"):
         with pytest.raises(SystemExit, match="names no runs"):
             main(str(tmp_path), f"x:{tmp_path}/{folders}")
+
+
+def test_what_ends_in_an_environments_process_is_said_without_a_traceback(data_dir, tmp_path):
+    """There, where the training diverges, and by the script, which loses that environment."""
+    options = dict(evaluator="train", data_dir=data_dir, cache_dir=tmp_path / "cache", out_dir=tmp_path / "out", shards=3, entries=[5, 40],
+                   test_entries=10, block_size=16, head_size=2, batch_size=2, max_iters=3, warmup_iters=0, decay_lr=False, seeds=[1],
+                   budget=12, n_envs=2, learning_rate=1e30)
+    done = run("train_rl.py", *flags(options))
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "try a lower learning_rate" in done.stderr, done.stderr
+    assert done.stderr.strip().splitlines()[-1] == "The process of an environment has ended; why, it has said above."
 
 
 def test_parallel_environments_train_for_real(data_dir, tmp_path):
