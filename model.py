@@ -152,6 +152,8 @@ class MLP(nn.Module):
         super().__init__()
         self.n_embd, self.mlp_ratio = n_embd, mlp_ratio
         n_hidden = [[int(m * e) for m in mlp_ratio] for e in n_embd] # (n_embd, mlp_ratio)
+        if n_hidden[0][0] < 1:
+            raise SystemExit(f"mlp_ratio={mlp_ratio[0]} of n_embd={n_embd[0]} is less than one neuron: choose a larger one.")
         self.act, self.gated = ACTIVATIONS[config.activation], config.activation in GATED
         self.c_fc = Linear(n_embd[-1], (1 + self.gated) * n_hidden[-1][-1], bias=config.bias)
         self.c_proj = Linear(n_hidden[-1][-1], n_embd[-1], bias=config.bias)

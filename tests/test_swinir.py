@@ -251,7 +251,8 @@ def test_genotypes_round_trip():
     (lambda: swinir.arch_of('{"n_embd": 36, "n_head": [[4]], "mlp_ratio": [[1, 2]]}'), "is no genotype of swinir"),
     (lambda: swinir.arch_of('{"n_embd": 12, "n_head": {"ab": 1}, "mlp_ratio": {"cd": 1}}'), "is no genotype of swinir"),
     (lambda: make(scale=5), "scale=5 is not 2, 3 or 4"), (lambda: make(n_embd=[10]), "n_embd=10 is not divisible by n_head=3"),
-    (lambda: make(tile=6), "must divide 32 and tile=6"), (lambda: make(drop_path=1.0), "drop_path=1.0 must be at least 0 and below 1")])
+    (lambda: make(tile=6), "must divide 32 and tile=6"), (lambda: make(drop_path=1.0), "drop_path=1.0 must be at least 0 and below 1"),
+    (lambda: make(mlp_ratio=[0.05, 1]), "mlp_ratio=0.05 of n_embd=12 is less than one neuron")])
 def test_errors_are_one_sentence(call, message):
     with pytest.raises(SystemExit, match=message) as error:
         call()
