@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from tqdm import tqdm
 
 from analyze import read_lines, read_table
-from configurator import as_list, check_whole, defaults, given
+from configurator import as_list, check, check_whole, defaults, given
 from model import OPTIONS, GPTConfig
 from prepare import read_json, unseal
 from train import * # noqa: F403 (every key of train.py)
@@ -72,13 +72,16 @@ def read_arch(arch, arch_traj, genotype="", space="gpt"):
     space = found.get("space", "gpt")
     parts = {"arch": (dict, {**dict.fromkeys(NUMBERS, int), **dict.fromkeys(LISTS, list)}),
              "model": (dict, {"head_size": int, "bias": bool, "block_size": int, **OPTIONAL}), "dataset": (str, {}), "data_dir": (str, {})}
+    keys = {} if space == "gpt" else defaults(vars(space_module(space)))
     if space != "gpt":
-        kinds = {key: type(value) for key, value in defaults(vars(space_module(space))).items()}
+        kinds = {key: type(value) for key, value in keys.items()}
         parts |= {"arch": (dict, {}), "model": (dict, {key: (int, float, list) if of is list else of for key, of in kinds.items()})}
     for name, (kind, fields) in parts.items():
         inside = found.get(name)
         wrong = [name] if type(inside) is not kind else [
             key for key, of in fields.items() if not isinstance(inside.get(key), of) and (key in inside or key not in OPTIONAL)]
+        if name == "model" and not wrong: # what a list may hold
+            wrong = [key for key, default in keys.items() if not check(inside[key], default)[0]]
         if wrong:
             raise SystemExit(f"The architecture {path} is damaged: {wrong[0]} is missing or of the wrong type.")
     return found | {"space": space}
