@@ -409,7 +409,7 @@ def draw_regret(figure, groups):
     for (label, runs), color in zip(groups.items(), (RED, BLUE, "0.4", GREEN, PURPLE), strict=False):
         steps = sorted(set.intersection(*({line["step"] for line in run} for run in runs)))
         curves = 100 * np.array([[np.mean({line["step"]: line["regret"] for line in run}[step]) for step in steps] for run in runs])
-        mean, std = curves.mean(0), curves.std(0)
+        mean, std = curves.mean(0), curves.std(0, ddof=min(1, len(runs) - 1))
         ax.plot(steps, mean, color=color, label=f"{label}, {len(runs)} runs" if len(runs) > 1 else label)
         ax.fill_between(steps, np.maximum(mean - std, 0), mean + std, color=color, alpha=0.15, linewidth=0)
     ax.axhline(0, color="black", linewidth=0.8, linestyle=":", label="oracle")
@@ -451,6 +451,8 @@ def rl_figures(out_dir):
 def compare_figure(out_dir, patterns):
     """Draws out_dir/regret.png of groups of runs, "label:out/a_*,label:out/b_*", each of them one curve; returns its path."""
     groups = {}
+    if patterns.count(",") > 4:
+        raise SystemExit(f"compare='{patterns}' has more than 5 groups, and so many curves cannot be told apart: draw fewer.")
     for pattern in patterns.split(","):
         label, _, folders = pattern.rpartition(":")
         found = sorted(glob.glob(folders))
