@@ -469,10 +469,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, arch=None, generator=None, vocab_size=None):
         """idx: (B, T) -> (B, T + max_new_tokens). temperature=0 takes the likeliest token; ids from vocab_size on are never
-        drawn. Keys and values are cached until block_size is full; from there on the window slides and is computed anew."""
-        cache = None
+        drawn. Keys and values are cached until block_size is full; from there on the window slides and is computed anew, as it
+        is from the start for a mixture, whose attention keeps none."""
+        cache, mixed = None, bool(arch) and isinstance(arch["n_layer"], torch.Tensor)
         for _ in range(max_new_tokens):
-            if idx.size(1) <= self.config.block_size:
+            if idx.size(1) <= self.config.block_size and not mixed:
                 new = idx if cache is None else idx[:, -1:]
                 cache = cache or [{} for _ in self.transformer.h]
                 logits, _ = self(new, arch=arch, cache=cache)
