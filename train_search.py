@@ -255,7 +255,7 @@ def read_phases(choices, config):
                     low[name] = [str(o) for o in choices[name].options].index(value)
                 if not names:
                     keys[key] = PHASE_KEYS[key](value)
-                    if keys[key] < 0 or (keys[key] == 0 and key != "warmup_iters"):
+                    if not 0 <= keys[key] < math.inf or (keys[key] == 0 and key != "warmup_iters"):
                         raise ValueError
             except (KeyError, ValueError):
                 raise SystemExit(f"shrink='{config.shrink}' has '{part}', which is no option of a choice, such as kernel_size=3, and no "
@@ -265,6 +265,9 @@ def read_phases(choices, config):
     for phase, end in zip(phases, [*(phase.start for phase in phases[1:]), total], strict=True):
         phase.start, end = (round(config.max_iters * share / total) for share in (phase.start, end))
         phase.config = SimpleNamespace(**vars(config) | phase.config | {"max_iters": end - phase.start, "lr_decay_iters": 0})
+        if config.max_iters and end == phase.start: # what it unlocks would be drawn without ever having been trained
+            raise SystemExit(f"shrink='{config.shrink}' has a phase without a step, its share of max_iters={config.max_iters} is too small: "
+                             "raise max_iters or that share.")
     return phases
 
 
