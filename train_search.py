@@ -479,7 +479,10 @@ def check(config):
         if getattr(config, key) not in allowed:
             raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
     check_range(config, 1, "subnets_per_step", "arch_evals", "population", "parents")
-    check_range(config, 0, "arch_learning_rate", "arch_weight_decay")
+    check_range(config, 0, "arch_learning_rate", "arch_weight_decay", "budget_penalty", "distill")
+    if not 0 < config.tau_min <= config.tau_max:
+        raise SystemExit(f"tau_max={config.tau_max} and tau_min={config.tau_min}: the temperature falls from the one to the other, which must "
+                         "be above 0.")
     if hasattr(space_module(config.space), "scale") and (config.teacher or config.inplace_distill):
         raise SystemExit("teacher and inplace_distill need classes or tokens, which super-resolution does not have: leave them out.")
     if config.prune_keep and (config.target_params or config.target_flops or config.target_latency):

@@ -467,6 +467,8 @@ def test_mistakes_are_one_sentence_and_lose_nothing(searched, data_dir, tmp_path
     (dict(optimizer="darts", order=2, dtype="float16"), ["order=2", "float16"]), (dict(train_portion=1.0), ["train_portion"]),
     (dict(device="tpu"), ["tpu", "cpu"]), (dict(dtype="float8"), ["float8"]), (dict(init_from="gpt5"), ["gpt5"]),
     (dict(init_from="resume"), ["holds no run"]), (dict(arch_search="luck"), ["luck"]), (dict(parents=0), ["parents=0 must be 1 or more"]),
+    (dict(budget_penalty=-1.0), ["budget_penalty=-1.0 must be 0 or more"]), (dict(distill=-0.5), ["distill=-0.5 must be 0 or more"]),
+    (dict(optimizer="gdas", tau_min=0.0), ["tau_min=0.0", "above 0"]), (dict(tau_max=1.0, tau_min=2.0), ["tau_max=1.0", "tau_min=2.0"]),
     (dict(arch_learning_rate=-1e-3), ["arch_learning_rate=-0.001 must be 0 or more"]), (dict(arch_weight_decay=-1), ["decay=-1"])])
 def test_wrong_values_are_one_sentence(change, words, data_dir, tmp_path):
     with pytest.raises(SystemExit) as e:
