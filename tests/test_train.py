@@ -266,6 +266,18 @@ def test_the_seconds_of_spos_are_also_those_of_the_search_that_ends_it(data_dir,
     assert train_search.search(config | {"init_from": "resume"})["seconds"] >= 6 * 0.2
 
 
+def test_what_other_weights_lost_is_not_looked_up(data_dir, tmp_path):
+    """Gone on with from the checkpoint before, at another rate, the supernet is another after as many steps."""
+    config = search_config(data_dir, tmp_path / "a", optimizer="spos")
+    train_search.search(config)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/arch_search.jsonl").unlink()
+    for out in "ab":
+        train_search.search(config | dict(out_dir=str(tmp_path / out), init_from="previous", learning_rate=0.1, min_lr=0.1))
+    a, b = ([line["loss"] for line in read_lines(tmp_path / out / "arch_search.jsonl")] for out in "ab")
+    assert a == b
+
+
 def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
     """arch_step of order 2 against the central difference of L_val(w - lr dL_train/dw) in one weight, with dropout; float64, where
     the inner difference may be short."""
