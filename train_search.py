@@ -41,9 +41,10 @@ from optim_nas import rowwise, uniform, unrolled_gradient
 from prepare import read_json, rng, seal, unseal, write, write_json
 from supernet import extremes, one_hot, use_fused_ops, widen
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, append, average, backward, begin, build, calibrate, check_resolutions, check_split, configure_optimizer, cut
-from train import estimate, fault, fingerprint, get_lr, load_checkpoint, load_data, load_model, loop, main, micro_batches, origin
-from train import pretrained, resume, resumes, save, setup, share, signals, space_module, stop_if_told, train_step, with_space
+from train import Log, append, average, backward, begin, build, calibrate, check_resolutions, check_same, check_split
+from train import configure_optimizer, cut, estimate, fault, fingerprint, get_lr, load_checkpoint, load_data, load_model, loop, main
+from train import micro_batches, origin, pretrained, resume, resumes, save, setup, share, signals, space_module, stop_if_told
+from train import train_step, with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -379,6 +380,7 @@ def resume_search(net, optimizer, chooser, config, run, state):
     path = os.path.join(config.out_dir, "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt")
     if os.path.exists(path):
         checkpoint = load_checkpoint(path, run.device)
+        check_same(config, checkpoint, path, "optimizer")
         chooser.load_state_dict(checkpoint["chooser"])
         if checkpoint["state"].get("stage", 1) == 2:
             net, optimizer = second_stage(net, optimizer, chooser, config, run)

@@ -234,6 +234,38 @@ def test_fewer_steps_than_a_run_has_made_are_refused(module, config_of, data_dir
     assert state_of(tmp_path / "o") == before
 
 
+OTHERS = { # what has the same shapes, and what the optimizers cannot take over
+    "train": [dict(n_head=1), dict(norm="rmsnorm"), dict(activation="relu"), dict(residual="post"), dict(weight_optimizer="sgd")],
+    "search": [dict(n_embd=[4, 16]), dict(n_head=[1, 4]), dict(optimizer="gdas"), dict(optimizer="spos"), dict(n_layer=[2])],
+    "spos": [dict(optimizer="drnas")]}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_run_goes_on_as_the_network_that_it_is(kind, data_dir, tmp_path):
+    """Options that are forgotten on the command are one sentence, and nothing that is there changes; all others may change."""
+    config = (train_config if kind == "train" else search_config)(data_dir, tmp_path, **dict(optimizer="spos") if kind == "spos" else {})
+    go = train.train if kind == "train" else train_search.search
+    go(config)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for change in OTHERS[kind]:
+        (key, value), = change.items()
+        with pytest.raises(SystemExit) as e:
+            go(config | change | dict(init_from="resume", max_iters=6))
+        assert f"{key}={config[key]}" in str(e.value) and f"{key}={value}" in str(e.value) and "\n" not in str(e.value)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    go(config | dict(init_from="resume", max_iters=6, dropout=0.1, learning_rate=1e-4, batch_size=2, loss_chunk=8))
+
+
+def test_a_training_goes_on_with_its_architecture(data_dir, tmp_path):
+    found = {"n_layer": 1, "n_embd": 8, "n_head": [2], "mlp_ratio": [1]}
+    config = search_config(data_dir, tmp_path) | dict(val_portion=0.1, early_stopping=0)
+    train.train(config, found)
+    with pytest.raises(SystemExit, match=r"is of a run of the architecture .*: name that, or another --out_dir") as e:
+        train.train(config | dict(init_from="resume", max_iters=6), found | {"n_head": [1]})
+    assert "\n" not in str(e.value)
+    train.train(config | dict(init_from="resume", max_iters=6), found)
+
+
 class Bomb:
     def __reduce__(self):
         return os.system, ("touch " + os.environ["BOMB"],)
