@@ -547,6 +547,17 @@ def test_early_stopping_of_train_base_needs_validation_data(searched, data_dir, 
         train_base.train_found(base_config(data_dir, tmp_path / "b", searched / "arch.json", early_stopping=2, val_portion=0.0))
 
 
+@pytest.mark.parametrize("key, value", [("norm", "rmsnorm"), ("bias", "True"), ("n_layer", "3"), ("head_size", "8")])
+def test_a_network_other_than_the_found_one_is_one_sentence(key, value, searched, monkeypatch):
+    """What an arch.json says of the GPT counts, and would silently take the place of what the command says."""
+    monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json", f"--{key}={value}"])
+    with pytest.raises(SystemExit, match=f"^{key}={value} is not .*, that of {searched}/arch.json: leave it out.$"):
+        train_base.with_found(vars(train_base))
+    own = read_json(searched / "arch.json")["model"][key]
+    monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json", f"--{key}={own}", "--block_size=8"])
+    train_base.with_found(vars(train_base))
+
+
 def test_arch_traj_takes_the_last_line(searched, data_dir, tmp_path):
     last = read_lines(searched / "arch_traj.jsonl")[-1]
     result = train_base.train_found(base_config(data_dir, tmp_path / "b", "", arch_traj=str(searched / "arch_traj.jsonl")))
