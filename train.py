@@ -737,6 +737,7 @@ def finite(value, what):
 def split_data(config, run, test):
     """{"train", "val", "test"}: the data of each split that this run has; config gets what the network must know of it."""
     check_range(config, 0, "val_portion", below=1)
+    check_range(config, 0, "early_stopping")
     if config.early_stopping and test and not config.val_portion:
         raise SystemExit("early_stopping needs a validation loss: set val_portion, such as --val_portion=0.1.")
     train, val, facts = load_data(config, run)

@@ -542,6 +542,12 @@ def test_a_start_with_weights_of_our_own_runs_needs_a_search_and_an_architecture
     assert (tmp_path / "base/result.json").exists()
 
 
+def test_early_stopping_below_zero_is_one_sentence(data_dir, tmp_path):
+    """It would end a run at its first evaluation, as if all had gone well."""
+    with pytest.raises(SystemExit, match="early_stopping=-1 must be 0 or more"):
+        train.train(train_config(data_dir, tmp_path / "t", early_stopping=-1))
+
+
 def test_early_stopping_of_train_base_needs_validation_data(searched, data_dir, tmp_path):
     with pytest.raises(SystemExit, match="val_portion"):
         train_base.train_found(base_config(data_dir, tmp_path / "b", searched / "arch.json", early_stopping=2, val_portion=0.0))
