@@ -527,7 +527,10 @@ def read_gpt2(source):
         if key in config and config[key] not in known:
             raise SystemExit(f"init_from='{source}' has {key}={config[key]}, and this GPT can only have {', '.join(map(str, known))}.")
     inner = config.get("n_inner") or 4 * config["n_embd"]
-    sizes |= {"mlp_ratio": inner / config["n_embd"], "activation": GPT2_CONFIG["activation_function"][config["activation_function"]]}
+    ratio = inner / config["n_embd"]
+    if int(ratio * config["n_embd"]) < inner: # rounded down
+        ratio = math.nextafter(ratio, math.inf)
+    sizes |= {"mlp_ratio": ratio, "activation": GPT2_CONFIG["activation_function"][config["activation_function"]]}
     sizes |= {"bias": True, "norm": "layernorm", "position": "learned", "residual": "pre", "n_expert": 0}
     renamed = {}
     for name, t in weights.items():
@@ -553,5 +556,10 @@ def load_gpt2(net, source, arch=None):
                 "--dataset to one prepared with its tokens, such as by prepare.py --tokenizer=gpt2."))
     if net.config.head_size not in (0, sizes["n_embd"] // sizes["n_head"]):
         raise SystemExit(f"init_from='{source}' has heads of {sizes['n_embd'] // sizes['n_head']} channels: set --head_size to that or 0.")
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:net.config.block_size]
+    weights = {name: t[:net.config.block_size] if name == "transformer.wpe.weight" else t for name, t in weights.items()}
+    wanted, there = ({name: tuple(t.shape) for name, t in state.items()} for state in (net.state_dict(), weights))
+    del wanted["lm_head.weight"] # wte
+    if wrong := sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)):
+        raise SystemExit(f"init_from='{source}' is not the GPT-2 of its config.json: {wrong[0]} is {there.get(wrong[0])} in the place of "
+                         f"{wanted.get(wrong[0])}.")
     net.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
