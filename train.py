@@ -885,6 +885,9 @@ def train(config, arch=None, test=False):
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best=math.inf, strikes=0)
     if resumes(config):
         resume(config, run, net, optimizer, state, arch)
+        path = os.path.join(config.out_dir, "best.pt")
+        if os.path.exists(path) and load_checkpoint(path, "cpu")["step"] > state.step: # of steps that are made anew, perhaps otherwise
+            state.best = math.inf
     begin(config, run)
     forward = torch.compile(net) if config.compile else net
     sample = "a sequence" if config.space == "gpt" else "an image"

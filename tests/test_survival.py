@@ -224,6 +224,15 @@ def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path, monkeypa
     assert state_of(tmp_path / "t") == state_of(tmp_path / "whole")
 
 
+def test_the_best_weights_of_steps_that_are_made_otherwise_are_not_those_of_the_run(data_dir, tmp_path):
+    """Gone on with from the checkpoint before, at a rate that spoils the network: best.pt is what the result says of it."""
+    config = train_config(data_dir, tmp_path, val_portion=0.1, learning_rate=1e-2)
+    assert train.train(config, test=True)["best_step"] == 4
+    result = train.train(config | dict(init_from="previous", learning_rate=10.0, min_lr=10.0), test=True)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["step"] == result["best_step"] and best["losses"]["val_loss"] == result["best_val_loss"]
+
+
 @pytest.mark.parametrize("module, config_of", [(train, train_config), (train_search, search_config)])
 def test_fewer_steps_than_a_run_has_made_are_refused(module, config_of, data_dir, tmp_path):
     begin = module.train if module is train else module.search
