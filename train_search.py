@@ -385,6 +385,10 @@ def resume_search(net, optimizer, chooser, config, run, state):
         if checkpoint["state"].get("stage", 1) == 2:
             net, optimizer = second_stage(net, optimizer, chooser, config, run)
     resume(config, run, net, optimizer, state)
+    if run.master and state.best_loss < math.inf: # arch.json may be of steps, or of a search, that are made anew, perhaps otherwise
+        path = os.path.join(config.out_dir, "arch_traj.jsonl")
+        lines = (unseal(line, path) for line in read_lines(path))
+        write_json(os.path.join(config.out_dir, "arch.json"), next(line for line in lines if line["arch_loss"] == state.best_loss))
     return net, optimizer
 
 

@@ -233,6 +233,16 @@ def test_the_best_weights_of_steps_that_are_made_otherwise_are_not_those_of_the_
     assert best["step"] == result["best_step"] and best["losses"]["val_loss"] == result["best_val_loss"]
 
 
+def test_the_architecture_of_steps_that_are_made_otherwise_is_not_that_of_the_run(data_dir, tmp_path):
+    """As above: arch.json is what the result says."""
+    config = search_config(data_dir, tmp_path, learning_rate=1e-2)
+    train_search.search(config)
+    assert read_json(tmp_path / "arch.json")["step"] == 4
+    result = train_search.search(config | dict(init_from="previous", learning_rate=10.0, min_lr=10.0))
+    found = read_json(tmp_path / "arch.json")
+    assert (found["arch"], found["arch_loss"]) == (result["arch"], result["arch_loss"])
+
+
 @pytest.mark.parametrize("module, config_of", [(train, train_config), (train_search, search_config)])
 def test_fewer_steps_than_a_run_has_made_are_refused(module, config_of, data_dir, tmp_path):
     begin = module.train if module is train else module.search
