@@ -471,10 +471,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, arch=None, generator=None, vocab_size=None):
         """idx: (B, T) -> (B, T + max_new_tokens). temperature=0 takes the likeliest token; ids from vocab_size on are never
-        drawn. Keys and values are cached until block_size is full; from there on the window slides and is computed anew."""
-        cache = None
+        drawn. Keys and values are cached until block_size is full; from there on the window slides and is computed anew, as it
+        is from the start for a mixture, whose attention keeps none."""
+        cache, mixed = None, bool(arch) and isinstance(arch["n_layer"], torch.Tensor)
         for _ in range(max_new_tokens):
-            if idx.size(1) <= self.config.block_size:
+            if idx.size(1) <= self.config.block_size and not mixed:
                 new = idx if cache is None else idx[:, -1:]
                 cache = cache or [{} for _ in self.transformer.h]
                 logits, _ = self(new, arch=arch, cache=cache)
@@ -528,7 +529,10 @@ def read_gpt2(source):
         if key in config and config[key] not in known:
             raise SystemExit(f"init_from='{source}' has {key}={config[key]}, and this GPT can only have {', '.join(map(str, known))}.")
     inner = config.get("n_inner") or 4 * config["n_embd"]
-    sizes |= {"mlp_ratio": inner / config["n_embd"], "activation": GPT2_CONFIG["activation_function"][config["activation_function"]]}
+    ratio = inner / config["n_embd"]
+    if int(ratio * config["n_embd"]) < inner: # rounded down
+        ratio = math.nextafter(ratio, math.inf)
+    sizes |= {"mlp_ratio": ratio, "activation": GPT2_CONFIG["activation_function"][config["activation_function"]]}
     sizes |= {"bias": True, "norm": "layernorm", "position": "learned", "residual": "pre", "n_expert": 0}
     renamed = {}
     for name, t in weights.items():
@@ -554,5 +558,10 @@ def load_gpt2(net, source, arch=None):
                 "--dataset to one prepared with its tokens, such as by prepare.py --tokenizer=gpt2."))
     if net.config.head_size not in (0, sizes["n_embd"] // sizes["n_head"]):
         raise SystemExit(f"init_from='{source}' has heads of {sizes['n_embd'] // sizes['n_head']} channels: set --head_size to that or 0.")
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:net.config.block_size]
+    weights = {name: t[:net.config.block_size] if name == "transformer.wpe.weight" else t for name, t in weights.items()}
+    wanted, there = ({name: tuple(t.shape) for name, t in state.items()} for state in (net.state_dict(), weights))
+    del wanted["lm_head.weight"] # wte
+    if wrong := sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)):
+        raise SystemExit(f"init_from='{source}' is not the GPT-2 of its config.json: {wrong[0]} is {there.get(wrong[0])} in the place of "
+                         f"{wanted.get(wrong[0])}.")
     net.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})

@@ -238,7 +238,7 @@ def unrolled_gradient(params, alphas, train_grad, val_grad, learning_rate, radiu
     plus = train_grad(alphas)
     move(d_w, -eps)
     minus = train_grad(alphas)
-    move(d_w, 0.0)
+    move(start, 0.0) # back, also where d_w is not finite
     return [d - learning_rate * (a - b) / (2 * eps.to(d.device)) for d, a, b in zip(d_alpha, plus, minus, strict=True)]
 
 # -----------------------------------------------------------------------------

@@ -334,6 +334,21 @@ def load_model(net, checkpoint, path):
     return net
 
 
+def check_same(config, checkpoint, path, *keys):
+    """SystemExit where a run would go on as another network, of which the shapes need not tell: a forgotten --norm or --n_head has the
+    same. keys: others of config that must be what they were."""
+    if config.space == "gpt":
+        own = {field.name for field in fields(model.GPTConfig)}
+        own -= {"block_size", "vocab_size", "dropout", "router_aux_loss_coef", "loss_chunk"} # what may change, or shapes tell
+    else: # partial_channels changes within a progressive search
+        own = set(defaults(vars(space_module(config.space)))) - {"dropout", "drop_path", "patch", "tile", "partial_channels"}
+    for key in (*keys, *sorted(own & vars(config).keys())): # agents have a few of them
+        ours = getattr(config, key)
+        theirs = checkpoint["config"].get(key, None if key in keys else ours) # older runs had fewer
+        if as_list(theirs) != as_list(ours):
+            raise SystemExit(f"{path} is of a run with {key}={theirs}, and this one has {key}={ours}: it goes on with what it began with.")
+
+
 def load_pretrained(net, arch, source, run):
     """Fills net from what init_from names: a GPT-2, or the out_dir of a search, whose supernet has weights for this architecture."""
     path = os.path.join(source, "ckpt.pt")
@@ -723,6 +738,7 @@ def finite(value, what):
 def split_data(config, run, test):
     """{"train", "val", "test"}: the data of each split that this run has; config gets what the network must know of it."""
     check_range(config, 0, "val_portion", below=1)
+    check_range(config, 0, "early_stopping")
     if config.early_stopping and test and not config.val_portion:
         raise SystemExit("early_stopping needs a validation loss: set val_portion, such as --val_portion=0.1.")
     train, val, facts = load_data(config, run)
@@ -761,14 +777,18 @@ def save(config, run, name, net, optimizer=None, **rest):
     write(path, lambda f: torch.save(checkpoint, f))
 
 
-def resume(config, run, net, optimizer, state):
+def resume(config, run, net, optimizer, state, arch=None):
     """Puts everything back to the moment of the checkpoint, the logs too; returns the checkpoint. A run that was stopped before
-    its first one starts from the beginning, which is the same; then it returns None."""
+    its first one starts from the beginning, which is the same; then it returns None. arch: that of a training."""
     path = os.path.join(config.out_dir, "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt")
     checkpoint = {"logs": {}}
     if os.path.exists(path) or config.init_from == "previous":
         checkpoint = load_checkpoint(path, run.device)
         load_model(net, checkpoint, path)
+        check_same(config, checkpoint, path, "weight_optimizer")
+        if checkpoint.get("arch") != arch:
+            raise SystemExit(f"{path} is of a run of the architecture {checkpoint['arch']}, and not of {arch}: name that, or another "
+                             "--out_dir.")
         optimizer.load_state_dict(checkpoint["optimizer"])
         run.scaler.load_state_dict(checkpoint["scaler"])
         vars(state).update(checkpoint["state"])
@@ -865,7 +885,10 @@ def train(config, arch=None, test=False):
     cost, optimizer = net.cost(), configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best=math.inf, strikes=0)
     if resumes(config):
-        resume(config, run, net, optimizer, state)
+        resume(config, run, net, optimizer, state, arch)
+        path = os.path.join(config.out_dir, "best.pt")
+        if os.path.exists(path) and load_checkpoint(path, "cpu")["step"] > state.step: # of steps that are made anew, perhaps otherwise
+            state.best = math.inf
     begin(config, run)
     forward = torch.compile(net) if config.compile else net
     sample = "a sequence" if config.space == "gpt" else "an image"

@@ -41,9 +41,10 @@ from optim_nas import rowwise, uniform, unrolled_gradient
 from prepare import read_json, rng, seal, unseal, write, write_json
 from supernet import extremes, one_hot, use_fused_ops, widen
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, append, average, backward, begin, build, calibrate, check_resolutions, check_split, configure_optimizer, cut
-from train import estimate, fault, get_lr, load_checkpoint, load_data, load_model, loop, main, micro_batches, origin, pretrained, resume
-from train import resumes, save, setup, share, signals, space_module, stop_if_told, train_step, with_space
+from train import Log, append, average, backward, begin, build, calibrate, check_resolutions, check_same, check_split
+from train import configure_optimizer, cut, estimate, fault, fingerprint, get_lr, load_checkpoint, load_data, load_model, loop, main
+from train import micro_batches, origin, pretrained, resume, resumes, save, setup, share, signals, space_module, stop_if_told
+from train import train_step, with_space
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -255,7 +256,7 @@ def read_phases(choices, config):
                     low[name] = [str(o) for o in choices[name].options].index(value)
                 if not names:
                     keys[key] = PHASE_KEYS[key](value)
-                    if keys[key] < 0 or (keys[key] == 0 and key != "warmup_iters"):
+                    if not 0 <= keys[key] < math.inf or (keys[key] == 0 and key != "warmup_iters"):
                         raise ValueError
             except (KeyError, ValueError):
                 raise SystemExit(f"shrink='{config.shrink}' has '{part}', which is no option of a choice, such as kernel_size=3, and no "
@@ -265,6 +266,9 @@ def read_phases(choices, config):
     for phase, end in zip(phases, [*(phase.start for phase in phases[1:]), total], strict=True):
         phase.start, end = (round(config.max_iters * share / total) for share in (phase.start, end))
         phase.config = SimpleNamespace(**vars(config) | phase.config | {"max_iters": end - phase.start, "lr_decay_iters": 0})
+        if config.max_iters and end == phase.start: # what it unlocks would be drawn without ever having been trained
+            raise SystemExit(f"shrink='{config.shrink}' has a phase without a step, its share of max_iters={config.max_iters} is too "
+                             "small: raise max_iters or that share.")
     return phases
 
 
@@ -376,10 +380,15 @@ def resume_search(net, optimizer, chooser, config, run, state):
     path = os.path.join(config.out_dir, "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt")
     if os.path.exists(path):
         checkpoint = load_checkpoint(path, run.device)
+        check_same(config, checkpoint, path, "optimizer")
         chooser.load_state_dict(checkpoint["chooser"])
         if checkpoint["state"].get("stage", 1) == 2:
             net, optimizer = second_stage(net, optimizer, chooser, config, run)
     resume(config, run, net, optimizer, state)
+    if run.master and state.best_loss < math.inf: # arch.json may be of steps, or of a search, that are made anew, perhaps otherwise
+        path = os.path.join(config.out_dir, "arch_traj.jsonl")
+        lines = (unseal(line, path) for line in read_lines(path))
+        write_json(os.path.join(config.out_dir, "arch.json"), next(line for line in lines if line["arch_loss"] == state.best_loss))
     return net, optimizer
 
 
@@ -476,7 +485,10 @@ def check(config):
         if getattr(config, key) not in allowed:
             raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
     check_range(config, 1, "subnets_per_step", "arch_evals", "population", "parents")
-    check_range(config, 0, "arch_learning_rate", "arch_weight_decay")
+    check_range(config, 0, "arch_learning_rate", "arch_weight_decay", "budget_penalty", "distill")
+    if not 0 < config.tau_min <= config.tau_max:
+        raise SystemExit(f"tau_max={config.tau_max} and tau_min={config.tau_min}: the temperature falls from the one to the other, which "
+                         "must be above 0.")
     if hasattr(space_module(config.space), "scale") and (config.teacher or config.inplace_distill):
         raise SystemExit("teacher and inplace_distill need classes or tokens, which super-resolution does not have: leave them out.")
     if config.prune_keep and (config.target_params or config.target_flops or config.target_latency):
@@ -579,10 +591,10 @@ def search_inherited(net, forward, cost, chooser, splits, config, run, state, lo
     and cost, pareto.json is what no other architecture is better than in both.
 
     arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
-    path, lines, losses = os.path.join(config.out_dir, "arch_search.jsonl"), [], []
+    path, lines, losses, weights = os.path.join(config.out_dir, "arch_search.jsonl"), [], [], fingerprint(net.state_dict())[:12]
     if run.master:
         if resumes(config) and os.path.exists(path):
-            lines = [line for line in (unseal(line, path) for line in read_lines(path)) if line["step"] == state.step] # of these weights
+            lines = [line for line in (unseal(line, path) for line in read_lines(path)) if line.get("supernet") == weights]
         write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
         state.seconds += sum(line["seconds"] for line in lines)
     known = {key_of(line["arch"]): line["loss"] for line in lines}
@@ -602,8 +614,8 @@ def search_inherited(net, forward, cost, chooser, splits, config, run, state, lo
             loss = score(net, forward, arch, splits, config, run)["loss"]
             if run.master:
                 both = {"cost": cost_of(arch)} if config.arch_search == "pareto" else {}
-                append(path, seal({"evaluation": len(losses) + 1, "step": state.step, "arch": arch, "loss": loss, **both,
-                                   "seconds": time.perf_counter() - start}))
+                append(path, seal({"evaluation": len(losses) + 1, "step": state.step, "supernet": weights, "arch": arch, "loss": loss,
+                                   **both, "seconds": time.perf_counter() - start}))
         losses.append(loss)
         if run.master and (loss == min(losses) or len(losses) % 25 == 0):
             count = f"{config.arch_search} {len(losses)}/{config.arch_evals}"

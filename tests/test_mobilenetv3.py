@@ -313,6 +313,14 @@ def test_without_shrinking_everything_is_drawn_from_the_start():
     assert phase.choices is choices and phase.config is config and phase_of([phase], 6) is phase
 
 
+@pytest.mark.parametrize("shrink, message", [
+    ("depth=1 share=nan, expand=2", "has 'share=nan', which is no option"), ("depth=1 share=inf, expand=2", "has 'share=inf'"),
+    ("depth=1, expand=2 share=0.1", "has a phase without a step, its share of max_iters=4 is too small")])
+def test_phases_that_cannot_be_are_one_sentence(shrink, message):
+    with pytest.raises(SystemExit, match=message):
+        read_phases(supernet().choices, SimpleNamespace(shrink=shrink, optimizer="spos", max_iters=4))
+
+
 def test_the_supernet_starts_as_the_largest_network(digits_dir, tmp_path, largest):
     """Before a step it has its loss, at the largest options."""
     config = shrink_config(digits_dir, tmp_path, largest)

@@ -293,6 +293,15 @@ def test_cached_generation_equals_recomputing(head_size, options):
     assert net.generate(x, 30, temperature=5.0, arch=arch, vocab_size=7)[:, 3:].max() < 7
 
 
+def test_a_mixture_generates_what_it_computes():
+    """Every token follows all before it, within block_size=12 and beyond."""
+    net, (x, _) = supernet("three").eval(), tokens(T=3)
+    weights = {name: torch.full(c.shape, 1 / len(c.options)) for name, c in net.choices.items()}
+    new = net.generate(x, 15, temperature=0, arch=weights)
+    for t in range(3, 18):
+        assert torch.equal(net(new[:, max(0, t - 12):t], arch=weights)[0][:, -1].argmax(-1), new[:, t]), t
+
+
 def test_plain_network_is_gpt2_written_out():
     """Against the equations of GPT-2, in plain tensor operations: tanh GELU, pre-norm, tied head, softmax(q k / sqrt(d)) v."""
     net, (x, y) = supernet("single"), tokens()

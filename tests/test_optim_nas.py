@@ -228,6 +228,17 @@ def test_unrolled_gradient_in_closed_form():
     assert torch.equal(w, start), "the weights were not put back"
 
 
+@pytest.mark.parametrize("sick", ["train", "val"])
+def test_an_unrolled_gradient_that_is_not_finite_leaves_the_weights(sick):
+    """The search may pass over such a step, and goes on with the weights that it had."""
+    w, a = torch.tensor([0.7, -0.3]), torch.tensor([0.4])
+
+    def grad_of(split):
+        return lambda tensors: [torch.full_like(t, math.inf if split == sick else 1.0) for t in tensors]
+    found, = unrolled_gradient([w], [a], grad_of("train"), grad_of("val"), 0.3)
+    assert torch.equal(w, torch.tensor([0.7, -0.3])) and not found.isfinite().all()
+
+
 def test_unrolled_gradient_where_the_validation_loss_sees_the_alphas():
     """A nonlinear two-parameter problem: against the finite difference of the unrolled validation loss itself."""
     w, a = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 0.4))

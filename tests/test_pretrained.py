@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from conftest import fails, flags
 from test_survival import killed_early, state_of
 from test_train import base_config, search_config, train_config
@@ -16,7 +17,7 @@ import train
 import train_base
 import train_search
 from analyze import read_lines
-from model import build, load_gpt2
+from model import build, load_gpt2, read_gpt2
 from prepare import load_meta, load_tokens, read_json
 from sample import load_run
 from supernet import extremes
@@ -59,6 +60,15 @@ def test_logits_are_those_of_transformers(rest, activation, tmp_path):
         assert (net(x, x)[0] - theirs(x).logits).abs().max() < 1e-5
 
 
+def test_a_ratio_that_rounds_below_its_mlp(tmp_path):
+    """120 / 88 times 88 is 119.99999999999999."""
+    theirs = save_gpt2(tmp_path, 31, n_embd=88, n_inner=120)
+    sizes, _ = read_gpt2(str(tmp_path))
+    net, x = build(sizes).eval(), x_of(theirs, 24)
+    load_gpt2(net, str(tmp_path))
+    assert (net(x, x)[0] - theirs(x).logits).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("head_size", [0, 8])
 def test_the_largest_network_of_the_supernet_is_the_pretrained_one(head_size, gpt2):
     folder, theirs = gpt2
@@ -72,7 +82,6 @@ def test_the_largest_network_of_the_supernet_is_the_pretrained_one(head_size, gp
 
 def test_a_file_as_on_the_hub(gpt2, tmp_path):
     """Whose names have no prefix, and which holds the masks of attention."""
-    from safetensors.torch import load_file, save_file
     folder, theirs = gpt2
     weights = {name.removeprefix("transformer."): t for name, t in load_file(f"{folder}/model.safetensors").items()}
     weights = {name: t for name, t in weights.items() if name != "lm_head.weight"}
@@ -172,11 +181,20 @@ def test_another_network_is_one_sentence(change, words, gpt2, data_dir, tmp_path
     assert not os.path.exists(tmp_path / "s")
 
 
+def rewrite(folder, change):
+    """Saves what change makes of the weights; that of a classifier has a score, for example."""
+    path = f"{folder}/model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda folder: os.remove(f"{folder}/model.safetensors"), ["model.safetensors"]),
     (lambda folder: os.truncate(f"{folder}/model.safetensors", 1000), ["SafetensorError"]),
     (lambda folder: open(f"{folder}/config.json", "w").write("{"), ["JSONDecodeError"]),
     (lambda folder: open(f"{folder}/config.json", "w").write("{}"), ["KeyError"]),
+    (lambda folder: rewrite(folder, lambda w: w | {"score.weight": torch.ones(2, 32)}), ["transformer.score.weight is (2, 32)", "None"]),
+    (lambda folder: rewrite(folder, lambda w: {k: t for k, t in w.items() if "wpe" not in k}), ["transformer.wpe.weight is None"]),
+    (lambda folder: rewrite(folder, lambda w: w | {"transformer.h.1.ln_1.bias": torch.ones(8)}), ["h.1.ln_1.bias is (8,)", "(32,)"]),
     (lambda folder: save_gpt2(folder, 30, activation_function="tanh"), ["activation_function=tanh", "gelu_new"]),
     (lambda folder: save_gpt2(folder, 30, layer_norm_epsilon=1e-3), ["layer_norm_epsilon=0.001"]),
     (lambda folder: save_gpt2(folder, 30), ["vocab_size=30", "--tokenizer=gpt2"])])

@@ -224,6 +224,25 @@ def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path, monkeypa
     assert state_of(tmp_path / "t") == state_of(tmp_path / "whole")
 
 
+def test_the_best_weights_of_steps_that_are_made_otherwise_are_not_those_of_the_run(data_dir, tmp_path):
+    """Gone on with from the checkpoint before, at a rate that spoils the network: best.pt is what the result says of it."""
+    config = train_config(data_dir, tmp_path, val_portion=0.1, learning_rate=1e-2)
+    assert train.train(config, test=True)["best_step"] == 4
+    result = train.train(config | dict(init_from="previous", learning_rate=10.0, min_lr=10.0), test=True)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["step"] == result["best_step"] and best["losses"]["val_loss"] == result["best_val_loss"]
+
+
+def test_the_architecture_of_steps_that_are_made_otherwise_is_not_that_of_the_run(data_dir, tmp_path):
+    """As above: arch.json is what the result says."""
+    config = search_config(data_dir, tmp_path, learning_rate=1e-2)
+    train_search.search(config)
+    assert read_json(tmp_path / "arch.json")["step"] == 4
+    result = train_search.search(config | dict(init_from="previous", learning_rate=10.0, min_lr=10.0))
+    found = read_json(tmp_path / "arch.json")
+    assert (found["arch"], found["arch_loss"]) == (result["arch"], result["arch_loss"])
+
+
 @pytest.mark.parametrize("module, config_of", [(train, train_config), (train_search, search_config)])
 def test_fewer_steps_than_a_run_has_made_are_refused(module, config_of, data_dir, tmp_path):
     begin = module.train if module is train else module.search
@@ -232,6 +251,38 @@ def test_fewer_steps_than_a_run_has_made_are_refused(module, config_of, data_dir
     with pytest.raises(SystemExit, match="max_iters=3 is below the 4 steps that this run has made"):
         begin(config_of(data_dir, tmp_path / "o", init_from="resume", max_iters=3))
     assert state_of(tmp_path / "o") == before
+
+
+OTHERS = { # what has the same shapes, and what the optimizers cannot take over
+    "train": [dict(n_head=1), dict(norm="rmsnorm"), dict(activation="relu"), dict(residual="post"), dict(weight_optimizer="sgd")],
+    "search": [dict(n_embd=[4, 16]), dict(n_head=[1, 4]), dict(optimizer="gdas"), dict(optimizer="spos"), dict(n_layer=[2])],
+    "spos": [dict(optimizer="drnas")]}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_run_goes_on_as_the_network_that_it_is(kind, data_dir, tmp_path):
+    """Options that are forgotten on the command are one sentence, and nothing that is there changes; all others may change."""
+    config = (train_config if kind == "train" else search_config)(data_dir, tmp_path, **dict(optimizer="spos") if kind == "spos" else {})
+    go = train.train if kind == "train" else train_search.search
+    go(config)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for change in OTHERS[kind]:
+        (key, value), = change.items()
+        with pytest.raises(SystemExit) as e:
+            go(config | change | dict(init_from="resume", max_iters=6))
+        assert f"{key}={config[key]}" in str(e.value) and f"{key}={value}" in str(e.value) and "\n" not in str(e.value)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    go(config | dict(init_from="resume", max_iters=6, dropout=0.1, learning_rate=1e-4, batch_size=2, loss_chunk=8))
+
+
+def test_a_training_goes_on_with_its_architecture(data_dir, tmp_path):
+    found = {"n_layer": 1, "n_embd": 8, "n_head": [2], "mlp_ratio": [1]}
+    config = search_config(data_dir, tmp_path) | dict(val_portion=0.1, early_stopping=0)
+    train.train(config, found)
+    with pytest.raises(SystemExit, match=r"is of a run of the architecture .*: name that, or another --out_dir") as e:
+        train.train(config | dict(init_from="resume", max_iters=6), found | {"n_head": [1]})
+    assert "\n" not in str(e.value)
+    train.train(config | dict(init_from="resume", max_iters=6), found)
 
 
 class Bomb:

@@ -266,6 +266,18 @@ def test_the_seconds_of_spos_are_also_those_of_the_search_that_ends_it(data_dir,
     assert train_search.search(config | {"init_from": "resume"})["seconds"] >= 6 * 0.2
 
 
+def test_what_other_weights_lost_is_not_looked_up(data_dir, tmp_path):
+    """Gone on with from the checkpoint before, at another rate, the supernet is another after as many steps."""
+    config = search_config(data_dir, tmp_path / "a", optimizer="spos")
+    train_search.search(config)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b/arch_search.jsonl").unlink()
+    for out in "ab":
+        train_search.search(config | dict(out_dir=str(tmp_path / out), init_from="previous", learning_rate=0.1, min_lr=0.1))
+    a, b = ([line["loss"] for line in read_lines(tmp_path / out / "arch_search.jsonl")] for out in "ab")
+    assert a == b
+
+
 def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
     """arch_step of order 2 against the central difference of L_val(w - lr dL_train/dw) in one weight, with dropout; float64, where
     the inner difference may be short."""
@@ -467,6 +479,8 @@ def test_mistakes_are_one_sentence_and_lose_nothing(searched, data_dir, tmp_path
     (dict(optimizer="darts", order=2, dtype="float16"), ["order=2", "float16"]), (dict(train_portion=1.0), ["train_portion"]),
     (dict(device="tpu"), ["tpu", "cpu"]), (dict(dtype="float8"), ["float8"]), (dict(init_from="gpt5"), ["gpt5"]),
     (dict(init_from="resume"), ["holds no run"]), (dict(arch_search="luck"), ["luck"]), (dict(parents=0), ["parents=0 must be 1 or more"]),
+    (dict(budget_penalty=-1.0), ["budget_penalty=-1.0 must be 0 or more"]), (dict(distill=-0.5), ["distill=-0.5 must be 0 or more"]),
+    (dict(optimizer="gdas", tau_min=0.0), ["tau_min=0.0", "above 0"]), (dict(tau_max=1.0, tau_min=2.0), ["tau_max=1.0", "tau_min=2.0"]),
     (dict(arch_learning_rate=-1e-3), ["arch_learning_rate=-0.001 must be 0 or more"]), (dict(arch_weight_decay=-1), ["decay=-1"])])
 def test_wrong_values_are_one_sentence(change, words, data_dir, tmp_path):
     with pytest.raises(SystemExit) as e:
@@ -528,9 +542,26 @@ def test_a_start_with_weights_of_our_own_runs_needs_a_search_and_an_architecture
     assert (tmp_path / "base/result.json").exists()
 
 
+def test_early_stopping_below_zero_is_one_sentence(data_dir, tmp_path):
+    """It would end a run at its first evaluation, as if all had gone well."""
+    with pytest.raises(SystemExit, match="early_stopping=-1 must be 0 or more"):
+        train.train(train_config(data_dir, tmp_path / "t", early_stopping=-1))
+
+
 def test_early_stopping_of_train_base_needs_validation_data(searched, data_dir, tmp_path):
     with pytest.raises(SystemExit, match="val_portion"):
         train_base.train_found(base_config(data_dir, tmp_path / "b", searched / "arch.json", early_stopping=2, val_portion=0.0))
+
+
+@pytest.mark.parametrize("key, value", [("norm", "rmsnorm"), ("bias", "True"), ("n_layer", "3"), ("head_size", "8")])
+def test_a_network_other_than_the_found_one_is_one_sentence(key, value, searched, monkeypatch):
+    """What an arch.json says of the GPT counts, and would silently take the place of what the command says."""
+    monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json", f"--{key}={value}"])
+    with pytest.raises(SystemExit, match=f"^{key}={value} is not .*, that of {searched}/arch.json: leave it out.$"):
+        train_base.with_found(vars(train_base))
+    own = read_json(searched / "arch.json")["model"][key]
+    monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json", f"--{key}={own}", "--block_size=8"])
+    train_base.with_found(vars(train_base))
 
 
 def test_arch_traj_takes_the_last_line(searched, data_dir, tmp_path):
