@@ -96,7 +96,7 @@ def with_found(namespace):
     if given("space") not in (None, found["space"]):
         raise SystemExit(f"space='{given('space')}' is not {found['space']}, that of {files[0] or files[1]}: leave it out.")
     for key, value in found["model"].items() if found["space"] == "gpt" else ():
-        if key != "block_size" and given(key) not in (None, str(value)):
+        if key != "block_size" and (given(key) or str(value)).replace(" ", "") != str(value).replace(" ", ""):
             raise SystemExit(f"{key}={given(key)} is not {value}, that of {files[0] or files[1]}: leave it out.")
     return with_space(namespace, found["space"], found["model"])
 

@@ -387,8 +387,9 @@ def resume_search(net, optimizer, chooser, config, run, state):
     resume(config, run, net, optimizer, state)
     if run.master and state.best_loss < math.inf: # arch.json may be of steps, or of a search, that are made anew, perhaps otherwise
         path = os.path.join(config.out_dir, "arch_traj.jsonl")
-        lines = (unseal(line, path) for line in read_lines(path))
-        write_json(os.path.join(config.out_dir, "arch.json"), next(line for line in lines if line["arch_loss"] == state.best_loss))
+        for line in (unseal(line, path) for line in read_lines(path)):
+            if line["arch_loss"] == state.best_loss:
+                write_json(os.path.join(config.out_dir, "arch.json"), line)
     return net, optimizer
 
 

@@ -165,6 +165,8 @@ def test_groups_of_runs_are_compared(tmp_path, capsys):
     for folders in ("none_*", "short"):
         with pytest.raises(SystemExit, match="names no runs"):
             main(str(tmp_path), f"x:{tmp_path}/{folders}")
+    with pytest.raises(SystemExit, match="more than 5 groups"):
+        main(str(tmp_path), ",".join([f"x:{tmp_path}/r_1"] * 6))
 
 
 def test_what_ends_in_an_environments_process_is_said_without_a_traceback(data_dir, tmp_path):
