@@ -176,7 +176,7 @@ def test_what_ends_in_an_environments_process_is_said_without_a_traceback(data_d
                    budget=12, n_envs=2, learning_rate=1e30)
     done = run("train_rl.py", *flags(options))
     assert done.returncode == 1 and "Traceback" not in done.stderr and "try a lower learning_rate" in done.stderr, done.stderr
-    assert done.stderr.strip().splitlines()[-1] == "The process of an environment has ended; why, it has said above."
+    assert "The process of an environment has ended; why, it has said above." in done.stderr.splitlines() # the other one may end later
 
 
 def test_parallel_environments_train_for_real(data_dir, tmp_path):
