@@ -390,6 +390,7 @@ def resume_search(net, optimizer, chooser, config, run, state):
         for line in (unseal(line, path) for line in read_lines(path)):
             if line["arch_loss"] == state.best_loss:
                 write_json(os.path.join(config.out_dir, "arch.json"), line)
+                break # of equal ones the first was kept
     return net, optimizer
 
 
