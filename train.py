@@ -164,7 +164,9 @@ def check_numbers(config):
     """SystemExit for a number that no run can have."""
     check_range(config, 1, "eval_interval", "log_interval", "eval_iters", "batch_size", "gradient_accumulation_steps",
                 *["block_size"] * (config.space == "gpt"))
-    check_range(config, 0, "max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
+    check_range(config, 0, "max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters",
+                "milestones", "save_interval", "save_minutes", "skip_nonfinite", "crop", "cutout", "bn_batches")
+    check_range(config, -2**63, "seed", below=2**63) # what PyTorch takes
     check_range(config, 0, "beta1", "beta2", "momentum", below=1)
     if config.weight_optimizer == "sgd" and config.nesterov and not config.momentum:
         raise SystemExit("nesterov=True needs a momentum above 0, and momentum=0: raise it, such as --momentum=0.9, or leave nesterov out.")

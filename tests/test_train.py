@@ -491,10 +491,13 @@ def test_wrong_values_are_one_sentence(change, words, data_dir, tmp_path):
 
 COUNTS = ("eval_interval", "log_interval", "eval_iters", "batch_size", "block_size", "gradient_accumulation_steps")
 
+NONE_OR_MORE = ("max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "milestones",
+                "save_interval", "save_minutes", "skip_nonfinite", "crop", "cutout", "bn_batches")
 
 @pytest.mark.parametrize("change, words", [
     *((dict([(key, 0)]), "0 must be 1 or more") for key in COUNTS), (dict(block_size=-16), "-16 must be 1 or more"),
-    *((dict([(key, -1)]), "-1 must be 0 or more") for key in ("max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")),
+    *((dict([(key, -1)]), "-1 must be 0 or more") for key in NONE_OR_MORE),
+    (dict(seed=2**63), f"{2**63} must be at least {-2**63} and below {2**63}"),
     *((dict([(key, value)]), f"{value} must be at least 0 and below 1") for key in ("beta1", "beta2", "momentum") for value in (-0.1, 1.0)),
     (dict(nesterov=True, momentum=0, weight_optimizer="sgd"), "True needs a momentum above 0, and momentum=0"),
     (dict(dropout=1.0), "1.0 must be at least 0 and below 1"), (dict(head_size=-4), "-4 must be 0 or more")])
