@@ -209,9 +209,10 @@ def setup(config):
 def pick_device(device):
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device.split(":")[0]):
-        raise SystemExit(f"device='{device}' is not on this machine: use one of {', '.join(d for d in there if there[d])}, or auto.")
+    cards = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    there = ["cpu", *cards, *["mps"] * torch.backends.mps.is_available()]
+    if device not in there:
+        raise SystemExit(f"device='{device}' is not on this machine: use one of {', '.join(there)}, or auto.")
     return device
 
 

@@ -477,7 +477,8 @@ def test_mistakes_are_one_sentence_and_lose_nothing(searched, data_dir, tmp_path
 @pytest.mark.parametrize("change, words", [
     (dict(optimizer="dart"), ["dart", "drnas"]), (dict(order=2), ["order=2", "darts"]),
     (dict(optimizer="darts", order=2, dtype="float16"), ["order=2", "float16"]), (dict(train_portion=1.0), ["train_portion"]),
-    (dict(device="tpu"), ["tpu", "cpu"]), (dict(dtype="float8"), ["float8"]), (dict(init_from="gpt5"), ["gpt5"]),
+    (dict(device="tpu"), ["tpu", "cpu"]), (dict(device="cpu:one"), ["cpu:one", "use one of cpu"]),
+    (dict(dtype="float8"), ["float8"]), (dict(init_from="gpt5"), ["gpt5"]),
     (dict(init_from="resume"), ["holds no run"]), (dict(arch_search="luck"), ["luck"]), (dict(parents=0), ["parents=0 must be 1 or more"]),
     (dict(budget_penalty=-1.0), ["budget_penalty=-1.0 must be 0 or more"]), (dict(distill=-0.5), ["distill=-0.5 must be 0 or more"]),
     (dict(optimizer="gdas", tau_min=0.0), ["tau_min=0.0", "above 0"]), (dict(tau_max=1.0, tau_min=2.0), ["tau_max=1.0", "tau_min=2.0"]),
