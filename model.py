@@ -485,7 +485,7 @@ class GPT(nn.Module):
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
                 logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature == 0:
+            if temperature < 1e-30: # 0, or what float32 can divide nothing by
                 idx_next = logits.argmax(-1, keepdim=True)
             else:
                 idx_next = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
