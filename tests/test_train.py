@@ -558,12 +558,16 @@ def test_early_stopping_of_train_base_needs_validation_data(searched, data_dir, 
 
 
 @pytest.mark.parametrize("key, value", [("norm", "rmsnorm"), ("bias", "True"), ("n_layer", "3"), ("head_size", "8")])
-def test_a_network_other_than_the_found_one_is_one_sentence(key, value, searched, monkeypatch):
+def test_a_network_other_than_the_found_one_is_one_sentence(key, value, searched, monkeypatch, tmp_path):
     """What an arch.json says of the GPT counts, and would silently take the place of what the command says."""
     monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json", f"--{key}={value}"])
     with pytest.raises(SystemExit, match=f"^{key}={value} is not .*, that of {searched}/arch.json: leave it out.$"):
         train_base.with_found(vars(train_base))
     own = read_json(searched / "arch.json")["model"][key]
+    (tmp_path / "c.py").write_text(f"{key} = {value if key != 'norm' else repr(value)} # of another run")
+    monkeypatch.setattr("sys.argv", ["train_base.py", str(tmp_path / "c.py"), f"--arch={searched}/arch.json"])
+    with pytest.raises(SystemExit, match=f"^{key}={value} is not "):
+        train_base.with_found(vars(train_base))
     monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json", f"--{key}={own}", "--block_size=8"])
     train_base.with_found(vars(train_base))
 
