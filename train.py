@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -970,7 +971,7 @@ def finish(net, splits, config, run, state, cost, arch, log):
     if run.master:
         write_json(os.path.join(config.out_dir, "result.json"), result)
         if config.space == "gpt":
-            print(f"next: python sample.py --out_dir={config.out_dir}")
+            print("next: python sample.py " + shlex.quote(f"--out_dir={config.out_dir}"))
     return result
 
 

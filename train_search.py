@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -654,7 +655,7 @@ def finish(cost, config, run, state, table):
             print(f"in the table: {result['table_accuracy']:.2f}%, rank {result['table_rank']} of {result['table_of']}; the best of random "
                   f"draws, in the mean: {draws}")
         print(f"figure: {search_figure(config.out_dir)}")
-        print(f"next: python train_base.py --arch={os.path.join(config.out_dir, 'arch.json')}")
+        print("next: python train_base.py " + shlex.quote(f"--arch={os.path.join(config.out_dir, 'arch.json')}"))
     return result
 
 

@@ -3,6 +3,7 @@ import functools
 import itertools
 import json
 import math
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -570,6 +571,15 @@ def test_a_network_other_than_the_found_one_is_one_sentence(key, value, searched
         train_base.with_found(vars(train_base))
     monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json", f"--{key}={own}", "--block_size=8"])
     train_base.with_found(vars(train_base))
+
+
+def test_the_next_command_can_be_copied(data_dir, tmp_path, capsys):
+    """Also that of an out_dir with a space in its name."""
+    out = tmp_path / "my search"
+    train_search.search(search_config(data_dir, out))
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1]) == ["next:", "python", "train_base.py", f"--arch={out}/arch.json"]
+    train_base.train_found(base_config(data_dir, tmp_path / "my base", out / "arch.json"))
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1]) == ["next:", "python", "sample.py", f"--out_dir={tmp_path}/my base"]
 
 
 def test_arch_traj_takes_the_last_line(searched, data_dir, tmp_path):
