@@ -9,9 +9,10 @@ Trains a GPT of fixed sizes on prepared data; its functions also run the searche
     python train.py --help                                      # every key with its default
 
 Writes to out_dir: run.json (what was run), log.jsonl (one object a printed line), ckpt.pt (the newest state) and ckpt.prev.pt (the
-one before it), best.pt (the weights of the lowest validation loss) and result.json. SIGTERM or Ctrl-C ends a run after its step
-with a checkpoint; with --init_from=resume it goes on as if nothing had happened, on any number of processes. With --init_from=gpt2,
-gpt2-medium, gpt2-large, gpt2-xl, or a folder with such a config.json and model.safetensors, it starts with the weights of that GPT-2.
+one before it), best.pt (the weights of the lowest validation loss, of images of the highest accuracy or PSNR) and result.json. SIGTERM
+or Ctrl-C ends a run after its step with a checkpoint; with --init_from=resume it goes on as if nothing had happened, on any number of
+processes. With --init_from=gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with such a config.json and model.safetensors, it starts
+with the weights of that GPT-2.
 """
 import contextlib
 import hashlib
@@ -20,8 +21,8 @@ import io
 import json
 import math
 import os
-import shutil
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,7 +114,7 @@ min_lr = 1e-4
 milestones = [0] # in the place of the cosine: the steps from which the learning rate is halved; [0]: none
 skip_nonfinite = 0 # pass over up to so many steps whose loss or gradient is not finite
 zero_stage = 0 # 1: every process keeps a share of the optimizer's state (ZeRO, Rajbhandari et al. 2020)
-early_stopping = 0 # stop after so many evaluations without a lower validation loss; 0: never
+early_stopping = 0 # stop after so many evaluations without a better one on the validation data; 0: never
 # system
 seed = 1337
 backend = '' # of torchrun's processes: '' is nccl on cuda and gloo elsewhere

@@ -491,10 +491,10 @@ def test_wrong_values_are_one_sentence(change, words, data_dir, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-COUNTS = ("eval_interval", "log_interval", "eval_iters", "batch_size", "block_size", "gradient_accumulation_steps")
-
 NONE_OR_MORE = ("max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "milestones",
                 "save_interval", "save_minutes", "skip_nonfinite", "crop", "cutout", "bn_batches")
+COUNTS = ("eval_interval", "log_interval", "eval_iters", "batch_size", "block_size", "gradient_accumulation_steps")
+
 
 @pytest.mark.parametrize("change, words", [
     *((dict([(key, 0)]), "0 must be 1 or more") for key in COUNTS), (dict(block_size=-16), "-16 must be 1 or more"),
@@ -564,11 +564,11 @@ def test_a_network_other_than_the_found_one_is_one_sentence(key, value, searched
     monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json", f"--{key}={value}"])
     with pytest.raises(SystemExit, match=f"^{key}={value} is not .*, that of {searched}/arch.json: leave it out.$"):
         train_base.with_found(vars(train_base))
-    own = read_json(searched / "arch.json")["model"][key]
     (tmp_path / "c.py").write_text(f"{key} = {value if key != 'norm' else repr(value)} # of another run")
     monkeypatch.setattr("sys.argv", ["train_base.py", str(tmp_path / "c.py"), f"--arch={searched}/arch.json"])
     with pytest.raises(SystemExit, match=f"^{key}={value} is not "):
         train_base.with_found(vars(train_base))
+    own = read_json(searched / "arch.json")["model"][key]
     monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json", f"--{key}={own}", "--block_size=8"])
     train_base.with_found(vars(train_base))
 
