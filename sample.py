@@ -41,6 +41,7 @@ def main(config):
     config = SimpleNamespace(**config)
     check_range(config, 1, "num_samples", "max_new_tokens")
     check_range(config, 0, "temperature", "top_k")
+    check_range(config, -2**63, "seed", below=2**63)
     device = pick_device(config.device)
     net, trained = load_run(config.out_dir, device)
     encode, decode = load_tokenizer(trained.data_dir, trained.dataset)

@@ -516,10 +516,12 @@ def test_numbers_out_of_range_are_one_sentence(change, words, searched, data_dir
         assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("change", [dict(top_k=-1), dict(temperature=-0.5), dict(num_samples=0), dict(max_new_tokens=0)])
+@pytest.mark.parametrize("change", [dict(top_k=-1), dict(temperature=-0.5), dict(num_samples=0), dict(max_new_tokens=0),
+                                    dict(seed=2**64)])
 def test_samples_out_of_range_are_one_sentence(change):
     (key, value), = change.items()
-    with pytest.raises(SystemExit, match=f"^{key}={value} must be {'1' if value == 0 else '0'} or more.$"):
+    allowed = f"at least {-2**63} and below {2**63}" if key == "seed" else f"{'1' if value == 0 else '0'} or more"
+    with pytest.raises(SystemExit, match=f"^{key}={value} must be {allowed}.$"):
         sample.main(defaults(vars(sample)) | change)
 
 
