@@ -113,6 +113,11 @@ def test_a_key_of_the_space_overrides_the_search(digits_dir, tmp_path):
     assert (config["n_cell"], config["init_channels"]) == (2, 4) and read_json(tmp_path / "b/result.json")["arch"] == last["arch"]
 
 
+def test_a_network_of_images_writes_no_text(digits_dir, tmp_path):
+    train_base.train_found(space_config(train_base, "nb201", digits_dir, tmp_path, genotype=GENOTYPE.replace("none", "skip_connect")))
+    assert "holds a network of nb201, which writes no text" in sentence("sample.py", f"--out_dir={tmp_path}")
+
+
 def test_a_genotype_is_trained(digits_dir, tmp_path):
     text = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|none~1|nor_conv_3x3~2|"
     script("train_base.py", "--space=nb201", f"--genotype={text}", f"--out_dir={tmp_path}/b", f"--data_dir={digits_dir}",
