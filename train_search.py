@@ -152,8 +152,7 @@ def arch_step(net, forward, chooser, splits, config, run, state):
 
 def bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, lr, teacher=None):
     """One iteration: the alphas on the search split, then the weights on the train split. Returns the weights' loss."""
-    start = config.max_iters // 2 if state.stage == 2 else 0
-    if chooser.alphas and state.step >= start + config.arch_warmup_iters:
+    if chooser.alphas and state.step >= state.began + config.arch_warmup_iters:
         arch_step(net, forward, chooser, splits, config, run, state)
     generator = rng(config.seed, "sample", "weights", state.step)
     archs = [weight_arch(net, chooser, config, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
@@ -541,7 +540,7 @@ def search(config):
     if config.teacher:
         teacher = trained(config.teacher, "teacher", config, run)
     optimizer = configure_optimizer(net, config, run)
-    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1)
+    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1, began=0)
     if resumes(config):
         net, optimizer = resume_search(net, optimizer, chooser, config, run, state)
         if chooser.budget and state.best_arch and chooser.budget.used(chooser.budget.of(state.best_arch)) > 1: # of a search without it
@@ -554,7 +553,7 @@ def search(config):
         nonlocal net, forward, optimizer
         if config.prune_keep and state.stage == 1 and state.step >= config.max_iters // 2:
             chooser.prune(config.prune_keep)
-            state.stage, state.best_loss = 2, math.inf # the architectures of before may be out of reach
+            state.stage, state.began, state.best_loss = 2, state.step, math.inf # the architectures of before may be out of reach
             net, optimizer = second_stage(net, optimizer, chooser, config, run)
             forward = torch.compile(net) if config.compile else net
         phase = phase_of(phases, state.step)

@@ -199,6 +199,16 @@ def test_the_second_stage_keeps_some_operations_and_widens(space, method, digits
     assert read_json(tmp_path / "s/arch.json")["step"] > 2
 
 
+def test_the_alphas_of_a_second_stage_rest_once(digits_dir, tmp_path):
+    """A progressive search that goes on for more steps is in its second half already, and does not wait for half of the new ones."""
+    config = search_config("nb201", digits_dir, tmp_path, **TINY_STAGES)
+    alphas = []
+    for steps, start in ((4, "scratch"), (16, "resume")):
+        train_search.search(config | dict(max_iters=steps, init_from=start))
+        alphas.append(torch.load(tmp_path / "ckpt.pt", weights_only=True)["chooser"]["optimizer"]["state"][0]["step"].item())
+    assert alphas[0] == 4 - 2 * config["arch_warmup_iters"] and alphas[1] == alphas[0] + 12
+
+
 RANKS = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
