@@ -249,7 +249,7 @@ def check_options(config):
         raise SystemExit(f"n_expert={config.n_expert} must be 0, or above top_k={config.top_k}, which must be at least 1.")
     if not 0 < config.prmsnorm_pct <= 1:
         raise SystemExit(f"prmsnorm_pct={config.prmsnorm_pct} must be above 0 and at most 1: the share of the channels, such as 0.0625.")
-    check_range(config, 0, "head_size", "loss_chunk")
+    check_range(config, 0, "head_size", "loss_chunk", "router_aux_loss_coef")
     check_range(config, 0, "dropout", below=1)
 
 

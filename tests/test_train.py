@@ -502,7 +502,8 @@ COUNTS = ("eval_interval", "log_interval", "eval_iters", "batch_size", "block_si
     (dict(seed=2**63), f"{2**63} must be at least {-2**63} and below {2**63}"),
     *((dict([(key, value)]), f"{value} must be at least 0 and below 1") for key in ("beta1", "beta2", "momentum") for value in (-0.1, 1.0)),
     (dict(nesterov=True, momentum=0, weight_optimizer="sgd"), "True needs a momentum above 0, and momentum=0"),
-    (dict(dropout=1.0), "1.0 must be at least 0 and below 1"), (dict(head_size=-4), "-4 must be 0 or more")])
+    (dict(dropout=1.0), "1.0 must be at least 0 and below 1"), (dict(router_aux_loss_coef=-0.1), "-0.1 must be 0 or more"),
+    (dict(head_size=-4), "-4 must be 0 or more")])
 def test_numbers_out_of_range_are_one_sentence(change, words, searched, data_dir, tmp_path):
     """Of every trainer, which leaves nothing behind."""
     places, (key, value) = (data_dir, tmp_path / "o"), next(iter(change.items()))
