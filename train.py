@@ -248,7 +248,7 @@ def check_out_dir(config, run):
         raise SystemExit(f"init_from='{config.init_from}' is not 'scratch', 'resume' or 'previous', nor a pretrained network: "
                          f"{', '.join(model.GPT2)}, or a folder with such a config.json and model.safetensors.")
     if pretrained(config.init_from) and vars(config).get("space") != "gpt":
-        raise SystemExit(f"init_from='{config.init_from}' is for the GPT of train.py and train_search.py alone.")
+        raise SystemExit(f"init_from='{config.init_from}' is for the GPT alone.")
     held = os.path.exists(os.path.join(config.out_dir, "run.json"))
     if resumes(config) and not held:
         raise SystemExit(f"out_dir={config.out_dir} holds no run to resume: leave out --init_from, or name the run's --out_dir.")
