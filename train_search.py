@@ -485,6 +485,8 @@ def check(config):
                          ("latency_of", ("prefill", "decode"))):
         if getattr(config, key) not in allowed:
             raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
+    if config.arch_search == "pareto" and config.optimizer != "spos":
+        raise SystemExit(f"arch_search='pareto' is what optimizer=spos ends with, and optimizer is {config.optimizer}: use spos.")
     check_range(config, 1, "subnets_per_step", "arch_evals", "population", "parents")
     check_range(config, 0, "arch_learning_rate", "arch_weight_decay", "budget_penalty", "distill")
     if not 0 < config.tau_min <= config.tau_max:
@@ -593,19 +595,21 @@ def search_inherited(net, forward, cost, chooser, splits, config, run, state, lo
 
     arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
     path, lines, losses, weights = os.path.join(config.out_dir, "arch_search.jsonl"), [], [], fingerprint(net.state_dict())[:12]
-    if run.master:
-        if resumes(config) and os.path.exists(path):
-            lines = [line for line in (unseal(line, path) for line in read_lines(path)) if line.get("supernet") == weights]
-        write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
-        state.seconds += sum(line["seconds"] for line in lines)
-    known = {key_of(line["arch"]): line["loss"] for line in lines}
-
     costs = {} # of a search for both
 
     def cost_of(arch):
         if key_of(arch) not in costs:
             costs[key_of(arch)] = cost(arch)[config.pareto_cost]
         return costs[key_of(arch)]
+
+    if run.master:
+        if resumes(config) and os.path.exists(path):
+            lines = [line for line in (unseal(line, path) for line in read_lines(path)) if line.get("supernet") == weights]
+            if config.arch_search == "pareto": # perhaps with another pareto_cost than before
+                lines = [line | {"cost": cost_of(line["arch"])} for line in lines]
+        write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
+        state.seconds += sum(line["seconds"] for line in lines)
+    known = {key_of(line["arch"]): line["loss"] for line in lines}
 
     def evaluate(arch):
         stop_if_told(run, lambda: None)
