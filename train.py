@@ -16,7 +16,7 @@ with the weights of that GPT-2.
 """
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -163,12 +163,15 @@ def build(config, arch=None):
 
 
 def check_numbers(config):
-    """SystemExit for a number that no run can have."""
+    """SystemExit for a number that no run can have, and for a log whose package is not there."""
     check_range(config, 1, "eval_interval", "log_interval", "eval_iters", "batch_size", "gradient_accumulation_steps",
                 *["block_size"] * (config.space == "gpt"))
     check_range(config, 0, "max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters",
                 "milestones", "save_interval", "save_minutes", "skip_nonfinite", "crop", "cutout", "bn_batches")
     check_range(config, -2**63, "seed", below=2**63) # what PyTorch takes
+    for key, package in (("wandb_log", "wandb"), ("tensorboard", "tensorboard")):
+        if getattr(config, key) and importlib.util.find_spec(package) is None:
+            raise SystemExit(f"{key}=True needs a package that is not installed: pip install {package}, or leave it off.")
     check_range(config, 0, "beta1", "beta2", "momentum", below=1)
     if config.weight_optimizer == "sgd" and config.nesterov and not config.momentum:
         raise SystemExit("nesterov=True needs a momentum above 0, and momentum=0: raise it, such as --momentum=0.9, or leave nesterov out.")
@@ -373,16 +376,12 @@ class Log:
     def __init__(self, config, run, start=0):
         self.config, self.run, self.wandb, self.board = config, run, None, None
         self.bar = tqdm(total=config.max_iters, initial=start, unit="step", leave=False, disable=not run.master or not sys.stderr.isatty())
-        try:
-            if run.master and config.wandb_log:
-                import wandb
-                self.wandb = wandb.init(project=config.wandb_project, name=config.out_dir, config=vars(config))
-            if run.master and config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(config.out_dir)
-        except ImportError as e:
-            raise SystemExit(f"wandb_log={config.wandb_log} and tensorboard={config.tensorboard} need packages of their own ({e}): "
-                             "pip install wandb tensorboard, or leave them off.") from None
+        if run.master and config.wandb_log:
+            import wandb
+            self.wandb = wandb.init(project=config.wandb_project, name=config.out_dir, config=vars(config))
+        if run.master and config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(config.out_dir)
 
     def __enter__(self):
         return self

@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -589,6 +590,14 @@ def test_arch_traj_takes_the_last_line(searched, data_dir, tmp_path):
     last = read_lines(searched / "arch_traj.jsonl")[-1]
     result = train_base.train_found(base_config(data_dir, tmp_path / "b", "", arch_traj=str(searched / "arch_traj.jsonl")))
     assert result["arch"] == last["arch"] and result["params"] == last["cost"]["params"]
+
+
+@pytest.mark.parametrize("key, package", [("wandb_log", "wandb"), ("tensorboard", "tensorboard")])
+def test_a_package_that_is_missing_is_told_before_a_run_is_begun(key, package, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f"^{key}=True needs a package that is not installed: pip install {package}, or leave it off.$"):
+        train.train(train_config(data_dir, tmp_path / "t", **{key: True}))
+    assert not (tmp_path / "t").exists()
 
 
 def test_a_non_finite_loss_stops_before_anything_is_saved(data_dir, tmp_path):
