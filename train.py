@@ -793,8 +793,8 @@ def resume(config, run, net, optimizer, state, arch=None):
         if checkpoint.get("arch") != arch:
             raise SystemExit(f"{path} is of a run of the architecture {checkpoint['arch']}, and not of {arch}: name that, or another "
                              "--out_dir.")
-        saved = checkpoint["optimizer"] # of its settings, such as the weight decay, those of this command count
-        groups = [theirs | {key: value for key, value in ours.items() if key != "params"}
+        saved = checkpoint["optimizer"] # of its settings, such as the weight decay, those of this command count; every step sets its lr
+        groups = [theirs | {key: value for key, value in ours.items() if key not in ("params", "lr")}
                   for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
         optimizer.load_state_dict(saved | {"param_groups": groups})
         if checkpoint["scaler"]: # of dtype=float16
