@@ -321,7 +321,8 @@ def search_figure(out_dir):
         elif labels:
             draw_weights(figure, axes[-1], labels, matrix, lines, best, config["eval_interval"])
         elif searched and all("cost" in line for line in searched):
-            draw_front(axes[-1], searched, config["pareto_cost"])
+            front = os.path.join(out_dir, "pareto.json") # of a run that went on, perhaps with another cost
+            draw_front(axes[-1], searched, read_json(front)["cost"] if os.path.exists(front) else config["pareto_cost"])
         elif searched:
             draw_searched(axes[-1], searched)
         axes[1 + bool(table) if searched or many else -1].set_xlabel("step")

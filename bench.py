@@ -120,7 +120,7 @@ def contender(config, run, method=""):
     net = net.to(run.device)
     compiled = type(net).compile_parts if method and config.space == "gpt" else torch.compile
     c = SimpleNamespace(net=net, forward=compiled(net) if config.compile else net, optimizer=configure_optimizer(net, config, run),
-                        state=SimpleNamespace(step=0, skipped=0, stage=1), method=method or "plain",
+                        state=SimpleNamespace(step=0, skipped=0, began=0), method=method or "plain",
                         splits={"train": tokens, "search": tokens},
                         config=SimpleNamespace(**vars(config) | {"optimizer": method}), arch_step=None, seconds=[], ratios=[])
     c.step = lambda: train_step(net, c.forward, c.optimizer, tokens, config, run, c.state, config.learning_rate)

@@ -112,15 +112,16 @@ def as_list(value):
 
 
 def given(key, argv=None):
-    """The string that argv (default: the command line) gives to a key, by --key=value or by a plain assignment in a config file; else
-    None. Runs nothing."""
+    """The string that argv (default: the command line) gives to a key, by --key=value or by an assignment of a plain value, such as
+    'rope', 0.5, True or [2, 4], in a config file; else None. Runs nothing."""
     found = None
     for arg in sys.argv[1:] if argv is None else argv:
         if arg.startswith(f"--{key}="):
             found = arg.partition("=")[2]
         elif arg.endswith(".py") and Path(arg).is_file():
-            lines = re.findall(rf"^{key}\s*=\s*(['\"])(.*?)\1", Path(arg).read_text(errors="replace"), re.M)
-            found = lines[-1][1] if lines else found
+            plain = rf"^{key}\s*=\s*(?:(['\"])(.*?)\1|(True|False|[-\d.\[][^#\n]*))"
+            lines = re.findall(plain, Path(arg).read_text(errors="replace"), re.M)
+            found = (lines[-1][1] or lines[-1][2].strip()) if lines else found
     return found
 
 

@@ -358,7 +358,7 @@ def make_table(config):
     print(f"{config['table']}: {len(rows)} rows, {sum(took):.0f} s, {1000 * statistics.median(took):.1f} ms an evaluation (median)")
     if others:
         compare(rows, others)
-    print(f"next: python train_rl.py --table={config['table']}")
+    print(f"next: python train_rl.py --table={config['table']} --seeds={str(config['seeds']).replace(' ', '')}")
     return rows
 
 

@@ -7,7 +7,7 @@ Exports a trained network for other programs, written only if what was written c
     python export.py --out_dir=out/base --format=nanogpt        # nanogpt/ckpt.pt, a GPT for nanoGPT's --init_from=resume
     python export.py --out_dir=out/base --format=huggingface    # huggingface/, a GPT for transformers' from_pretrained()
 
-Takes out_dir's best.pt, the weights of the lowest validation loss, and writes into out_dir.
+Takes out_dir's best.pt, the best weights in validation, and writes into out_dir.
 
 The only input of model.onnx and model.pt2, x, is
     images     float32 (batch, channels, img_size, img_size), as prepare.get_images() gives them: (pixel - mean) / std of meta.json

@@ -249,7 +249,7 @@ def check_options(config):
         raise SystemExit(f"n_expert={config.n_expert} must be 0, or above top_k={config.top_k}, which must be at least 1.")
     if not 0 < config.prmsnorm_pct <= 1:
         raise SystemExit(f"prmsnorm_pct={config.prmsnorm_pct} must be above 0 and at most 1: the share of the channels, such as 0.0625.")
-    check_range(config, 0, "head_size", "loss_chunk")
+    check_range(config, 0, "head_size", "loss_chunk", "router_aux_loss_coef")
     check_range(config, 0, "dropout", below=1)
 
 
@@ -485,7 +485,7 @@ class GPT(nn.Module):
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
                 logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature == 0:
+            if temperature < 1e-30: # 0, or what float32 can divide nothing by
                 idx_next = logits.argmax(-1, keepdim=True)
             else:
                 idx_next = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)

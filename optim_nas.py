@@ -205,7 +205,8 @@ class ArchOptimizer:
         for key, alpha in self.alphas.items():
             alpha.data.copy_(state["alphas"][key])
         if self.alphas:
-            self.optimizer.load_state_dict(state["optimizer"])
+            ours = self.optimizer.state_dict()["param_groups"] # the settings of this command
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": ours})
 
 
 def kl_to_uniform(concentration):

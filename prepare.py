@@ -829,7 +829,10 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
         os.replace(progress, finished)
     if shards:
         cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size)
-    script = f"train_rl.py --shards={shards}" if shards else "train_search.py"
+    script = "train_search.py"
+    if shards: # not the table, which is of other shards
+        script = f"train_rl.py --evaluator=train --shards={shards} --entries={str(entries).replace(' ', '')} "
+        script += f"--test_entries={test_entries} --block_size={block_size}"
     if dataset in PAIR_SETS:
         print(f"{folder}: {meta['train_images']:,} images of train in {len(meta['train_shapes']):,} regions, {meta['val_images']:,} of "
               f"val, enlarged {scale} times")

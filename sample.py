@@ -41,8 +41,11 @@ def main(config):
     config = SimpleNamespace(**config)
     check_range(config, 1, "num_samples", "max_new_tokens")
     check_range(config, 0, "temperature", "top_k")
+    check_range(config, -2**63, "seed", below=2**63)
     device = pick_device(config.device)
     net, trained = load_run(config.out_dir, device)
+    if trained.space != "gpt":
+        raise SystemExit(f"out_dir={config.out_dir} holds a network of {trained.space}, which writes no text: name that of a GPT.")
     encode, decode = load_tokenizer(trained.data_dir, trained.dataset)
     vocab_size = load_meta(trained.data_dir, trained.dataset)["vocab_size"] # the network's is padded
     text = config.prompt

@@ -9,17 +9,19 @@ Trains a GPT of fixed sizes on prepared data; its functions also run the searche
     python train.py --help                                      # every key with its default
 
 Writes to out_dir: run.json (what was run), log.jsonl (one object a printed line), ckpt.pt (the newest state) and ckpt.prev.pt (the
-one before it), best.pt (the weights of the lowest validation loss) and result.json. SIGTERM or Ctrl-C ends a run after its step
-with a checkpoint; with --init_from=resume it goes on as if nothing had happened, on any number of processes. With --init_from=gpt2,
-gpt2-medium, gpt2-large, gpt2-xl, or a folder with such a config.json and model.safetensors, it starts with the weights of that GPT-2.
+one before it), best.pt (the weights of the lowest validation loss, of images of the highest accuracy or PSNR) and result.json. SIGTERM
+or Ctrl-C ends a run after its step with a checkpoint; with --init_from=resume it goes on as if nothing had happened, on any number of
+processes. With --init_from=gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with such a config.json and model.safetensors, it starts
+with the weights of that GPT-2.
 """
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -112,7 +114,7 @@ min_lr = 1e-4
 milestones = [0] # in the place of the cosine: the steps from which the learning rate is halved; [0]: none
 skip_nonfinite = 0 # pass over up to so many steps whose loss or gradient is not finite
 zero_stage = 0 # 1: every process keeps a share of the optimizer's state (ZeRO, Rajbhandari et al. 2020)
-early_stopping = 0 # stop after so many evaluations without a lower validation loss; 0: never
+early_stopping = 0 # stop after so many evaluations without a better one on the validation data; 0: never
 # system
 seed = 1337
 backend = '' # of torchrun's processes: '' is nccl on cuda and gloo elsewhere
@@ -161,10 +163,15 @@ def build(config, arch=None):
 
 
 def check_numbers(config):
-    """SystemExit for a number that no run can have."""
+    """SystemExit for a number that no run can have, and for a log whose package is not there."""
     check_range(config, 1, "eval_interval", "log_interval", "eval_iters", "batch_size", "gradient_accumulation_steps",
                 *["block_size"] * (config.space == "gpt"))
-    check_range(config, 0, "max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")
+    check_range(config, 0, "max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters",
+                "milestones", "save_interval", "save_minutes", "skip_nonfinite", "crop", "cutout", "bn_batches")
+    check_range(config, -2**63, "seed", below=2**63) # what PyTorch takes
+    for key, package in (("wandb_log", "wandb"), ("tensorboard", "tensorboard")):
+        if getattr(config, key) and importlib.util.find_spec(package) is None:
+            raise SystemExit(f"{key}=True needs a package that is not installed: pip install {package}, or leave it off.")
     check_range(config, 0, "beta1", "beta2", "momentum", below=1)
     if config.weight_optimizer == "sgd" and config.nesterov and not config.momentum:
         raise SystemExit("nesterov=True needs a momentum above 0, and momentum=0: raise it, such as --momentum=0.9, or leave nesterov out.")
@@ -207,9 +214,10 @@ def setup(config):
 def pick_device(device):
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(device.split(":")[0]):
-        raise SystemExit(f"device='{device}' is not on this machine: use one of {', '.join(d for d in there if there[d])}, or auto.")
+    cards = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
+    there = ["cpu", *cards, *["mps"] * torch.backends.mps.is_available()]
+    if device not in there:
+        raise SystemExit(f"device='{device}' is not on this machine: use one of {', '.join(there)}, or auto.")
     return device
 
 
@@ -243,7 +251,7 @@ def check_out_dir(config, run):
         raise SystemExit(f"init_from='{config.init_from}' is not 'scratch', 'resume' or 'previous', nor a pretrained network: "
                          f"{', '.join(model.GPT2)}, or a folder with such a config.json and model.safetensors.")
     if pretrained(config.init_from) and vars(config).get("space") != "gpt":
-        raise SystemExit(f"init_from='{config.init_from}' is for the GPT of train.py and train_search.py alone.")
+        raise SystemExit(f"init_from='{config.init_from}' is for the GPT alone.")
     held = os.path.exists(os.path.join(config.out_dir, "run.json"))
     if resumes(config) and not held:
         raise SystemExit(f"out_dir={config.out_dir} holds no run to resume: leave out --init_from, or name the run's --out_dir.")
@@ -368,16 +376,12 @@ class Log:
     def __init__(self, config, run, start=0):
         self.config, self.run, self.wandb, self.board = config, run, None, None
         self.bar = tqdm(total=config.max_iters, initial=start, unit="step", leave=False, disable=not run.master or not sys.stderr.isatty())
-        try:
-            if run.master and config.wandb_log:
-                import wandb
-                self.wandb = wandb.init(project=config.wandb_project, name=config.out_dir, config=vars(config))
-            if run.master and config.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(config.out_dir)
-        except ImportError as e:
-            raise SystemExit(f"wandb_log={config.wandb_log} and tensorboard={config.tensorboard} need packages of their own ({e}): "
-                             "pip install wandb tensorboard, or leave them off.") from None
+        if run.master and config.wandb_log:
+            import wandb
+            self.wandb = wandb.init(project=config.wandb_project, name=config.out_dir, config=vars(config))
+        if run.master and config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(config.out_dir)
 
     def __enter__(self):
         return self
@@ -789,8 +793,12 @@ def resume(config, run, net, optimizer, state, arch=None):
         if checkpoint.get("arch") != arch:
             raise SystemExit(f"{path} is of a run of the architecture {checkpoint['arch']}, and not of {arch}: name that, or another "
                              "--out_dir.")
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        run.scaler.load_state_dict(checkpoint["scaler"])
+        saved = checkpoint["optimizer"] # of its settings, such as the weight decay, those of this command count; every step sets its lr
+        groups = [theirs | {key: value for key, value in ours.items() if key not in ("params", "lr")}
+                  for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
+        optimizer.load_state_dict(saved | {"param_groups": groups})
+        if checkpoint["scaler"]: # of dtype=float16
+            run.scaler.load_state_dict(checkpoint["scaler"])
         vars(state).update(checkpoint["state"])
     if run.world > 1:
         dist.barrier()
@@ -888,7 +896,8 @@ def train(config, arch=None, test=False):
         resume(config, run, net, optimizer, state, arch)
         path = os.path.join(config.out_dir, "best.pt")
         if os.path.exists(path) and load_checkpoint(path, "cpu")["step"] > state.step: # of steps that are made anew, perhaps otherwise
-            state.best = math.inf
+            state.best, state.evaluated = math.inf, min(state.evaluated, config.max_iters - 1)
+        state.stop = bool(config.early_stopping) and state.strikes >= config.early_stopping
     begin(config, run)
     forward = torch.compile(net) if config.compile else net
     sample = "a sequence" if config.space == "gpt" else "an image"
@@ -962,7 +971,7 @@ def finish(net, splits, config, run, state, cost, arch, log):
     if run.master:
         write_json(os.path.join(config.out_dir, "result.json"), result)
         if config.space == "gpt":
-            print(f"next: python sample.py --out_dir={config.out_dir}")
+            print("next: python sample.py " + shlex.quote(f"--out_dir={config.out_dir}"))
     return result
 
 

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -151,8 +152,7 @@ def arch_step(net, forward, chooser, splits, config, run, state):
 
 def bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, lr, teacher=None):
     """One iteration: the alphas on the search split, then the weights on the train split. Returns the weights' loss."""
-    start = config.max_iters // 2 if state.stage == 2 else 0
-    if chooser.alphas and state.step >= start + config.arch_warmup_iters:
+    if chooser.alphas and state.step >= state.began + config.arch_warmup_iters:
         arch_step(net, forward, chooser, splits, config, run, state)
     generator = rng(config.seed, "sample", "weights", state.step)
     archs = [weight_arch(net, chooser, config, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
@@ -486,6 +486,8 @@ def check(config):
                          ("latency_of", ("prefill", "decode"))):
         if getattr(config, key) not in allowed:
             raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
+    if config.arch_search == "pareto" and config.optimizer != "spos":
+        raise SystemExit(f"arch_search='pareto' is what optimizer=spos ends with, and optimizer is {config.optimizer}: use spos.")
     check_range(config, 1, "subnets_per_step", "arch_evals", "population", "parents")
     check_range(config, 0, "arch_learning_rate", "arch_weight_decay", "budget_penalty", "distill")
     if not 0 < config.tau_min <= config.tau_max:
@@ -541,7 +543,7 @@ def search(config):
     if config.teacher:
         teacher = trained(config.teacher, "teacher", config, run)
     optimizer = configure_optimizer(net, config, run)
-    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1)
+    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1, began=0)
     if resumes(config):
         net, optimizer = resume_search(net, optimizer, chooser, config, run, state)
         if chooser.budget and state.best_arch and chooser.budget.used(chooser.budget.of(state.best_arch)) > 1: # of a search without it
@@ -554,7 +556,7 @@ def search(config):
         nonlocal net, forward, optimizer
         if config.prune_keep and state.stage == 1 and state.step >= config.max_iters // 2:
             chooser.prune(config.prune_keep)
-            state.stage, state.best_loss = 2, math.inf # the architectures of before may be out of reach
+            state.stage, state.began, state.best_loss = 2, state.step, math.inf # the architectures of before may be out of reach
             net, optimizer = second_stage(net, optimizer, chooser, config, run)
             forward = torch.compile(net) if config.compile else net
         phase = phase_of(phases, state.step)
@@ -594,19 +596,21 @@ def search_inherited(net, forward, cost, chooser, splits, config, run, state, lo
 
     arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
     path, lines, losses, weights = os.path.join(config.out_dir, "arch_search.jsonl"), [], [], fingerprint(net.state_dict())[:12]
-    if run.master:
-        if resumes(config) and os.path.exists(path):
-            lines = [line for line in (unseal(line, path) for line in read_lines(path)) if line.get("supernet") == weights]
-        write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
-        state.seconds += sum(line["seconds"] for line in lines)
-    known = {key_of(line["arch"]): line["loss"] for line in lines}
-
     costs = {} # of a search for both
 
     def cost_of(arch):
         if key_of(arch) not in costs:
             costs[key_of(arch)] = cost(arch)[config.pareto_cost]
         return costs[key_of(arch)]
+
+    if run.master:
+        if resumes(config) and os.path.exists(path):
+            lines = [line for line in (unseal(line, path) for line in read_lines(path)) if line.get("supernet") == weights]
+            if config.arch_search == "pareto": # perhaps with another pareto_cost than before
+                lines = [line | {"cost": cost_of(line["arch"])} for line in lines]
+        write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
+        state.seconds += sum(line["seconds"] for line in lines)
+    known = {key_of(line["arch"]): line["loss"] for line in lines}
 
     def evaluate(arch):
         stop_if_told(run, lambda: None)
@@ -655,7 +659,7 @@ def finish(cost, config, run, state, table):
             print(f"in the table: {result['table_accuracy']:.2f}%, rank {result['table_rank']} of {result['table_of']}; the best of random "
                   f"draws, in the mean: {draws}")
         print(f"figure: {search_figure(config.out_dir)}")
-        print(f"next: python train_base.py --arch={os.path.join(config.out_dir, 'arch.json')}")
+        print("next: python train_base.py " + shlex.quote(f"--arch={os.path.join(config.out_dir, 'arch.json')}"))
     return result
 
 

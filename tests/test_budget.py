@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import TINY_EVALS, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
 
+import analyze
 import train_search
 from model import build
 from optim_nas import ArchOptimizer, Budget, architectures, by_front, fronts, likelihood, likeliest, one_hot, random_search, uniform
+from test_train import search_config
 from train import space_module
 
 CHARS = build(dict(n_layer=[4, 5, 6], n_head=[2, 4, 6], n_embd=[96, 192, 384], mlp_ratio=[2, 3, 4], bias=False, vocab_size=65,
@@ -171,6 +173,25 @@ def test_evolution_towards_small_loss_and_small_cost(data_dir, tmp_path):
     assert len(tried) == 12 and min(line["loss"] for line in tried) == front[0]["loss"]
     for a in front:
         assert not any(b["loss"] <= a["loss"] and b["params"] <= a["params"] and b != a for b in front)
+
+
+def test_a_search_for_both_goes_on_with_another_cost(data_dir, tmp_path, monkeypatch):
+    """What was evaluated before has that cost, too: in its log, in the front and in the figure."""
+    config = search_config(data_dir, tmp_path, optimizer="spos", arch_search="pareto", pareto_cost="flops")
+    train_search.search(config)
+    figures = []
+    monkeypatch.setattr(analyze, "draw_front", lambda ax, searched, cost: figures.append((searched, cost)))
+    train_search.search(config | dict(init_from="resume", pareto_cost="params", arch_evals=8))
+    (searched, cost), = figures
+    net = build(json.loads((tmp_path / "run.json").read_text())["config"])
+    assert cost == "params" and [line["cost"] for line in searched] == [net.cost(line["arch"])["params"] for line in searched]
+    assert len(searched) == 8
+
+
+def test_a_front_needs_spos(data_dir, tmp_path):
+    with pytest.raises(SystemExit, match="arch_search='pareto' is what optimizer=spos ends with, and optimizer is drnas"):
+        train_search.search(search_config(data_dir, tmp_path / "o", arch_search="pareto"))
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_budget_out_of_reach_stops_a_search(data_dir, tmp_path):

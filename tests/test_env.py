@@ -16,6 +16,7 @@ import configurator
 import env
 import prepare
 import train
+import train_rl
 from env import ArchEnv, arch_of, balance_reward, regret, seed_reward
 
 TABLE = str(ROOT / "assets/heads_layers.csv")
@@ -183,6 +184,14 @@ def test_a_table_of_one_number_of_entries_has_no_scale(tmp_path):
         env.shards_of(on_table(table=str(tmp_path / "t.csv")))
 
 
+def test_the_next_command_is_about_the_shards_that_were_cut(config, data_dir, capsys):
+    cuts = dict(shards=3, entries=[4, 40], test_entries=10, block_size=8)
+    prepare.prepare(dataset="text", name="pydocs", path=f"{data_dir}/text.txt", data_dir=data_dir, **cuts)
+    _, _, script, *argv = capsys.readouterr().out.splitlines()[-1].split()
+    found = configurator.configure(dict(vars(train_rl)), argv)
+    assert script == "train_rl.py" and [shard["entries"] for shard in env.shards_of(found)] == [4, 13, 40]
+
+
 def test_other_shards_do_not_replace_those_there_are(config):
     env.shards_of(config)
     with pytest.raises(SystemExit, match="holds shards of 5 to 60 entries of 16 tokens"):
@@ -250,8 +259,9 @@ def test_the_table_is_complete_and_small():
         assert row["ppl"] == pytest.approx(math.exp(row["loss"]), rel=1e-3) and row["time"] > 0
 
 
-def test_a_table_is_made_once(config, tmp_path, monkeypatch):
-    """Every architecture for each number of entries, in two processes; a second run trains nothing. Nine networks, to be quick."""
+def test_a_table_is_made_once(config, tmp_path, monkeypatch, capsys):
+    """Every architecture for each number of entries, in two processes; a second run trains nothing, and the command that it names next
+    asks for what is in the table. Nine networks, to be quick."""
     monkeypatch.setattr(env, "N", 3)
     config |= dict(shards=2, seeds=[7], max_iters=1, n_envs=2, time_from="measured", table=str(tmp_path / "t.csv"))
     env.make_table(config)
@@ -264,6 +274,8 @@ def test_a_table_is_made_once(config, tmp_path, monkeypatch):
     assert len(trained) == 18
     env.make_table(config | {"n_envs": 1})
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == trained
+    found = configurator.configure(dict(vars(train_rl)), capsys.readouterr().out.splitlines()[-1].split()[3:])
+    env.table_evaluator(found)
 
 
 @pytest.mark.parametrize("text", ["", "entries,n_head\n1,2\n", None])

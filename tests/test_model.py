@@ -298,6 +298,7 @@ def test_a_mixture_generates_what_it_computes():
     net, (x, _) = supernet("three").eval(), tokens(T=3)
     weights = {name: torch.full(c.shape, 1 / len(c.options)) for name, c in net.choices.items()}
     new = net.generate(x, 15, temperature=0, arch=weights)
+    assert torch.equal(net.generate(x, 15, temperature=1e-300, arch=weights), new)
     for t in range(3, 18):
         assert torch.equal(net(new[:, max(0, t - 12):t], arch=weights)[0][:, -1].argmax(-1), new[:, t]), t
 

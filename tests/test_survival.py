@@ -275,6 +275,42 @@ def test_a_run_goes_on_as_the_network_that_it_is(kind, data_dir, tmp_path):
     go(config | dict(init_from="resume", max_iters=6, dropout=0.1, learning_rate=1e-4, batch_size=2, loss_chunk=8))
 
 
+def test_a_run_goes_on_with_the_optimizers_settings_of_its_command(data_dir, tmp_path):
+    """What the command changes counts, of the weights and of the alphas, and not what the checkpoint was saved with."""
+    config = search_config(data_dir, tmp_path, weight_optimizer="adam")
+    train_search.search(config)
+    train_search.search(config | dict(init_from="resume", max_iters=6, weight_decay=0.3, beta1=0.8, arch_learning_rate=0.05))
+    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    weights, alphas = (found["param_groups"] for found in (checkpoint["optimizer"], checkpoint["chooser"]["optimizer"]))
+    assert all(group["weight_decay"] == 0.3 and group["betas"] == (0.8, 0.99) for group in weights)
+    assert [group["lr"] for group in alphas] == [0.05]
+
+
+def test_a_run_goes_on_in_another_precision(data_dir, tmp_path):
+    """Also in float16, whose scaler a checkpoint of float32 does not have."""
+    config = train_config(data_dir, tmp_path)
+    train.train(config)
+    for steps, dtype in ((6, "float16"), (8, "bfloat16"), (10, "float16"), (12, "float32")):
+        assert train.train(config | dict(init_from="resume", max_iters=steps, dtype=dtype))["steps"] == steps
+
+
+def test_a_training_that_stopped_early_goes_on_with_more_patience(data_dir, tmp_path):
+    config = train_config(data_dir, tmp_path, val_portion=0.1, early_stopping=2, learning_rate=1.0, max_iters=40, decay_lr=False)
+    steps = train.train(config, test=True)["steps"]
+    assert steps < 40 and train.train(config | dict(init_from="resume"), test=True)["steps"] == steps
+    assert train.train(config | dict(init_from="resume", early_stopping=3), test=True)["steps"] == steps + config["eval_interval"]
+    assert train.train(config | dict(init_from="resume", early_stopping=0), test=True)["steps"] == 40
+
+
+def test_the_checkpoint_before_may_be_the_end(data_dir, tmp_path):
+    """Of a run that goes back to its step 2 and no further: its result is that of step 2."""
+    config = train_config(data_dir, tmp_path, val_portion=0.1, learning_rate=1e-2)
+    train.train(config, test=True)
+    result = train.train(config | dict(init_from="previous", max_iters=2), test=True)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["step"] == result["best_step"] == result["steps"] == 2 and best["losses"]["val_loss"] == result["best_val_loss"]
+
+
 def test_a_training_goes_on_with_its_architecture(data_dir, tmp_path):
     found = {"n_layer": 1, "n_embd": 8, "n_head": [2], "mlp_ratio": [1]}
     config = search_config(data_dir, tmp_path) | dict(val_portion=0.1, early_stopping=0)

@@ -3,7 +3,9 @@ import functools
 import itertools
 import json
 import math
+import shlex
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -477,7 +479,8 @@ def test_mistakes_are_one_sentence_and_lose_nothing(searched, data_dir, tmp_path
 @pytest.mark.parametrize("change, words", [
     (dict(optimizer="dart"), ["dart", "drnas"]), (dict(order=2), ["order=2", "darts"]),
     (dict(optimizer="darts", order=2, dtype="float16"), ["order=2", "float16"]), (dict(train_portion=1.0), ["train_portion"]),
-    (dict(device="tpu"), ["tpu", "cpu"]), (dict(dtype="float8"), ["float8"]), (dict(init_from="gpt5"), ["gpt5"]),
+    (dict(device="tpu"), ["tpu", "cpu"]), (dict(device="cpu:one"), ["cpu:one", "use one of cpu"]),
+    (dict(dtype="float8"), ["float8"]), (dict(init_from="gpt5"), ["gpt5"]),
     (dict(init_from="resume"), ["holds no run"]), (dict(arch_search="luck"), ["luck"]), (dict(parents=0), ["parents=0 must be 1 or more"]),
     (dict(budget_penalty=-1.0), ["budget_penalty=-1.0 must be 0 or more"]), (dict(distill=-0.5), ["distill=-0.5 must be 0 or more"]),
     (dict(optimizer="gdas", tau_min=0.0), ["tau_min=0.0", "above 0"]), (dict(tau_max=1.0, tau_min=2.0), ["tau_max=1.0", "tau_min=2.0"]),
@@ -489,15 +492,19 @@ def test_wrong_values_are_one_sentence(change, words, data_dir, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
+NONE_OR_MORE = ("max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "milestones",
+                "save_interval", "save_minutes", "skip_nonfinite", "crop", "cutout", "bn_batches")
 COUNTS = ("eval_interval", "log_interval", "eval_iters", "batch_size", "block_size", "gradient_accumulation_steps")
 
 
 @pytest.mark.parametrize("change, words", [
     *((dict([(key, 0)]), "0 must be 1 or more") for key in COUNTS), (dict(block_size=-16), "-16 must be 1 or more"),
-    *((dict([(key, -1)]), "-1 must be 0 or more") for key in ("max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip")),
+    *((dict([(key, -1)]), "-1 must be 0 or more") for key in NONE_OR_MORE),
+    (dict(seed=2**63), f"{2**63} must be at least {-2**63} and below {2**63}"),
     *((dict([(key, value)]), f"{value} must be at least 0 and below 1") for key in ("beta1", "beta2", "momentum") for value in (-0.1, 1.0)),
     (dict(nesterov=True, momentum=0, weight_optimizer="sgd"), "True needs a momentum above 0, and momentum=0"),
-    (dict(dropout=1.0), "1.0 must be at least 0 and below 1"), (dict(head_size=-4), "-4 must be 0 or more")])
+    (dict(dropout=1.0), "1.0 must be at least 0 and below 1"), (dict(router_aux_loss_coef=-0.1), "-0.1 must be 0 or more"),
+    (dict(head_size=-4), "-4 must be 0 or more")])
 def test_numbers_out_of_range_are_one_sentence(change, words, searched, data_dir, tmp_path):
     """Of every trainer, which leaves nothing behind."""
     places, (key, value) = (data_dir, tmp_path / "o"), next(iter(change.items()))
@@ -511,10 +518,12 @@ def test_numbers_out_of_range_are_one_sentence(change, words, searched, data_dir
         assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("change", [dict(top_k=-1), dict(temperature=-0.5), dict(num_samples=0), dict(max_new_tokens=0)])
+@pytest.mark.parametrize("change", [dict(top_k=-1), dict(temperature=-0.5), dict(num_samples=0), dict(max_new_tokens=0),
+                                    dict(seed=2**64)])
 def test_samples_out_of_range_are_one_sentence(change):
     (key, value), = change.items()
-    with pytest.raises(SystemExit, match=f"^{key}={value} must be {'1' if value == 0 else '0'} or more.$"):
+    allowed = f"at least {-2**63} and below {2**63}" if key == "seed" else f"{'1' if value == 0 else '0'} or more"
+    with pytest.raises(SystemExit, match=f"^{key}={value} must be {allowed}.$"):
         sample.main(defaults(vars(sample)) | change)
 
 
@@ -554,20 +563,41 @@ def test_early_stopping_of_train_base_needs_validation_data(searched, data_dir, 
 
 
 @pytest.mark.parametrize("key, value", [("norm", "rmsnorm"), ("bias", "True"), ("n_layer", "3"), ("head_size", "8")])
-def test_a_network_other_than_the_found_one_is_one_sentence(key, value, searched, monkeypatch):
+def test_a_network_other_than_the_found_one_is_one_sentence(key, value, searched, monkeypatch, tmp_path):
     """What an arch.json says of the GPT counts, and would silently take the place of what the command says."""
     monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json", f"--{key}={value}"])
     with pytest.raises(SystemExit, match=f"^{key}={value} is not .*, that of {searched}/arch.json: leave it out.$"):
+        train_base.with_found(vars(train_base))
+    (tmp_path / "c.py").write_text(f"{key} = {value if key != 'norm' else repr(value)} # of another run")
+    monkeypatch.setattr("sys.argv", ["train_base.py", str(tmp_path / "c.py"), f"--arch={searched}/arch.json"])
+    with pytest.raises(SystemExit, match=f"^{key}={value} is not "):
         train_base.with_found(vars(train_base))
     own = read_json(searched / "arch.json")["model"][key]
     monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json", f"--{key}={own}", "--block_size=8"])
     train_base.with_found(vars(train_base))
 
 
+def test_the_next_command_can_be_copied(data_dir, tmp_path, capsys):
+    """Also that of an out_dir with a space in its name."""
+    out = tmp_path / "my search"
+    train_search.search(search_config(data_dir, out))
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1]) == ["next:", "python", "train_base.py", f"--arch={out}/arch.json"]
+    train_base.train_found(base_config(data_dir, tmp_path / "my base", out / "arch.json"))
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1]) == ["next:", "python", "sample.py", f"--out_dir={tmp_path}/my base"]
+
+
 def test_arch_traj_takes_the_last_line(searched, data_dir, tmp_path):
     last = read_lines(searched / "arch_traj.jsonl")[-1]
     result = train_base.train_found(base_config(data_dir, tmp_path / "b", "", arch_traj=str(searched / "arch_traj.jsonl")))
     assert result["arch"] == last["arch"] and result["params"] == last["cost"]["params"]
+
+
+@pytest.mark.parametrize("key, package", [("wandb_log", "wandb"), ("tensorboard", "tensorboard")])
+def test_a_package_that_is_missing_is_told_before_a_run_is_begun(key, package, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f"^{key}=True needs a package that is not installed: pip install {package}, or leave it off.$"):
+        train.train(train_config(data_dir, tmp_path / "t", **{key: True}))
+    assert not (tmp_path / "t").exists()
 
 
 def test_a_non_finite_loss_stops_before_anything_is_saved(data_dir, tmp_path):

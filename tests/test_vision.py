@@ -113,6 +113,11 @@ def test_a_key_of_the_space_overrides_the_search(digits_dir, tmp_path):
     assert (config["n_cell"], config["init_channels"]) == (2, 4) and read_json(tmp_path / "b/result.json")["arch"] == last["arch"]
 
 
+def test_a_network_of_images_writes_no_text(digits_dir, tmp_path):
+    train_base.train_found(space_config(train_base, "nb201", digits_dir, tmp_path, genotype=GENOTYPE.replace("none", "skip_connect")))
+    assert "holds a network of nb201, which writes no text" in sentence("sample.py", f"--out_dir={tmp_path}")
+
+
 def test_a_genotype_is_trained(digits_dir, tmp_path):
     text = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|none~1|nor_conv_3x3~2|"
     script("train_base.py", "--space=nb201", f"--genotype={text}", f"--out_dir={tmp_path}/b", f"--data_dir={digits_dir}",
@@ -192,6 +197,16 @@ def test_the_second_stage_keeps_some_operations_and_widens(space, method, digits
     kept = {name: net.state_dict()[name].shape for name in checkpoint["model"]}
     assert kept == {name: value.shape for name, value in checkpoint["model"].items()} and len(kept) < len(net.state_dict())
     assert read_json(tmp_path / "s/arch.json")["step"] > 2
+
+
+def test_the_alphas_of_a_second_stage_rest_once(digits_dir, tmp_path):
+    """A progressive search that goes on for more steps is in its second half already, and does not wait for half of the new ones."""
+    config = search_config("nb201", digits_dir, tmp_path, **TINY_STAGES)
+    alphas = []
+    for steps, start in ((4, "scratch"), (16, "resume")):
+        train_search.search(config | dict(max_iters=steps, init_from=start))
+        alphas.append(torch.load(tmp_path / "ckpt.pt", weights_only=True)["chooser"]["optimizer"]["state"][0]["step"].item())
+    assert alphas[0] == 4 - 2 * config["arch_warmup_iters"] and alphas[1] == alphas[0] + 12
 
 
 RANKS = """
