@@ -790,7 +790,8 @@ def resume(config, run, net, optimizer, state, arch=None):
             raise SystemExit(f"{path} is of a run of the architecture {checkpoint['arch']}, and not of {arch}: name that, or another "
                              "--out_dir.")
         optimizer.load_state_dict(checkpoint["optimizer"])
-        run.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]: # else it began in another dtype
+            run.scaler.load_state_dict(checkpoint["scaler"])
         vars(state).update(checkpoint["state"])
     if run.world > 1:
         dist.barrier()

@@ -308,6 +308,17 @@ def test_five_hundred_damaged_files_never_make_a_wrong_run(data_dir, tmp_path):
     """Truncated anywhere or with any byte changed, each file gives the right content or one sentence: no traceback, nothing else."""
     train_search.search(search_config(data_dir, tmp_path / "s", save_interval=1))
     run_dir, data = tmp_path / "s", tmp_path / "data"
+@pytest.mark.parametrize("kind", ["train", "search"])
+def test_a_run_goes_on_in_another_dtype(kind, data_dir, tmp_path):
+    """As it does by itself on a device for which dtype=auto means another: float16 alone has a scaler, with a state."""
+    config = (train_config if kind == "train" else search_config)(data_dir, tmp_path)
+    go = train.train if kind == "train" else train_search.search
+    go(config)
+    for steps, dtype in ((6, "float16"), (8, "bfloat16"), (10, "float16")):
+        assert go(config | dict(dtype=dtype, init_from="resume", max_iters=steps))["steps"] == steps
+    assert train.load_checkpoint(str(tmp_path / "ckpt.pt"), "cpu")["scaler"]["_growth_tracker"] == 2
+
+
     shutil.copytree(data_dir, data)
     arch, last = read_json(run_dir / "arch.json"), read_lines(run_dir / "arch_traj.jsonl")
     readers = {
