@@ -705,7 +705,7 @@ def estimate(net, data, config, run, name, arch_of=None, own_norms=False):
     training, images, pairs = net.training, isinstance(data, Images), isinstance(data, Pairs)
     count = config.eval_iters
     if images or pairs:
-        rest = len(data) - own_norms # one image alone has no statistics
+        rest = len(data) - (images and own_norms) # one image left over has no statistics
         count = min(count, max(1, -(-rest // (config.batch_size if images else 1))))
     net.eval()
     with batch_norms(net) if own_norms else contextlib.nullcontext():
