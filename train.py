@@ -407,7 +407,7 @@ class Log:
         of one sample. extra: more values of the line."""
         loss = loss.detach().clone().reshape(1)
         average([loss], self.run)
-        loss = finite(loss.item(), "the training loss")
+        loss = loss.item() # not finite only in a step that was passed over
         ms = (time.perf_counter() - clock) / steps * 1000
         samples, text = self.config.batch_size * self.config.gradient_accumulation_steps, self.config.space == "gpt"
         speed = samples * (self.config.block_size if text else 1) / ms * 1000

@@ -1,5 +1,6 @@
 """Runs that survive: killed, stopped, damaged, out of room, on one process or many, they lose nothing and never go on wrongly."""
 import json
+import math
 import os
 import pickle
 import random
@@ -402,6 +403,18 @@ def spy(self, weights, grads):
     dist.all_gather(every, mine)
     assert torch.equal(*every), "alphas or samples differ between the ranks"
 ArchOptimizer.step = spy
+def test_a_loss_that_is_passed_over_does_not_end_the_run_where_it_is_logged(data_dir, tmp_path, monkeypatch):
+    """The loss of step 2 is not a number: its line says so, and the steps behind it follow."""
+    steps, backward = [], train.backward
+
+    def spoiled(*args):
+        steps.append(1)
+        return backward(*args) * (math.nan if len(steps) == 3 else 1)
+    monkeypatch.setattr(train, "backward", spoiled)
+    train.train(train_config(data_dir, tmp_path, skip_nonfinite=1))
+    assert [math.isnan(line["loss"]) for line in read_lines(tmp_path / "log.jsonl") if "loss" in line] == [False, False, True, False]
+
+
 for name, options in OPTIMIZERS.items():
     train_search.search(search_config({data!r}, {out!r} + "/" + name, gradient_accumulation_steps=2, max_iters=6, **options))
 ready = train.configure_optimizer
