@@ -889,7 +889,7 @@ def train(config, arch=None, test=False):
         resume(config, run, net, optimizer, state, arch)
         path = os.path.join(config.out_dir, "best.pt")
         if os.path.exists(path) and load_checkpoint(path, "cpu")["step"] > state.step: # of steps that are made anew, perhaps otherwise
-            state.best = math.inf
+            state.best, state.evaluated = math.inf, min(state.evaluated, config.max_iters - 1)
     begin(config, run)
     forward = torch.compile(net) if config.compile else net
     sample = "a sequence" if config.space == "gpt" else "an image"

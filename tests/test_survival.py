@@ -236,6 +236,17 @@ def test_the_best_weights_of_steps_that_are_made_otherwise_are_not_those_of_the_
 
 def test_the_architecture_of_steps_that_are_made_otherwise_is_not_that_of_the_run(data_dir, tmp_path):
     """As above: arch.json is what the result says."""
+def test_the_checkpoint_before_may_be_the_end_of_a_run(data_dir, tmp_path):
+    """Without further steps its own weights are the best that are left, and not those of the steps behind it."""
+    config = train_config(data_dir, tmp_path, val_portion=0.1, learning_rate=1e-2)
+    assert train.train(config, test=True)["best_step"] == 4
+    before = torch.load(tmp_path / "ckpt.prev.pt", weights_only=True)
+    result = train.train(config | dict(init_from="previous", max_iters=2), test=True)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["step"] == result["best_step"] == before["state"]["step"] == 2
+    assert result["best_val_loss"] == best["losses"]["val_loss"] == before["state"]["losses"]["val_loss"]
+
+
     config = search_config(data_dir, tmp_path, learning_rate=1e-2)
     train_search.search(config)
     assert read_json(tmp_path / "arch.json")["step"] == 4
