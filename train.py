@@ -787,7 +787,7 @@ def resume(config, run, net, optimizer, state, arch=None):
         load_model(net, checkpoint, path)
         check_same(config, checkpoint, path, "weight_optimizer")
         if checkpoint.get("arch") != arch:
-            raise SystemExit(f"{path} is of a run of the architecture {checkpoint['arch']}, and not of {arch}: name that, or another "
+            raise SystemExit(f"{path} is of a run of the architecture {checkpoint.get('arch')}, and not of {arch}: name that, or another "
                              "--out_dir.")
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]: # else it began in another dtype

@@ -289,6 +289,15 @@ def test_a_run_goes_on_as_the_network_that_it_is(kind, data_dir, tmp_path):
 
 def test_a_training_goes_on_with_its_architecture(data_dir, tmp_path):
     found = {"n_layer": 1, "n_embd": 8, "n_head": [2], "mlp_ratio": [1]}
+def test_a_training_does_not_go_on_with_a_search(data_dir, tmp_path):
+    """Of whose largest architecture the network has all names and shapes."""
+    config = search_config(data_dir, tmp_path)
+    train_search.search(config)
+    largest = {"n_layer": 2, "n_embd": 16, "n_head": [2, 2], "mlp_ratio": [2, 2]}
+    with pytest.raises(SystemExit, match="name that, or another --out_dir"):
+        train.train(config | dict(val_portion=0.1, early_stopping=0, init_from="resume", max_iters=6), largest)
+
+
     config = search_config(data_dir, tmp_path) | dict(val_portion=0.1, early_stopping=0)
     train.train(config, found)
     with pytest.raises(SystemExit, match=r"is of a run of the architecture .*: name that, or another --out_dir") as e:
