@@ -183,13 +183,13 @@ def setup(config):
                          f"make it a multiple of {world}.")
     device = pick_device(config.device)
     device_type = device.split(":")[0]
+    timeout = timedelta(minutes=config.timeout_minutes)
     if world > 1:
         if device_type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         if not dist.is_initialized(): # by an earlier run in this process
-            dist.init_process_group(config.backend or ("nccl" if device_type == "cuda" else "gloo"),
-                                    timeout=timedelta(minutes=config.timeout_minutes))
+            dist.init_process_group(config.backend or ("nccl" if device_type == "cuda" else "gloo"), timeout=timeout)
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dtype = pick_dtype(config.dtype, device_type)
@@ -197,7 +197,7 @@ def setup(config):
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
     if config.zero_stage not in (0, 1) or (config.zero_stage and world == 1):
         raise SystemExit(f"zero_stage={config.zero_stage} is not 0, or 1 with several processes (here: {world}), started by torchrun.")
-    control = dist.new_group(backend="gloo") if world > 1 else None # flags go between the CPUs, and no GPU waits for them
+    control = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None # flags go between the CPUs, and no GPU waits for them
     run = SimpleNamespace(rank=rank, world=world, master=rank == 0, device=device, device_type=device_type, dtype=dtype, amp=amp,
                           scaler=scaler, control=control, signal=0)
     check_out_dir(config, run)

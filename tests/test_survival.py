@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,8 +236,6 @@ def test_the_best_weights_of_steps_that_are_made_otherwise_are_not_those_of_the_
     assert best["step"] == result["best_step"] and best["losses"]["val_loss"] == result["best_val_loss"]
 
 
-def test_the_architecture_of_steps_that_are_made_otherwise_is_not_that_of_the_run(data_dir, tmp_path):
-    """As above: arch.json is what the result says."""
 def test_the_checkpoint_before_may_be_the_end_of_a_run(data_dir, tmp_path):
     """Without further steps its own weights are the best that are left, and not those of the steps behind it."""
     config = train_config(data_dir, tmp_path, val_portion=0.1, learning_rate=1e-2)
@@ -247,6 +247,8 @@ def test_the_checkpoint_before_may_be_the_end_of_a_run(data_dir, tmp_path):
     assert result["best_val_loss"] == best["losses"]["val_loss"] == before["state"]["losses"]["val_loss"]
 
 
+def test_the_architecture_of_steps_that_are_made_otherwise_is_not_that_of_the_run(data_dir, tmp_path):
+    """As above: arch.json is what the result says."""
     config = search_config(data_dir, tmp_path, learning_rate=1e-2)
     train_search.search(config)
     assert read_json(tmp_path / "arch.json")["step"] == 4
@@ -287,8 +289,6 @@ def test_a_run_goes_on_as_the_network_that_it_is(kind, data_dir, tmp_path):
     go(config | dict(init_from="resume", max_iters=6, dropout=0.1, learning_rate=1e-4, batch_size=2, loss_chunk=8))
 
 
-def test_a_training_goes_on_with_its_architecture(data_dir, tmp_path):
-    found = {"n_layer": 1, "n_embd": 8, "n_head": [2], "mlp_ratio": [1]}
 def test_a_training_does_not_go_on_with_a_search(data_dir, tmp_path):
     """Of whose largest architecture the network has all names and shapes."""
     config = search_config(data_dir, tmp_path)
@@ -298,12 +298,25 @@ def test_a_training_does_not_go_on_with_a_search(data_dir, tmp_path):
         train.train(config | dict(val_portion=0.1, early_stopping=0, init_from="resume", max_iters=6), largest)
 
 
+def test_a_training_goes_on_with_its_architecture(data_dir, tmp_path):
+    found = {"n_layer": 1, "n_embd": 8, "n_head": [2], "mlp_ratio": [1]}
     config = search_config(data_dir, tmp_path) | dict(val_portion=0.1, early_stopping=0)
     train.train(config, found)
     with pytest.raises(SystemExit, match=r"is of a run of the architecture .*: name that, or another --out_dir") as e:
         train.train(config | dict(init_from="resume", max_iters=6), found | {"n_head": [1]})
     assert "\n" not in str(e.value)
     train.train(config | dict(init_from="resume", max_iters=6), found)
+
+
+@pytest.mark.parametrize("kind", ["train", "search"])
+def test_a_run_goes_on_in_another_dtype(kind, data_dir, tmp_path):
+    """As it does by itself on a device for which dtype=auto means another: float16 alone has a scaler, with a state."""
+    config = (train_config if kind == "train" else search_config)(data_dir, tmp_path)
+    go = train.train if kind == "train" else train_search.search
+    go(config)
+    for steps, dtype in ((6, "float16"), (8, "bfloat16"), (10, "float16")):
+        assert go(config | dict(dtype=dtype, init_from="resume", max_iters=steps))["steps"] == steps
+    assert train.load_checkpoint(str(tmp_path / "ckpt.pt"), "cpu")["scaler"]["_growth_tracker"] == 2
 
 
 class Bomb:
@@ -329,17 +342,6 @@ def test_five_hundred_damaged_files_never_make_a_wrong_run(data_dir, tmp_path):
     """Truncated anywhere or with any byte changed, each file gives the right content or one sentence: no traceback, nothing else."""
     train_search.search(search_config(data_dir, tmp_path / "s", save_interval=1))
     run_dir, data = tmp_path / "s", tmp_path / "data"
-@pytest.mark.parametrize("kind", ["train", "search"])
-def test_a_run_goes_on_in_another_dtype(kind, data_dir, tmp_path):
-    """As it does by itself on a device for which dtype=auto means another: float16 alone has a scaler, with a state."""
-    config = (train_config if kind == "train" else search_config)(data_dir, tmp_path)
-    go = train.train if kind == "train" else train_search.search
-    go(config)
-    for steps, dtype in ((6, "float16"), (8, "bfloat16"), (10, "float16")):
-        assert go(config | dict(dtype=dtype, init_from="resume", max_iters=steps))["steps"] == steps
-    assert train.load_checkpoint(str(tmp_path / "ckpt.pt"), "cpu")["scaler"]["_growth_tracker"] == 2
-
-
     shutil.copytree(data_dir, data)
     arch, last = read_json(run_dir / "arch.json"), read_lines(run_dir / "arch_traj.jsonl")
     readers = {
@@ -401,6 +403,18 @@ def test_a_step_that_is_not_finite_is_named_or_passed_over(skip, data_dir, tmp_p
         train.backward = backward
 
 
+def test_a_loss_that_is_passed_over_does_not_end_the_run_where_it_is_logged(data_dir, tmp_path, monkeypatch):
+    """The loss of step 2 is not a number: its line says so, and the steps behind it follow."""
+    steps, backward = [], train.backward
+
+    def spoiled(*args):
+        steps.append(1)
+        return backward(*args) * (math.nan if len(steps) == 3 else 1)
+    monkeypatch.setattr(train, "backward", spoiled)
+    train.train(train_config(data_dir, tmp_path, skip_nonfinite=1))
+    assert [math.isnan(line["loss"]) for line in read_lines(tmp_path / "log.jsonl") if "loss" in line] == [False, False, True, False]
+
+
 def test_not_finite_is_one_sentence_for_the_user(data_dir, tmp_path):
     message = fails("train.py", *flags(TINY | {"max_iters": 50, "learning_rate": 1e30, "grad_clip": 0}), f"--data_dir={data_dir}",
                     f"--out_dir={tmp_path}/t")
@@ -408,6 +422,16 @@ def test_not_finite_is_one_sentence_for_the_user(data_dir, tmp_path):
 
 
 # ---- many processes
+
+def test_every_group_of_processes_gives_up_after_timeout_minutes(data_dir, tmp_path, monkeypatch):
+    """Also that of the flags, at which all wait for each other in every step."""
+    given = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("init_process_group", "new_group", "barrier"):
+        monkeypatch.setattr(train.dist, name, lambda *args, name=name, **rest: given.update({name: rest.get("timeout")}))
+    train.setup(SimpleNamespace(**train_config(data_dir, tmp_path, gradient_accumulation_steps=2, timeout_minutes=7.0)))
+    assert given == {"init_process_group": timedelta(minutes=7), "new_group": timedelta(minutes=7), "barrier": None}
+
 
 RANKS = """
 import sys
@@ -423,18 +447,6 @@ def spy(self, weights, grads):
     dist.all_gather(every, mine)
     assert torch.equal(*every), "alphas or samples differ between the ranks"
 ArchOptimizer.step = spy
-def test_a_loss_that_is_passed_over_does_not_end_the_run_where_it_is_logged(data_dir, tmp_path, monkeypatch):
-    """The loss of step 2 is not a number: its line says so, and the steps behind it follow."""
-    steps, backward = [], train.backward
-
-    def spoiled(*args):
-        steps.append(1)
-        return backward(*args) * (math.nan if len(steps) == 3 else 1)
-    monkeypatch.setattr(train, "backward", spoiled)
-    train.train(train_config(data_dir, tmp_path, skip_nonfinite=1))
-    assert [math.isnan(line["loss"]) for line in read_lines(tmp_path / "log.jsonl") if "loss" in line] == [False, False, True, False]
-
-
 for name, options in OPTIMIZERS.items():
     train_search.search(search_config({data!r}, {out!r} + "/" + name, gradient_accumulation_steps=2, max_iters=6, **options))
 ready = train.configure_optimizer
