@@ -968,13 +968,18 @@ def finish(net, splits, config, run, state, cost, arch, log):
 
 
 def main(function, config):
-    """Runs a script's function; a number that is not finite ends it with a sentence, and Ctrl-C without one."""
+    """Runs a script's function; a number that is not finite, or the end of another process, ends it with a sentence, and Ctrl-C without
+    one."""
     try:
         function(config)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except FloatingPointError as e:
         raise SystemExit(str(e)) from None
+    except RuntimeError as e:
+        if "gloo" not in str(e): # which has no error of its own
+            raise
+        raise SystemExit("Another process has ended, or not answered for timeout_minutes; if it has ended, it has said why.") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -532,6 +532,14 @@ def parent_of(pid):
         return None
 
 
+def test_what_ends_one_process_is_said_without_a_traceback_of_the_others(data_dir, tmp_path):
+    """An out_dir that the first one cannot make; the second waits for it. torchrun's own words follow."""
+    (tmp_path / "file").write_text("in the way")
+    done = run("torchrun", "--standalone", "--nproc_per_node=2", "train.py", *flags(TINY | {"gradient_accumulation_steps": 2}),
+               f"--data_dir={data_dir}", f"--out_dir={tmp_path}/file/out")
+    assert done.returncode == 1 and "cannot be made" in done.stderr and "[rank1]: Traceback" not in done.stderr, done.stderr[-3000:]
+
+
 def test_zero_on_one_process_is_one_sentence(data_dir, tmp_path):
     done = run("train.py", *flags(TINY), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o", "--zero_stage=1")
     assert done.returncode == 1 and "torchrun" in done.stderr and "Traceback" not in done.stderr
