@@ -190,13 +190,13 @@ def setup(config):
                          f"make it a multiple of {world}.")
     device = pick_device(config.device)
     device_type = device.split(":")[0]
+    timeout = timedelta(minutes=config.timeout_minutes)
     if world > 1:
         if device_type == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         if not dist.is_initialized(): # by an earlier run in this process
-            dist.init_process_group(config.backend or ("nccl" if device_type == "cuda" else "gloo"),
-                                    timeout=timedelta(minutes=config.timeout_minutes))
+            dist.init_process_group(config.backend or ("nccl" if device_type == "cuda" else "gloo"), timeout=timeout)
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dtype = pick_dtype(config.dtype, device_type)
@@ -204,7 +204,7 @@ def setup(config):
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
     if config.zero_stage not in (0, 1) or (config.zero_stage and world == 1):
         raise SystemExit(f"zero_stage={config.zero_stage} is not 0, or 1 with several processes (here: {world}), started by torchrun.")
-    control = dist.new_group(backend="gloo") if world > 1 else None # flags go between the CPUs, and no GPU waits for them
+    control = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None # flags go between the CPUs, and no GPU waits for them
     run = SimpleNamespace(rank=rank, world=world, master=rank == 0, device=device, device_type=device_type, dtype=dtype, amp=amp,
                           scaler=scaler, control=control, signal=0)
     check_out_dir(config, run)
@@ -349,7 +349,8 @@ def check_same(config, checkpoint, path, *keys):
         own = {field.name for field in fields(model.GPTConfig)}
         own -= {"block_size", "vocab_size", "dropout", "router_aux_loss_coef", "loss_chunk"} # what may change, or shapes tell
     else: # partial_channels changes within a progressive search
-        own = set(defaults(vars(space_module(config.space)))) - {"dropout", "drop_path", "patch", "tile", "partial_channels"}
+        own = set(defaults(vars(space_module(config.space))))
+        own -= {"dropout", "drop_path", "auxiliary", "patch", "tile", "partial_channels"}
     for key in (*keys, *sorted(own & vars(config).keys())): # agents have a few of them
         ours = getattr(config, key)
         theirs = checkpoint["config"].get(key, None if key in keys else ours) # older runs had fewer
@@ -411,7 +412,7 @@ class Log:
         of one sample. extra: more values of the line."""
         loss = loss.detach().clone().reshape(1)
         average([loss], self.run)
-        loss = finite(loss.item(), "the training loss")
+        loss = loss.item() # not finite only in a step that was passed over
         ms = (time.perf_counter() - clock) / steps * 1000
         samples, text = self.config.batch_size * self.config.gradient_accumulation_steps, self.config.space == "gpt"
         speed = samples * (self.config.block_size if text else 1) / ms * 1000
@@ -709,7 +710,7 @@ def estimate(net, data, config, run, name, arch_of=None, own_norms=False):
     training, images, pairs = net.training, isinstance(data, Images), isinstance(data, Pairs)
     count = config.eval_iters
     if images or pairs:
-        rest = len(data) - own_norms # one image alone has no statistics
+        rest = len(data) - (images and own_norms) # one image left over has no statistics
         count = min(count, max(1, -(-rest // (config.batch_size if images else 1))))
     net.eval()
     with batch_norms(net) if own_norms else contextlib.nullcontext():
@@ -791,7 +792,7 @@ def resume(config, run, net, optimizer, state, arch=None):
         load_model(net, checkpoint, path)
         check_same(config, checkpoint, path, "weight_optimizer")
         if checkpoint.get("arch") != arch:
-            raise SystemExit(f"{path} is of a run of the architecture {checkpoint['arch']}, and not of {arch}: name that, or another "
+            raise SystemExit(f"{path} is of a run of the architecture {checkpoint.get('arch')}, and not of {arch}: name that, or another "
                              "--out_dir.")
         saved = checkpoint["optimizer"] # of its settings, such as the weight decay, those of this command count; every step sets its lr
         groups = [theirs | {key: value for key, value in ours.items() if key not in ("params", "lr")}
@@ -976,13 +977,18 @@ def finish(net, splits, config, run, state, cost, arch, log):
 
 
 def main(function, config):
-    """Runs a script's function; a number that is not finite ends it with a sentence, and Ctrl-C without one."""
+    """Runs a script's function; a number that is not finite, or the end of another process, ends it with a sentence, and Ctrl-C without
+    one."""
     try:
         function(config)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except FloatingPointError as e:
         raise SystemExit(str(e)) from None
+    except RuntimeError as e:
+        if "gloo" not in str(e): # which has no error of its own
+            raise
+        raise SystemExit("Another process has ended, or not answered for timeout_minutes; if it has ended, it has said why.") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

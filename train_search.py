@@ -358,6 +358,9 @@ def check_stages(net, config):
     k = getattr(config, "partial_channels", 1)
     if config.widen_to and (not config.prune_keep or not 0 < config.widen_to <= k):
         raise SystemExit(f"widen_to={config.widen_to} needs prune_keep, and may be 1 to partial_channels={k}.")
+    if config.widen_to and config.zero_stage:
+        raise SystemExit(f"widen_to={config.widen_to} copies the optimizer's state, of which zero_stage={config.zero_stage} leaves every "
+                         "process a share: leave one of them out.")
     if config.widen_to:
         with torch.device("meta"):
             build(vars(config) | {"partial_channels": config.widen_to}) # what it does not divide is told now, not after half of the steps

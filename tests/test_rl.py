@@ -52,7 +52,7 @@ def test_a_run_without_an_update_is_an_error(tmp_path):
         learn(settings(tmp_path, learning_starts=100))
 
 
-@pytest.mark.parametrize("changes", [dict(q_network="numbers"), dict(algo="ppo")])
+@pytest.mark.parametrize("changes", [dict(q_network="numbers"), dict(algo="ppo"), dict(algo="a2c")])
 def test_two_iterations_are_one_and_one_more(changes, tmp_path):
     """Bit for bit: weights, optimizer, normaliser, replay buffer and log. The modes alternate."""
     learn(settings(tmp_path / "a", n_iterations=2, mode=1, **changes))

@@ -1,5 +1,6 @@
 """Runs that survive: killed, stopped, damaged, out of room, on one process or many, they lose nothing and never go on wrongly."""
 import json
+import math
 import os
 import pickle
 import random
@@ -9,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,6 +236,17 @@ def test_the_best_weights_of_steps_that_are_made_otherwise_are_not_those_of_the_
     assert best["step"] == result["best_step"] and best["losses"]["val_loss"] == result["best_val_loss"]
 
 
+def test_the_checkpoint_before_may_be_the_end_of_a_run(data_dir, tmp_path):
+    """Without further steps its own weights are the best that are left, and not those of the steps behind it."""
+    config = train_config(data_dir, tmp_path, val_portion=0.1, learning_rate=1e-2)
+    assert train.train(config, test=True)["best_step"] == 4
+    before = torch.load(tmp_path / "ckpt.prev.pt", weights_only=True)
+    result = train.train(config | dict(init_from="previous", max_iters=2), test=True)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert best["step"] == result["best_step"] == before["state"]["step"] == 2
+    assert result["best_val_loss"] == best["losses"]["val_loss"] == before["state"]["losses"]["val_loss"]
+
+
 def test_the_architecture_of_steps_that_are_made_otherwise_is_not_that_of_the_run(data_dir, tmp_path):
     """As above: arch.json is what the result says."""
     config = search_config(data_dir, tmp_path, learning_rate=1e-2)
@@ -286,14 +300,6 @@ def test_a_run_goes_on_with_the_optimizers_settings_of_its_command(data_dir, tmp
     assert [group["lr"] for group in alphas] == [0.05]
 
 
-def test_a_run_goes_on_in_another_precision(data_dir, tmp_path):
-    """Also in float16, whose scaler a checkpoint of float32 does not have."""
-    config = train_config(data_dir, tmp_path)
-    train.train(config)
-    for steps, dtype in ((6, "float16"), (8, "bfloat16"), (10, "float16"), (12, "float32")):
-        assert train.train(config | dict(init_from="resume", max_iters=steps, dtype=dtype))["steps"] == steps
-
-
 def test_a_training_that_stopped_early_goes_on_with_more_patience(data_dir, tmp_path):
     config = train_config(data_dir, tmp_path, val_portion=0.1, early_stopping=2, learning_rate=1.0, max_iters=40, decay_lr=False)
     steps = train.train(config, test=True)["steps"]
@@ -302,13 +308,13 @@ def test_a_training_that_stopped_early_goes_on_with_more_patience(data_dir, tmp_
     assert train.train(config | dict(init_from="resume", early_stopping=0), test=True)["steps"] == 40
 
 
-def test_the_checkpoint_before_may_be_the_end(data_dir, tmp_path):
-    """Of a run that goes back to its step 2 and no further: its result is that of step 2."""
-    config = train_config(data_dir, tmp_path, val_portion=0.1, learning_rate=1e-2)
-    train.train(config, test=True)
-    result = train.train(config | dict(init_from="previous", max_iters=2), test=True)
-    best = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert best["step"] == result["best_step"] == result["steps"] == 2 and best["losses"]["val_loss"] == result["best_val_loss"]
+def test_a_training_does_not_go_on_with_a_search(data_dir, tmp_path):
+    """Of whose largest architecture the network has all names and shapes."""
+    config = search_config(data_dir, tmp_path)
+    train_search.search(config)
+    largest = {"n_layer": 2, "n_embd": 16, "n_head": [2, 2], "mlp_ratio": [2, 2]}
+    with pytest.raises(SystemExit, match="name that, or another --out_dir"):
+        train.train(config | dict(val_portion=0.1, early_stopping=0, init_from="resume", max_iters=6), largest)
 
 
 def test_a_training_goes_on_with_its_architecture(data_dir, tmp_path):
@@ -319,6 +325,17 @@ def test_a_training_goes_on_with_its_architecture(data_dir, tmp_path):
         train.train(config | dict(init_from="resume", max_iters=6), found | {"n_head": [1]})
     assert "\n" not in str(e.value)
     train.train(config | dict(init_from="resume", max_iters=6), found)
+
+
+@pytest.mark.parametrize("kind", ["train", "search"])
+def test_a_run_goes_on_in_another_dtype(kind, data_dir, tmp_path):
+    """As it does by itself on a device for which dtype=auto means another: float16 alone has a scaler, with a state."""
+    config = (train_config if kind == "train" else search_config)(data_dir, tmp_path)
+    go = train.train if kind == "train" else train_search.search
+    go(config)
+    for steps, dtype in ((6, "float16"), (8, "bfloat16"), (10, "float16")):
+        assert go(config | dict(dtype=dtype, init_from="resume", max_iters=steps))["steps"] == steps
+    assert train.load_checkpoint(str(tmp_path / "ckpt.pt"), "cpu")["scaler"]["_growth_tracker"] == 2
 
 
 class Bomb:
@@ -405,6 +422,18 @@ def test_a_step_that_is_not_finite_is_named_or_passed_over(skip, data_dir, tmp_p
         train.backward = backward
 
 
+def test_a_loss_that_is_passed_over_does_not_end_the_run_where_it_is_logged(data_dir, tmp_path, monkeypatch):
+    """The loss of step 2 is not a number: its line says so, and the steps behind it follow."""
+    steps, backward = [], train.backward
+
+    def spoiled(*args):
+        steps.append(1)
+        return backward(*args) * (math.nan if len(steps) == 3 else 1)
+    monkeypatch.setattr(train, "backward", spoiled)
+    train.train(train_config(data_dir, tmp_path, skip_nonfinite=1))
+    assert [math.isnan(line["loss"]) for line in read_lines(tmp_path / "log.jsonl") if "loss" in line] == [False, False, True, False]
+
+
 def test_not_finite_is_one_sentence_for_the_user(data_dir, tmp_path):
     message = fails("train.py", *flags(TINY | {"max_iters": 50, "learning_rate": 1e30, "grad_clip": 0}), f"--data_dir={data_dir}",
                     f"--out_dir={tmp_path}/t")
@@ -412,6 +441,16 @@ def test_not_finite_is_one_sentence_for_the_user(data_dir, tmp_path):
 
 
 # ---- many processes
+
+def test_every_group_of_processes_gives_up_after_timeout_minutes(data_dir, tmp_path, monkeypatch):
+    """Also that of the flags, at which all wait for each other in every step."""
+    given = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("init_process_group", "new_group", "barrier"):
+        monkeypatch.setattr(train.dist, name, lambda *args, name=name, **rest: given.update({name: rest.get("timeout")}))
+    train.setup(SimpleNamespace(**train_config(data_dir, tmp_path, gradient_accumulation_steps=2, timeout_minutes=7.0)))
+    assert given == {"init_process_group": timedelta(minutes=7), "new_group": timedelta(minutes=7), "barrier": None}
+
 
 RANKS = """
 import sys
@@ -510,6 +549,14 @@ def parent_of(pid):
         return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     except OSError:
         return None
+
+
+def test_what_ends_one_process_is_said_without_a_traceback_of_the_others(data_dir, tmp_path):
+    """An out_dir that the first one cannot make; the second waits for it. torchrun's own words follow."""
+    (tmp_path / "file").write_text("in the way")
+    done = run("torchrun", "--standalone", "--nproc_per_node=2", "train.py", *flags(TINY | {"gradient_accumulation_steps": 2}),
+               f"--data_dir={data_dir}", f"--out_dir={tmp_path}/file/out")
+    assert done.returncode == 1 and "cannot be made" in done.stderr and "[rank1]: Traceback" not in done.stderr, done.stderr[-3000:]
 
 
 def test_zero_on_one_process_is_one_sentence(data_dir, tmp_path):

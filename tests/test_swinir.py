@@ -366,6 +366,16 @@ def test_search_and_training_never_share_a_pixel(tmp_path):
         train_search.split_data(config, SimpleNamespace(world=1, master=True))
 
 
+def test_a_mixture_is_evaluated_on_the_images_of_its_architecture(tmp_path):
+    """The statistics of a batch, which this network has no use for, leave none of them out: the gap is between two losses of the same."""
+    p.prepare("sr_samples", data_dir=tmp_path)
+    net, val = make(), p.load_pairs(tmp_path, "sr_samples", "val", 2).part(0, 2)
+    config, run = SimpleNamespace(eval_iters=20), SimpleNamespace(rank=0, world=1, device="cpu", amp=contextlib.nullcontext())
+    arch = extremes(net.choices)[0]
+    own, given = (train.estimate(net, val, config, run, "val", lambda i: arch, own_norms) for own_norms in (True, False))
+    assert own == given
+
+
 def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path):
     path = write_pictures(tmp_path / "in", [(400, 500)] * 16)
     args = ["prepare.py", "--dataset=pairs", f"--path={path}", f"--data_dir={tmp_path}", "--name=killed"]

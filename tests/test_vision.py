@@ -474,6 +474,16 @@ def test_one_image_has_no_statistics(digits_dir, tmp_path):
     assert train_search.search(config)["steps"] == 1
 
 
+def test_a_share_of_the_optimizers_state_is_not_widened(digits_dir, tmp_path):
+    """It was left behind without a word."""
+    config = SimpleNamespace(**search_config("toy_cell", digits_dir, tmp_path, **TINY_STAGES))
+    net = train.build(vars(config) | dict(img_size=8, in_channels=1, num_classes=10))
+    train_search.check_stages(net, config)
+    config.zero_stage = 1
+    with pytest.raises(SystemExit, match=r"widen_to=1 copies .* zero_stage=1"):
+        train_search.check_stages(net, config)
+
+
 GENOTYPE = "|none~0|+|none~0|none~1|+|none~0|none~1|none~2|"
 MISTAKES = {
     "unknown space": ("train_search.py", ["--space=nb301"], ["nb301", "nb201", "search_spaces/"]),
