@@ -184,9 +184,9 @@ def test_a_table_of_one_number_of_entries_has_no_scale(tmp_path):
         env.shards_of(on_table(table=str(tmp_path / "t.csv")))
 
 
-def test_the_next_command_is_about_the_shards_that_were_cut(config, data_dir, capsys):
+def test_the_next_command_is_about_the_shards_that_were_cut(data_dir, tmp_path, capsys):
     cuts = dict(shards=3, entries=[4, 40], test_entries=10, block_size=8)
-    prepare.prepare(dataset="text", name="pydocs", path=f"{data_dir}/text.txt", data_dir=data_dir, **cuts)
+    prepare.prepare(dataset="text", name="pydocs", path=f"{data_dir}/text.txt", data_dir=str(tmp_path), **cuts)
     _, _, script, *argv = capsys.readouterr().out.splitlines()[-1].split()
     found = configurator.configure(dict(vars(train_rl)), argv)
     assert script == "train_rl.py" and [shard["entries"] for shard in env.shards_of(found)] == [4, 13, 40]
