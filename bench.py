@@ -37,14 +37,19 @@ import torch
 from tqdm import tqdm
 
 from analyze import save_figure
+from budget import latency as predictor, latency_features, latency_key, network_of
 from configurator import as_list, check_range, check_whole
+from data import Images, Pairs, draw, load_data, load_meta, vocabulary
+from fused_ops import use_fused_ops
 from optim_nas import ArchOptimizer, likeliest, random_search
-from prepare import Images, Pairs, load_meta, rng, write_json
-from supernet import one_hot, use_fused_ops
-from train import build, configure_optimizer, draw, load_data, peak_flops, pick_device, setup, train_step, update, vocabulary, with_space
+from run import peak_flops, pick_device, rng, setup, write_json
+from search_spaces import build, with_space
+from supernet import one_hot
+from train import configure_optimizer, train_step, update
+from train_search import arch_step, bilevel_step, weight_arch
 from train_search import * # noqa: F403 (every key of a search)
-from train_search import arch_step, bilevel_step, latency_features, latency_key, network_of, weight_arch
-from train_search import latency as predictor
+from prepare import prepare_own
+from train import check_run
 
 # -----------------------------------------------------------------------------
 # the keys of train_search.py but one, and:
@@ -228,6 +233,7 @@ def peak(function, run):
 def measure(config):
     """{"drnas": {"ratio": ..., ...}, ..., "plain": {...}}, all that the table shows."""
     config = SimpleNamespace(**config)
+    check_run(config)
     run = setup(config)
     if config.space == "gpt":
         config.vocab_size = vocab_size_of(config)
@@ -273,6 +279,7 @@ def measure_growth(config):
                 space = {"n_layer": list(range(L - K + 1, L + 1)), "n_embd": [widths[i] for i in some], "n_head": [heads[i] for i in some],
                          "mlp_ratio": [ratios[i] for i in some], "head_size": head_size}
                 options = SimpleNamespace(**config | space | {"vocab_size": 256, "gradient_accumulation_steps": 1})
+                check_run(options)
                 run = setup(options)
                 use_fused_ops(options.fused and run.device_type == "cpu")
                 plain, search = contender(options, run), contender(options, run, "drnas")
@@ -308,6 +315,8 @@ def facts_of(config, run):
     if config.space == "gpt":
         return {"vocab_size": vocab_size_of(config)}
     prepared = os.path.exists(os.path.join(config.data_dir, config.dataset, "meta.json"))
+    if config.dataset == "digits":
+        prepare_own(config, run)
     facts = load_data(config, run)[2] if prepared or config.dataset == "digits" else {}
     return facts | {key: value for key, value in vars(config).items() if key == "img_size"}
 
@@ -452,6 +461,7 @@ def predicted(net, ms, archs, measured):
 def measure_latency(config):
     """Writes latency.json; returns {key: {"mean_error", "max_error"}}, relative, on the networks held out."""
     config = SimpleNamespace(**config)
+    check_run(config)
     run, gpt = setup(config), config.space == "gpt"
     batch_sizes, lengths = map(as_list, (config.latency_batch_size, config.latency_length))
     vars(config).update(facts_of(config, run))

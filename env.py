@@ -28,11 +28,15 @@ import torch
 from tqdm import tqdm
 
 from configurator import as_list, check_range, check_whole, defaults
+from data import load_data, load_meta, load_shards, micro_batches
 from model import build
-from prepare import cut_shards, load_meta, load_shards, read_json, write, write_json
+from prepare import cut_shards
+from run import Log, aside, begin, load_checkpoint, load_model, main, read_json, rng, save, setup
+from run import write, write_json
+from train import backward, configure_optimizer, estimate_all, loop, train, train_step, update
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, aside, backward, begin, configure_optimizer, estimate_all, load_checkpoint, load_data, load_model, loop, main
-from train import micro_batches, rng, save, setup, train, train_step, update
+from prepare import prepare_own
+from train import check_run
 
 TRAIN_KEYS = tuple(defaults(globals()))
 # -----------------------------------------------------------------------------
@@ -101,7 +105,9 @@ def sizes_of(arch, config):
 def measure_times(archs, config, rounds=20):
     """The seconds a sample of a training step of each arch: the median of interleaved rounds, after one that does not count."""
     config = SimpleNamespace(**config | {"overwrite": True, "init_from": "scratch"})
+    check_run(config)
     run = setup(config)
+    prepare_own(config, run)
     tokens, _, facts = load_data(config, run)
     vars(config).update(facts)
     nets = [build(vars(config) | sizes_of(arch, vars(config))).to(run.device) for arch in archs]
@@ -185,7 +191,9 @@ def load_supernet(config, shard):
     _, path, job = cached("supernet_", config, shard, **space, max_iters=config["supernet_iters"])
     job, name = SimpleNamespace(**job), f"{path}.pt"
     with aside():
+        check_run(job)
         run = setup(job)
+        prepare_own(job, run)
         tokens, test, facts = load_data(job, run)
         vars(job).update(facts)
         net = build(vars(job)).to(run.device)
@@ -236,7 +244,7 @@ def shards_of(config, mode=0):
         if len(sizes) < 2:
             raise SystemExit(f"The table {config['table']} has {len(sizes)} number of entries, and an agent needs two or more.")
         return [{"entries": n, "mode": i % 2 + 1} for i, n in enumerate(sizes) if mode in (0, i % 2 + 1)]
-    load_data(SimpleNamespace(**config), SimpleNamespace(master=True, world=1)) # pydocs is made at first use
+    prepare_own(SimpleNamespace(**config), SimpleNamespace(master=True, world=1))
     meta, cuts = load_meta(config["data_dir"], config["dataset"]), ("shards", "entries", "test_entries", "block_size")
     cut_shards(config["data_dir"], config["dataset"], meta, *(config[key] for key in cuts))
     return load_shards(config["data_dir"], config["dataset"], config["shards"], mode)

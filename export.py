@@ -44,10 +44,11 @@ import torch
 import torch.nn as nn
 
 from configurator import check_range
-from prepare import rng, write
+from fused_ops import use_fused_ops
+from run import rng, write
 from sample import load_run
-from supernet import use_fused_ops
-from train import build, configure_optimizer
+from search_spaces import build
+from train import configure_optimizer
 
 # -----------------------------------------------------------------------------
 out_dir = 'out/train'

@@ -1,9 +1,9 @@
 """
 Trains what a search found and its rivals of equal budget, and says whether the search paid.
 
-    python analyze.py report out/search                          # a laptop, about half an hour; it prints its estimate first
-    python analyze.py report out/search_pydocs_drnas config/base_pydocs.py --seeds=[1,2,3,4,5]     # longer, hence surer
-    python analyze.py report --help                              # every key with its default
+    python report.py out/search                          # a laptop, about half an hour; it prints its estimate first
+    python report.py out/search_pydocs_drnas config/base_pydocs.py --seeds=[1,2,3,4,5]     # longer, hence surer
+    python report.py --help                              # every key with its default
 
 OUT_DIR is that of a finished train_search.py. The rivals: the largest network that fits, nanoGPT's shape that fits (of GPTs), random
 ones, and the best of more random ones by the supernet's inherited weights. Equal budget: the search's targets, or else the
@@ -29,15 +29,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analyze import BLUE, GREY, RED, describe, read_lines, save_figure, search_figure
+from analyze import BLUE, GREY, RED, save_figure, search_figure
+from budget import Budget, load_latency, make_budget, with_latency
 from configurator import as_list, check_range, check_whole, configure, given
-from optim_nas import Budget, best_of, key_of, random_search, uniform
-from prepare import read_json, rng, seal, unseal, write, write_json
-from supernet import check_arch, extremes, use_fused_ops
+from fused_ops import use_fused_ops
+from optim_nas import best_of, key_of, random_search, uniform
+from run import append, aside, fingerprint, load_checkpoint, load_model, read_json, read_lines
+from run import resumes, rng, seal, setup, unseal, write, write_json
+from search_spaces import build, describe, space_module, with_space
+from supernet import check_arch, extremes
+from train_base import read_arch, train_found
+from train_search import read_phases, score, split_data
 from train_base import * # noqa: F403 (every key of train_base.py)
-from train_base import aside, build, read_arch, space_module, train_found, with_space
-from train import append, fingerprint, load_checkpoint, load_model, resumes, setup
-from train_search import load_latency, make_budget, read_phases, score, split_data, with_latency
+from run import main
+from train import check_run
 
 # -----------------------------------------------------------------------------
 # the keys of train_base.py but four, and:
@@ -83,6 +88,7 @@ def load_supernet(config):
     own = {key: config[key] for key in ("device", "data_dir", "latency_table") if config[key]}
     own |= dict(out_dir=config["out_dir"], init_from="resume", zero_stage=0) # with the vocabulary that the run has
     search = SimpleNamespace(**checkpoint["config"] | own)
+    check_run(search)
     run = setup(search)
     if run.world > 1:
         raise SystemExit(f"A report is made by one process, not by {run.world}: start it by python, without torchrun.")
@@ -417,7 +423,7 @@ def report(config):
     net = build(vars(search)) if search.prune_keep else net # rivals may have any operation
     os.makedirs(os.path.join(folder, "runs"), exist_ok=True)
     predict = load_latency(net, search)
-    given = make_budget(net, search, lambda arch: with_latency(net, arch, predict))
+    given = make_budget(net, search, lambda arch: with_latency(net, arch, predict), read_phases(net.choices, search)[-1].choices)
     budget = given or Budget(net.choices, net.cost, {"params": net.cost(found["arch"])["params"]},
                              drawn=read_phases(net.choices, search)[-1].choices)
     with tqdm(desc="inherited weights", unit=" networks", total=config["n_pick"] + config["n_rank"]) as bar:
@@ -485,3 +491,7 @@ def keys(argv):
         return configure(globals(), argv)
     found = read_arch(os.path.join(given("out_dir", argv) or out_dir, "arch.json"), "")
     return configure(with_space(globals(), found["space"], found["model"]), argv)
+
+
+if __name__ == "__main__":
+    main(report, keys(sys.argv[1:]))

@@ -22,13 +22,14 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from analyze import read_lines, read_table
+from budget import read_table
 from configurator import as_list, check, check_whole, defaults, given
-from model import OPTIONS, GPTConfig
-from prepare import read_json, unseal
-from train import * # noqa: F403 (every key of train.py)
+from model import GPTConfig, OPTIONS
 from optim_nas import architectures, space_size
-from train import aside, build, main, own_data, space_module, train, with_space
+from run import aside, main, read_json, read_lines, unseal
+from search_spaces import build, own_data, space_module, with_space
+from train import train
+from train import * # noqa: F403 (every key of train.py)
 
 # -----------------------------------------------------------------------------
 # the keys of train.py, and:

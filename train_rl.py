@@ -26,13 +26,15 @@ from stable_baselines3.common.torch_layers import create_mlp
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy
 
-from analyze import rl_figures
 from configurator import as_list, check_range
+from env import ArchEnv, EVALUATORS, N, REWARDS, arch_of, check as check_env, check_known, regret
+from env import reward_table, shards_of
+from run import Log, begin, main, read_json, resume, resumes, rng, save, setup, signals
+from run import stop_if_told, write_json
 from env import * # noqa: F403 (every key of env.py)
-from env import EVALUATORS, N, REWARDS, ArchEnv, arch_of, check_known, regret, reward_table, shards_of
-from env import check as check_env
-from prepare import read_json, write_json
-from train import Log, begin, main, resume, resumes, rng, save, setup, signals, stop_if_told
+from run import draw_figures
+from search_spaces import network_keys
+from train import check_run
 
 # -----------------------------------------------------------------------------
 # the keys of env.py, and:
@@ -288,6 +290,7 @@ def learn(config):
     """Runs the iterations of config (a dict); returns what it writes to result.json."""
     config = SimpleNamespace(**config | {"seeds": as_list(config["seeds"])})
     check(config)
+    check_run(config)
     run, state, model = setup(config), SimpleNamespace(step=0, iteration=0, seen=[]), None
     env, rewards = build_env(config), None
     if config.evaluator == "table":
@@ -297,7 +300,7 @@ def learn(config):
     if resumes(config):
         if (algo := read_json(os.path.join(config.out_dir, "run.json"))["config"]["algo"]) != config.algo:
             raise SystemExit(f"algo='{config.algo}' cannot go on with what {algo} has learned: give --algo={algo}, or another --out_dir.")
-        checkpoint = resume(config, run, model and model.policy, model and model.policy.optimizer, state)
+        checkpoint = resume(config, run, model and model.policy, model and model.policy.optimizer, state, network_keys(config.space))
         if state.iteration > config.n_iterations:
             raise SystemExit(f"n_iterations={config.n_iterations} is below the {state.iteration} that this run has made: give "
                              f"--n_iterations={state.iteration} or more, or start anew with --overwrite=True.")
@@ -345,8 +348,7 @@ def finish(config, state, policy, env, rewards, updates):
     write_json(os.path.join(config.out_dir, "result.json"), result)
     print(f"{updates} updates, mean regret {100 * result['regret']:.1f}% of the range of the rewards, against "
           f"{'the best seen' if rewards is None else 'the best of the table'}")
-    for path in rl_figures(config.out_dir):
-        print(f"figure: {path}")
+    draw_figures(config.out_dir)
     return result
 
 

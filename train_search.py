@@ -34,18 +34,28 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from analyze import Benchmark, describe, read_lines, search_figure
+from budget import Benchmark
 from configurator import check_range, defaults
-from model import GPT, OPTIONS, load_gpt2
-from optim_nas import ArchOptimizer, Budget, best_of, by_front, entropy, evolutionary_search, fronts, key_of, picked, random_search
-from optim_nas import rowwise, uniform, unrolled_gradient
-from prepare import read_json, rng, seal, unseal, write, write_json
-from supernet import extremes, one_hot, use_fused_ops, widen
+from data import check_split, cut, load_data, micro_batches
+from fused_ops import use_fused_ops
+from model import OPTIONS
+from optim_nas import ArchOptimizer, best_of, by_front, entropy, evolutionary_search, fronts
+from optim_nas import key_of, picked, random_search, rowwise, uniform, unrolled_gradient
+from pretrained import load_gpt2
+from run import Log, append, average, begin, check_same, fault, fingerprint, load_checkpoint
+from run import load_model, main, origin, pretrained, read_lines, resume, resumes, rng, save
+from run import seal, setup, share, signals, stop_if_told, unseal, write, write_json
+from search_spaces import build, describe, space_module, with_space
+from search_spaces.cells import widen
+from supernet import extremes
+from train import backward, calibrate, check_resolutions, configure_optimizer, estimate, get_lr
+from train import loop, train_step
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, append, average, backward, begin, build, calibrate, check_resolutions, check_same, check_split
-from train import configure_optimizer, cut, estimate, fault, fingerprint, get_lr, load_checkpoint, load_data, load_model, loop, main
-from train import micro_batches, origin, pretrained, resume, resumes, save, setup, share, signals, space_module, stop_if_told
-from train import train_step, with_space
+from budget import load_latency, make_budget, with_latency
+from prepare import prepare_own
+from run import draw_figures
+from search_spaces import network_keys
+from train import check_run
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -109,6 +119,7 @@ def split_data(config, run):
     network must know of the data."""
     if not 0 < config.train_portion < 1:
         raise SystemExit(f"train_portion={config.train_portion} must be above 0 and below 1: both the weights and the alphas need data.")
+    prepare_own(config, run)
     train, val, facts = load_data(config, run)
     vars(config).update(facts)
     middle = int(config.train_portion * len(train))
@@ -383,11 +394,11 @@ def resume_search(net, optimizer, chooser, config, run, state):
     path = os.path.join(config.out_dir, "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt")
     if os.path.exists(path):
         checkpoint = load_checkpoint(path, run.device)
-        check_same(config, checkpoint, path, "optimizer")
+        check_same(config, checkpoint, path, network_keys(config.space), ("optimizer",))
         chooser.load_state_dict(checkpoint["chooser"])
         if checkpoint["state"].get("stage", 1) == 2:
             net, optimizer = second_stage(net, optimizer, chooser, config, run)
-    resume(config, run, net, optimizer, state)
+    resume(config, run, net, optimizer, state, network_keys(config.space))
     if run.master and state.best_loss < math.inf: # arch.json may be of steps, or of a search, that are made anew, perhaps otherwise
         path = os.path.join(config.out_dir, "arch_traj.jsonl")
         for line in (unseal(line, path) for line in read_lines(path)):
@@ -407,76 +418,6 @@ def load_table(net, config):
     for i in range(8):
         table(uniform(net.choices, rng("benchmark", i)))
     return table
-
-
-def network_of(net, config):
-    """What two runs agree in whose networks are the same: the space, its choices, and what some of its architectures cost."""
-    return {"space": config.space, "choices": {name: list(c.options) for name, c in net.choices.items()},
-            "costs": [net.cost(uniform(net.choices, rng("network", i))) for i in range(3)]}
-
-
-def latency_key(config, of, batch_size, length):
-    """What is measured, in words that are its key in a latency table; length 0 is block_size. An image has no length."""
-    return f"{of} {batch_size} x {length or config.block_size}" if config.space == "gpt" else f"{of} {batch_size}"
-
-
-def latency_features(net, weights):
-    """What the latency of a network is a linear function of, {name: float64 tensor}, itself linear in each row of the weights: of a GPT how
-    often it has each part, (n_embd, options); of others params, flops and how often each option is there, in all
-    rows and in each."""
-    weights = {name: w.double().cpu() for name, w in weights.items()}
-    shares = dict(weights)
-    for name, c in net.choices.items():
-        if c.depth: # what a layer chooses counts with the chance that it runs
-            runs = torch.tensor(net.choices[c.depth].options) > torch.arange(c.repeat).unsqueeze(-1) # (repeat, depths)
-            shares[name] = (runs.double() @ weights[c.depth]).unsqueeze(-1) * weights[name]
-    if isinstance(net, GPT):
-        parts = {"rest": shares["n_layer"], "attention": shares["n_head"].sum(0), "mlp": shares["mlp_ratio"].sum(0)}
-        return {name: torch.outer(shares["n_embd"], share) for name, share in parts.items()}
-    cost = net.cost(weights)
-    counts = {f"all {name}": share.sum(0) for name, share in shares.items() if share.dim() == 2}
-    return {"constant": torch.ones(()).double(), "params": cost["params"], "flops": cost["flops"], **counts, **shares}
-
-
-def latency(net, ms):
-    """A function from weights, or an architecture, to milliseconds: float64 and linear in each row of the weights. ms: {name of a feature:
-    the milliseconds of each}."""
-    ms = {name: torch.tensor(values, dtype=torch.float64) for name, values in ms.items()}
-
-    def predict(arch):
-        mixed = all(torch.is_tensor(w) for w in arch.values())
-        found = latency_features(net, arch if mixed else one_hot(net.choices, arch))
-        total = sum((ms[name] * feature).sum() for name, feature in found.items())
-        return total if mixed else total.item()
-    return predict
-
-
-def load_latency(net, config):
-    """The latency() that config's table predicts, or None. SystemExit if the table is of another space or lacks what config asks for."""
-    path, key = config.latency_table, latency_key(config, config.latency_of, config.latency_batch_size, config.latency_length)
-    if not path:
-        if config.target_latency or (config.arch_search == "pareto" and config.pareto_cost == "latency"):
-            raise SystemExit("A target or a front of latency needs a --latency_table: measure it by python bench.py latency.")
-        return None
-    table = read_json(path)
-    if table.get("network") != network_of(net, config):
-        raise SystemExit(f"latency_table='{path}' is of another space, or of other sizes in it: run python bench.py "
-                         "latency with this search's config.")
-    if key not in table["latencies"]:
-        raise SystemExit(f"latency_table='{path}' has no {key}, but {', '.join(table['latencies'])}: choose one of these by latency_of, "
-                         "latency_batch_size and latency_length, or measure it by python bench.py latency.")
-    return latency(net, table["latencies"][key]["ms"])
-
-
-def with_latency(net, arch, predict):
-    """net.cost(), with the latency in milliseconds where there is a load_latency() that predicts it."""
-    return net.cost(arch) | ({"latency": predict(arch)} if predict else {})
-
-
-def make_budget(net, config, cost):
-    """The Budget that config's targets say, of what a progressive shrinking draws in the end; or None."""
-    targets = {name: getattr(config, f"target_{name}") for name in ("params", "flops", "latency") if getattr(config, f"target_{name}")}
-    return Budget(net.choices, cost, targets, config.budget_penalty, read_phases(net.choices, config)[-1].choices) if targets else None
 
 
 def check(config):
@@ -521,6 +462,7 @@ def search(config):
     """Runs the search of config (a dict); returns what it writes to result.json."""
     config = SimpleNamespace(**config)
     check(config)
+    check_run(config)
     run = setup(config)
     if config.order == 2 and run.scaler.is_enabled():
         raise SystemExit("order=2 differentiates through the gradient, which dtype=float16 scales: use --dtype=bfloat16 or float32.")
@@ -535,7 +477,7 @@ def search(config):
         return with_latency(net, arch, predict)
     chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
-                            budget=make_budget(net, config, cost))
+                            budget=make_budget(net, config, cost, read_phases(net.choices, config)[-1].choices))
     phases, teacher = read_phases(net.choices, config), None
     check_sandwich(net.choices, phases, config)
     if pretrained(origin(config)):
@@ -661,7 +603,7 @@ def finish(cost, config, run, state, table):
             draws = ", ".join(f"of {n} {table.random_best(n):.2f}%" for n in (1, 10, 100))
             print(f"in the table: {result['table_accuracy']:.2f}%, rank {result['table_rank']} of {result['table_of']}; the best of random "
                   f"draws, in the mean: {draws}")
-        print(f"figure: {search_figure(config.out_dir)}")
+        draw_figures(config.out_dir)
         print("next: python train_base.py " + shlex.quote(f"--arch={os.path.join(config.out_dir, 'arch.json')}"))
     return result
 

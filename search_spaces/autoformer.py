@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from configurator import check_range, defaults
 from model import MLP, mixture_sizes, run_blocks, transformer_choices
-from supernet import Conv2d, ImageNetwork, LayerNorm, Linear, Size, options_of, prefixes, straight, take
-from supernet import drop_path as drop
+from search_spaces.convs import Conv2d, ImageNetwork, drop_path as drop
+from supernet import LayerNorm, Linear, Size, options_of, prefixes, straight, take
 
 # -----------------------------------------------------------------------------
 n_embd = [192, 216, 240] # of all layers

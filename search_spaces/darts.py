@@ -12,8 +12,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import check_range, defaults
-from supernet import (BatchNorm2d, CellNetwork, Choice, Conv2d, DilConv, Edge, FactorizedReduce, Linear, Pool, ReLUConvBN, SepConv, Skip,
-                      check_arch, check_names, nodes, partial, read_genotype, write_genotype)
+from search_spaces.cells import CellNetwork, DilConv, Edge, FactorizedReduce, Pool, ReLUConvBN
+from search_spaces.cells import SepConv, Skip, nodes, partial, read_genotype, write_genotype
+from search_spaces.convs import BatchNorm2d, Conv2d
+from supernet import Choice, Linear, check_arch, check_names
 
 # -----------------------------------------------------------------------------
 init_channels = 16 # of a node in the first third; 36 in the published networks

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from configurator import as_list, check_range, check_whole, defaults
 from model import run_blocks
-from supernet import BatchNorm2d, Choice, Conv2d, ImageNetwork, Linear, Size, check_arch, one_hot, options_of, prefixes, ranking
+from search_spaces.convs import BatchNorm2d, Conv2d, ImageNetwork
+from supernet import Choice, Linear, Size, check_arch, one_hot, options_of, prefixes, ranking
 from supernet import reorder, straight
 
 # -----------------------------------------------------------------------------

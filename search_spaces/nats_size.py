@@ -14,8 +14,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import defaults
-from supernet import BatchNorm2d, Choice, Conv2d, Entangled, ImageNetwork, check_arch, check_entanglement, options_of, prefixes, size_of
-from supernet import straight
+from search_spaces.convs import BatchNorm2d, Conv2d, Entangled, ImageNetwork, check_entanglement
+from supernet import Choice, check_arch, options_of, prefixes, size_of, straight
 
 # -----------------------------------------------------------------------------
 channels = [8, 16, 24, 32, 40, 48, 56, 64] # of each stage

@@ -19,9 +19,11 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import check_range, defaults
-from model import MLP, CausalSelfAttention, run_blocks
-from supernet import Choice, Conv2d, Embedding, ImageNetwork, LayerNorm, Size, check_arch, drop_path as drop_samples, options_of, prefixes
-from supernet import size_of, straight, window_attention
+from fused_ops import window_attention
+from model import CausalSelfAttention, MLP, run_blocks
+from search_spaces.convs import Conv2d, ImageNetwork, drop_path as drop_samples
+from supernet import Choice, Embedding, LayerNorm, Size, check_arch, options_of, prefixes
+from supernet import size_of, straight
 
 # -----------------------------------------------------------------------------
 n_embd = [36, 48, 60] # width

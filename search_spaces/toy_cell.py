@@ -11,8 +11,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import check_range, defaults
-from supernet import (CellNetwork, Choice, DilConv, Edge, Linear, ReLUConvBN, SepConv, check_arch, check_names, nodes, read_genotype,
-                      write_genotype)
+from search_spaces.cells import CellNetwork, DilConv, Edge, ReLUConvBN, SepConv, nodes
+from search_spaces.cells import read_genotype, write_genotype
+from supernet import Choice, Linear, check_arch, check_names
 
 # -----------------------------------------------------------------------------
 init_channels = 32 # of a node in the first two cells; doubled in the third

@@ -16,7 +16,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import check_range, defaults
-from supernet import Choice, Conv2d, Entangled, ImageNetwork, Linear, check_arch, check_entanglement, options_of, prefixes, size_of
+from search_spaces.convs import Conv2d, Entangled, ImageNetwork, check_entanglement
+from supernet import Choice, Linear, check_arch, options_of, prefixes, size_of
 
 # -----------------------------------------------------------------------------
 channels_1 = [8, 16, 32] # of the first convolution

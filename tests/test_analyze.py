@@ -12,8 +12,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from analyze import describe, heat_map, main, read_lines, search_figure, train_figure
-from prepare import seal, write_json
+from analyze import heat_map, main, search_figure, train_figure
+from run import read_lines, seal, write_json
+from search_spaces import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACES = { # lists of different lengths, numbers, and a choice that the config does not list

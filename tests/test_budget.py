@@ -11,10 +11,14 @@ from conftest import TINY_EVALS, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, f
 
 import analyze
 import train_search
+from budget import Budget, likelihood
 from model import build
-from optim_nas import ArchOptimizer, Budget, architectures, by_front, fronts, likelihood, likeliest, one_hot, random_search, uniform
+from optim_nas import ArchOptimizer, architectures, by_front, fronts, likeliest, random_search
+from optim_nas import uniform
+from search_spaces import space_module
+from supernet import one_hot
 from test_train import search_config
-from train import space_module
+import budget
 
 CHARS = build(dict(n_layer=[4, 5, 6], n_head=[2, 4, 6], n_embd=[96, 192, 384], mlp_ratio=[2, 3, 4], bias=False, vocab_size=65,
                    block_size=256))
@@ -67,14 +71,14 @@ def test_what_a_shrinking_never_draws_is_not_in_the_budget():
     """mlp_ratio 2 and 4 layers stay locked: no architecture has them, and the budget that only they would meet is out of reach."""
     config = SimpleNamespace(target_params=2_500_000, target_flops=0, target_latency=0, budget_penalty=1.0, optimizer="spos", max_iters=10,
                              shrink="n_layer=6 mlp_ratio=4 n_embd=384 n_head=6, n_layer=5 mlp_ratio=3 n_embd=96 n_head=2")
-    budget = train_search.make_budget(CHARS, config, CHARS.cost)
+    budget = budget.make_budget(CHARS, config, CHARS.cost)
     for seed in range(5):
         arch = budget.fit(uniform(budget.drawn, generator(seed)), generator(seed))
         assert arch["n_layer"] >= 5 and min(arch["mlp_ratio"]) >= 3 and CHARS.cost(arch)["params"] <= config.target_params
     smallest = CHARS.cost({"n_layer": 5, "n_embd": 96, "n_head": [2] * 5, "mlp_ratio": [3] * 5})["params"]
     config.target_params = smallest - 1
     with pytest.raises(SystemExit, match=f"{smallest:,} to"):
-        train_search.make_budget(CHARS, config, CHARS.cost)
+        budget.make_budget(CHARS, config, CHARS.cost)
 
 
 def test_several_targets_hold_together():

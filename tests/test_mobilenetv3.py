@@ -12,12 +12,15 @@ from test_vision import search_config, sentence, signalled, space_config
 
 import train
 import train_search
-from analyze import read_lines
-from optim_nas import one_hot, picked, space_size, uniform
-from prepare import rng
+from fused_ops import use_fused_ops
+from optim_nas import picked, space_size, uniform
+from run import read_lines, rng
 from search_spaces import mobilenetv3
-from supernet import check_arch, extremes, use_fused_ops
+from supernet import check_arch, extremes, one_hot
 from train_search import phase_of, read_phases, taught
+import run as runs
+import data
+import search_spaces
 
 SMALL = dict(depth=[1, 2, 3], kernel_size=[3, 5, 7], expand=[2, 3, 4], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[1, 2],
              se=[0, 1], hswish=[1, 0], last_channels=16, mix_channels=16, img_size=9, in_channels=2, num_classes=3)
@@ -324,12 +327,12 @@ def test_phases_that_cannot_be_are_one_sentence(shrink, message):
 def test_the_supernet_starts_as_the_largest_network(digits_dir, tmp_path, largest):
     """Before a step it has its loss, at the largest options."""
     config = shrink_config(digits_dir, tmp_path, largest)
-    run = train.setup(SimpleNamespace(**config))
+    run = runs.setup(SimpleNamespace(**config))
     config = SimpleNamespace(**config)
     splits = train_search.split_data(config, run)
-    net = train.build(vars(config))
+    net = search_spaces.build(vars(config))
     train_search.inherit_weights(net, config, run)
-    alone, x = train_search.trained(largest, "teacher", config, run), train.draw(splits["val"], config, run, "val", 0)[0]
+    alone, x = train_search.trained(largest, "teacher", config, run), data.draw(splits["val"], config, run, "val", 0)[0]
     torch.testing.assert_close(net.eval()(x, None, uniform_net(5, 3, 2, 2))[0], alone(x)[0])
 
 
@@ -348,12 +351,12 @@ def test_the_teacher_adds_the_cross_entropy_to_its_answers():
 
 def test_several_draws_average_their_gradients(digits_dir, tmp_path):
     config = SimpleNamespace(**search_config("mobilenetv3", digits_dir, tmp_path))
-    run, state = train.setup(config), SimpleNamespace(step=0, skipped=0)
+    run, state = runs.setup(config), SimpleNamespace(step=0, skipped=0)
     splits = train_search.split_data(config, run)
-    net = train.build(vars(config)).eval() # statistics that do not move
+    net = search_spaces.build(vars(config)).eval() # statistics that do not move
     archs, grads = extremes(net.choices), []
     for arch in archs:
-        train.backward(net, train.micro_batches(splits["train"], config, run, "train", 0), run, (arch,))
+        train.backward(net, data.micro_batches(splits["train"], config, run, "train", 0), run, (arch,))
         grads.append([torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()])
         net.zero_grad()
     before = [p.detach().clone() for p in net.parameters()]

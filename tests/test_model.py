@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import peak
 from model import MLP, build, mixture_sizes
 from optim_nas import picked, uniform
+from search_spaces import space_module
 from supernet import Size, extremes, one_hot
-from train import space_module
 
 SPACES = { # lists of lengths 1 to 4 that differ between choices, and sizes of no config
     "three": dict(n_layer=[1, 2, 3], n_embd=[12, 24, 36], n_head=[2, 3, 6], mlp_ratio=[1, 2.5, 4]),

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import optim_nas
-from optim_nas import (ArchOptimizer, architectures, best_of, crossover, dirichlet, entropy, evolutionary_search, gumbel, key_of,
-                       kl_to_uniform, likeliest, mutate, one_hot, random_search, rowwise, space_size, sparsemax, uniform,
-                       unrolled_gradient)
-from supernet import Choice
+from optim_nas import ArchOptimizer, architectures, best_of, crossover, dirichlet, entropy
+from optim_nas import evolutionary_search, gumbel, key_of, kl_to_uniform, likeliest, mutate
+from optim_nas import random_search, rowwise, space_size, sparsemax, uniform, unrolled_gradient
+from supernet import Choice, one_hot
 
 CHOICES = {"n_layer": Choice((1, 2, 3)), "n_embd": Choice((8, 16)), "n_head": Choice((1, 2, 4), repeat=3, depth="n_layer")}
 

@@ -9,10 +9,10 @@ from test_vision import signalled
 
 import train
 import train_search
-from analyze import read_lines
+import search_spaces
 from configurator import defaults
 from optim_nas import uniform
-from prepare import rng
+from run import read_lines, rng
 from supernet import extremes
 from train_search import distilled
 
@@ -33,7 +33,7 @@ def network(space):
     else:
         config = image_config(space, "", "") | TINY_SPACES[space] | dict(img_size=8, in_channels=1, num_classes=10)
         x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
-    return train.build(config).eval(), x, y
+    return search_spaces.build(config).eval(), x, y
 
 
 @pytest.mark.parametrize("space", ["gpt", "mobilenetv3"])

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from optim_nas import picked, uniform
 from search_spaces import nats_size, toy_conv_macro
-from supernet import ENTANGLEMENTS, Conv2d, Entangled, Size, extremes, one_hot, prefixes
+from search_spaces.convs import Conv2d, ENTANGLEMENTS, Entangled
+from supernet import Size, extremes, one_hot, prefixes
 
 SMALL = dict(img_size=8, in_channels=2, num_classes=3)
 SPACES = { # a reduced version of each, with lists of different lengths

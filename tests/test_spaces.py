@@ -12,9 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import defaults
-from optim_nas import ArchOptimizer, one_hot, picked, uniform
+from optim_nas import ArchOptimizer, picked, uniform
 from search_spaces import darts, nb201, toy_cell
-from supernet import ENTANGLEMENTS, Edge, FactorizedReduce, ReLUConvBN, Skip, check_arch, drop_path, extremes, measure_norms, nodes, widen
+from search_spaces.cells import Edge, FactorizedReduce, ReLUConvBN, Skip, nodes, widen
+from search_spaces.convs import ENTANGLEMENTS, drop_path, measure_norms
+from supernet import check_arch, extremes, one_hot
 
 SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4), "darts": dict(init_channels=4, n_layer=3),
           "mobilenetv3": dict(depth=[1, 2, 3], expand=[2, 3], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[2, 1], se=[0, 1],

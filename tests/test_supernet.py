@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from supernet import Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, mixed_norm, mixed_rotary_attention, prefixes, rotary, take
+from fused_ops import mixed_norm
+from model import mixed_rotary_attention, rotary
+from supernet import Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, prefixes, take
 
 pytestmark = pytest.mark.usefixtures("implementation")
 EMBD = (3, 5, 8)

@@ -21,11 +21,14 @@ import sample
 import train
 import train_base
 import train_search
-from analyze import read_lines
 from configurator import defaults
+from data import get_batch, hash_of, load_tokens
 from model import build
 from optim_nas import ArchOptimizer
-from prepare import get_batch, hash_of, load_tokens, read_json, seal, write_json
+from run import read_json, read_lines, seal, write_json
+import run as runs
+import data
+import optim_nas
 
 OPTIMIZERS = {"darts": dict(optimizer="darts"), "darts2": dict(optimizer="darts", order=2), "drnas": dict(optimizer="drnas"),
               "gdas": dict(optimizer="gdas"), "spos": dict(optimizer="spos")}
@@ -145,10 +148,10 @@ def test_test_loss_is_the_mean_over_every_token(data_dir, tmp_path):
 def test_alphas_and_weights_never_meet(data_dir, tmp_path):
     """No alpha in the weight optimizer, no weight in the arch optimizer, and each step moves its own side alone."""
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", optimizer="drnas"))
-    run = train.setup(config)
+    run = runs.setup(config)
     splits = train_search.split_data(config, run)
     net = build(vars(config))
-    chooser = ArchOptimizer("drnas", net.choices, train.rng(0))
+    chooser = ArchOptimizer("drnas", net.choices, runs.rng(0))
     weights, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
     in_weights = {id(p) for group in weights.param_groups for p in group["params"]}
     in_chooser = {id(p) for group in chooser.optimizer.param_groups for p in group["params"]}
@@ -162,8 +165,8 @@ def test_alphas_and_weights_never_meet(data_dir, tmp_path):
         moved = (alpha != a0[key]).reshape(-1, alpha.shape[-1])
         assert moved.any(-1).all(), f"a row of {key} got no gradient: {moved}"
     a1 = {k: a.clone() for k, a in chooser.alphas.items()}
-    sampled = train_search.to_device(chooser.sample(0, train.rng(1)), run)
-    loss = train.backward(net, train.micro_batches(splits["train"], config, run, "train", 0), run, (sampled,))
+    sampled = train_search.to_device(chooser.sample(0, runs.rng(1)), run)
+    loss = train.backward(net, data.micro_batches(splits["train"], config, run, "train", 0), run, (sampled,))
     train.update(net, weights, loss, config, run, state)
     assert all(torch.equal(a, a1[k]) for k, a in chooser.alphas.items()) and not all(map(torch.equal, net.parameters(), w0))
 
@@ -175,8 +178,8 @@ def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
         torch.manual_seed(0)
         space = dict(n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
         net = build(dict(block_size=8, vocab_size=20, head_size=head_size) | space)
-        chooser = ArchOptimizer(optimizer, net.choices, train.rng(0))
-        leaves = {k: w.detach().requires_grad_() for k, w in chooser.sample(0, train.rng(1)).items()}
+        chooser = ArchOptimizer(optimizer, net.choices, runs.rng(0))
+        leaves = {k: w.detach().requires_grad_() for k, w in chooser.sample(0, runs.rng(1)).items()}
         x = torch.randint(20, (4, 8))
         net(x, x.roll(-1, 1), leaves)[1].backward()
         for name, leaf in leaves.items():
@@ -199,7 +202,7 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     length = len(load_tokens(data_dir, "pydocs", "train"))
     split_of = {int(0.8 * length): "train", length - int(0.8 * length): "search", len(load_tokens(data_dir, "pydocs", "val")): "val"}
     batches, evaluated, draws, frozen, rates, choosers = [], [], [], [], [], []
-    real_batches, real_estimate, real_backward = train.micro_batches, train_search.estimate, train.backward
+    real_batches, real_estimate, real_backward = data.micro_batches, train.estimate, train.backward
     real_sample, real_update, real_init = ArchOptimizer.sample, train.update, ArchOptimizer.__init__
 
     def spy_batches(tokens, *args):
@@ -283,14 +286,14 @@ def test_what_other_weights_lost_is_not_looked_up(data_dir, tmp_path):
 def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
     """arch_step of order 2 against the central difference of L_val(w - lr dL_train/dw) in one weight, with dropout; float64, where
     the inner difference may be short."""
-    monkeypatch.setattr(train_search, "unrolled_gradient", functools.partial(train_search.unrolled_gradient, radius=1e-4))
+    monkeypatch.setattr(train_search, "unrolled_gradient", functools.partial(optim_nas.unrolled_gradient, radius=1e-4))
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", optimizer="darts", order=2, dropout=0.2, warmup_iters=0,
                                             learning_rate=0.3))
-    run, state = train.setup(config), SimpleNamespace(step=0, skipped=0)
+    run, state = runs.setup(config), SimpleNamespace(step=0, skipped=0)
     splits = train_search.split_data(config, run)
     torch.manual_seed(0)
     net = build(vars(config)).double()
-    chooser = ArchOptimizer("darts", net.choices, train.rng(0))
+    chooser = ArchOptimizer("darts", net.choices, runs.rng(0))
     for alpha in chooser.alphas.values():
         alpha.data = alpha.data.double()
     seen = {}
@@ -301,8 +304,8 @@ def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
     def loss_at(name, change, split, grads=False):
         weights = {k: w.detach().clone() for k, w in seen["weights"].items()}
         weights[name].view(-1)[1] += change
-        torch.manual_seed(train.rng(config.seed, "dropout", "arch", 0, 0).initial_seed())
-        loss = train.backward(net, train.micro_batches(splits[split], config, run, split, 0), run, (weights,))
+        torch.manual_seed(runs.rng(config.seed, "dropout", "arch", 0, 0).initial_seed())
+        loss = train.backward(net, data.micro_batches(splits[split], config, run, split, 0), run, (weights,))
         found = [p.grad.clone() for p in params]
         net.zero_grad()
         return found if grads else loss.item()
@@ -331,7 +334,7 @@ def test_micro_batches_sum_to_one_batch(data_dir):
     run = SimpleNamespace(rank=0, world=1, device="cpu", amp=torch.autocast("cpu", enabled=False),
                           scaler=torch.amp.GradScaler("cpu", enabled=False))
     net = build(vars(config) | {"vocab_size": 128})
-    batches = list(train.micro_batches(load_tokens(data_dir, "pydocs", "train"), config, run, "train", 0))
+    batches = list(data.micro_batches(load_tokens(data_dir, "pydocs", "train"), config, run, "train", 0))
     loss = train.backward(net, batches, run)
     grads = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
@@ -403,13 +406,13 @@ def test_resuming_changes_nothing(name, data_dir, tmp_path):
         if file == "ckpt.pt" and rest["state"]["step"] == 4:
             state["killed"] = True
             raise KeyboardInterrupt
-    original = train.save
-    train.save = train_search.save = killed_at_4
+    original = runs.save
+    runs.save = runs.save = killed_at_4
     try:
         with pytest.raises(KeyboardInterrupt):
             go(tmp_path / "parts")
     finally:
-        train.save = train_search.save = original
+        runs.save = runs.save = original
     assert state["killed"]
     go(tmp_path / "parts", init_from="resume")
     a, b = (torch.load(tmp_path / part / "ckpt.pt", weights_only=True) for part in ("whole", "parts"))
@@ -609,6 +612,6 @@ def test_a_non_finite_loss_stops_before_anything_is_saved(data_dir, tmp_path):
 
 def test_batches_are_windows_of_the_data(data_dir):
     tokens = load_tokens(data_dir, "pydocs", "train")
-    x, y = get_batch(tokens, 4, 16, train.rng(1, "a", 2))
-    x2, _ = get_batch(tokens, 4, 16, train.rng(1, "a", 2))
+    x, y = get_batch(tokens, 4, 16, runs.rng(1, "a", 2))
+    x2, _ = get_batch(tokens, 4, 16, runs.rng(1, "a", 2))
     assert torch.equal(x, x2) and torch.equal(x[:, 1:], y[:, :-1])

@@ -19,11 +19,13 @@ from test_train import OPTIMIZERS
 import train
 import train_base
 import train_search
-from analyze import read_lines, read_table
+from budget import read_table
 from configurator import defaults, usage
+from data import load_images
 from optim_nas import architectures, uniform
-from prepare import load_images, prepare, read_json, rng, seal, unseal
-from train import build, space_module, with_space
+from prepare import prepare
+from run import read_json, read_lines, rng, seal, unseal
+from search_spaces import build, space_module, with_space
 
 FOUR = dict(channels_1=[2, 4], channels_2=[4, 8], channels_3=4, channels_4=4, kernel_size=3) # networks, of toy_conv_macro
 
@@ -59,7 +61,7 @@ def sentence(name, *args):
 def parts(config):
     """What a search works with: its config, run and splits, and the supernet."""
     config = SimpleNamespace(**config)
-    run = train.setup(config)
+    run = runs.setup(config)
     splits = train_search.split_data(config, run)
     return config, run, splits, build(vars(config))
 
@@ -214,6 +216,10 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import train, train_search, train_base
 from test_vision import TWO, search_config, space_config
+import run as runs
+import data
+import data
+import search_spaces
 train_search.search(search_config("nb201", {data!r}, {out!r} + "/s", **TWO))
 train_base.train_found(space_config(train_base, "nb201", {data!r}, {out!r} + "/b", arch={found!r}, **TWO))
 """
@@ -244,7 +250,7 @@ def test_two_processes_find_what_one_finds(digits_dir, tmp_path):
 
 def spied(monkeypatch, go):
     """{size of a part of the data: (its images that the network saw, whether each batch was augmented)}."""
-    seen, real = {}, train.get_images
+    seen, real = {}, data.get_images
 
     def spy(data, index, device="cpu", **change):
         x, y = real(data, index, device, **change)
@@ -252,7 +258,7 @@ def spied(monkeypatch, go):
         images |= {data.pixels[i].tobytes() for i in index.tolist()}
         augmented.append(not torch.equal(x, real(data, index)[0]))
         return x, y
-    monkeypatch.setattr(train, "get_images", spy)
+    monkeypatch.setattr(data, "get_images", spy)
     go()
     return seen
 
@@ -297,7 +303,7 @@ def test_a_score_does_not_depend_on_what_was_evaluated_before(space, digits_dir,
     kept = first.running_mean.clone()
     with torch.no_grad():
         for i in range(config.bn_batches):
-            small.train()(train.draw(splits["train"], config, run, "train", i)[0])
+            small.train()(data.draw(splits["train"], config, run, "train", i)[0])
     hook.remove()
     torch.testing.assert_close(kept, torch.stack(means).mean(0), atol=1e-5, rtol=1e-5)
 
@@ -383,7 +389,7 @@ def test_a_step_of_sgd_is_nesterovs(digits_dir, tmp_path):
     optimizer, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
     for state.step in range(2):
         expected = {}
-        train.backward(net, train.micro_batches(splits["train"], config, run, "train", state.step), run, (arch,))
+        train.backward(net, data.micro_batches(splits["train"], config, run, "train", state.step), run, (arch,))
         params = {name: p for name, p in net.named_parameters() if p.grad is not None}
         norm = sum(p.grad.square().sum() for p in params.values()).sqrt()
         assert norm > 0.1
@@ -477,7 +483,7 @@ def test_one_image_has_no_statistics(digits_dir, tmp_path):
 def test_a_share_of_the_optimizers_state_is_not_widened(digits_dir, tmp_path):
     """It was left behind without a word."""
     config = SimpleNamespace(**search_config("toy_cell", digits_dir, tmp_path, **TINY_STAGES))
-    net = train.build(vars(config) | dict(img_size=8, in_channels=1, num_classes=10))
+    net = search_spaces.build(vars(config) | dict(img_size=8, in_channels=1, num_classes=10))
     train_search.check_stages(net, config)
     config.zero_stage = 1
     with pytest.raises(SystemExit, match=r"widen_to=1 copies .* zero_stage=1"):
