@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import load_pairs, pair_batches
-from optim_nas import fronts
-from run import read_json, read_lines, seal, write
+from optim_nas import nondominated_sort
+from run import read_json, read_lines, add_checksum, atomic_write
 from search_spaces import describe
 import run as runs
 import data
@@ -145,7 +145,7 @@ def draw_table(ax, lines):
 def draw_front(ax, searched, cost):
     """Loss over cost of what a search for both has evaluated, and the front: what nothing else is better than in both."""
     points = [(line["cost"], line["loss"]) for line in searched]
-    front = sorted(points[i] for i in fronts(points)[0])
+    front = sorted(points[i] for i in nondominated_sort(points)[0])
     ax.plot(*zip(*points, strict=True), "o", color=BLUE, label="evaluated")
     ax.step(*zip(*front, strict=True), "o-", where="post", color=RED, label="front")
     ax.set(xlabel={"latency": "latency, ms"}.get(cost, cost), ylabel="loss")
@@ -189,7 +189,7 @@ def save_figure(path, height, draw, width=9):
     with matplotlib.rc_context(STYLE):
         figure = Figure((width, height), layout="constrained")
         draw(figure)
-        write(path, lambda tmp: figure.savefig(tmp, format="png"))
+        atomic_write(path, lambda tmp: figure.savefig(tmp, format="png"))
     return path
 
 
@@ -198,7 +198,7 @@ def search_figure(out_dir):
     config = read_json(os.path.join(out_dir, "run.json"))["config"]
     log = read_lines(os.path.join(out_dir, "log.jsonl"))
     found = evaluations(os.path.join(out_dir, "arch_traj.jsonl"), "arch_loss")
-    lines, best = by_step(line for line in found if "weights" in line), kept(out_dir, found) # the result of spos has none
+    lines, best = by_step(line for line in found if "weights" in line), top_edges(out_dir, found) # the result of spos has none
     labels, matrix = ([], None) if config["optimizer"] == "spos" else heat_map(lines, config) # of spos they stay uniform
     path = os.path.join(out_dir, "arch_search.jsonl")
     searched = read_lines(path) if os.path.exists(path) else []
@@ -434,11 +434,11 @@ def best_of(lines):
     return min(lines, key=score)
 
 
-def kept(out_dir, lines):
+def top_edges(out_dir, lines):
     """The evaluation in a search's arch.json: the best, but of a progressive search only of its second half; until there is one, the
     best."""
     path = os.path.join(out_dir, "arch.json")
-    found = seal(read_json(path)) if os.path.exists(path) else None
+    found = add_checksum(read_json(path)) if os.path.exists(path) else None
     return next((line for line in lines if line == found), best_of(lines))
 
 
@@ -467,7 +467,7 @@ def main(out_dir, compare="", images=""):
         return
     if os.path.exists(traj):
         path, lines = search_figure(out_dir), evaluations(traj, "arch_loss")
-        best = kept(out_dir, lines)
+        best = top_edges(out_dir, lines)
         found, cost = describe(best["arch"]) + ": ", best["cost"]
     else:
         path, lines = train_figure(out_dir), evaluations(log, "train_loss")

@@ -41,7 +41,7 @@ from budget import latency as predictor, latency_features, latency_key, network_
 from configurator import as_list, check_range, check_whole
 from data import Images, Pairs, draw, load_data, load_meta, vocabulary
 from fused_ops import use_fused_ops
-from optim_nas import ArchOptimizer, likeliest, random_search
+from optim_nas import ArchOptimizer, discretize, random_search
 from run import peak_flops, pick_device, rng, setup, write_json
 from search_spaces import build, with_space
 from supernet import one_hot
@@ -92,7 +92,7 @@ def largest(net):
     weights = {name: torch.full(c.shape, 1 / len(c.options), requires_grad=True) for name, c in net.choices.items()}
     net.cost(weights)["params"].backward()
     gain = {name: torch.zeros(w.shape) if w.grad is None else w.grad for name, w in weights.items()}
-    return likeliest(net.choices, {name: g + 1e-3 * torch.arange(g.shape[-1]) for name, g in gain.items()})
+    return discretize(net.choices, {name: g + 1e-3 * torch.arange(g.shape[-1]) for name, g in gain.items()})
 
 
 def vocab_size_of(config):
@@ -130,10 +130,10 @@ def contender(config, run, method=""):
                         config=SimpleNamespace(**vars(config) | {"optimizer": method}), arch_step=None, seconds=[], ratios=[])
     c.step = lambda: train_step(net, c.forward, c.optimizer, tokens, config, run, c.state, config.learning_rate)
     if method:
-        c.chooser = ArchOptimizer(method, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate)
-        c.step = lambda: bilevel_step(net, c.forward, c.chooser, c.optimizer, c.splits, c.config, run, c.state, config.learning_rate)
-        if c.chooser.alphas:
-            c.arch_step = lambda: arch_step(net, c.forward, c.chooser, c.splits, c.config, run, c.state)
+        c.arch_optimizer = ArchOptimizer(method, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate)
+        c.step = lambda: bilevel_step(net, c.forward, c.arch_optimizer, c.optimizer, c.splits, c.config, run, c.state, config.learning_rate)
+        if c.arch_optimizer.alphas:
+            c.arch_step = lambda: arch_step(net, c.forward, c.arch_optimizer, c.splits, c.config, run, c.state)
     return c
 
 
@@ -190,24 +190,24 @@ def parts(c, config, run):
 def inputs(c, config, run, i):
     """x, y and a supernet's third argument, as in a weight step."""
     x, y = draw(c.splits["train"], config, run, "train", i)
-    return x, y, () if c.method == "plain" else (weight_arch(c.net, c.chooser, c.config, run, i / REPEATS, rng(config.seed, i)),)
+    return x, y, () if c.method == "plain" else (weight_arch(c.net, c.arch_optimizer, c.config, run, i / REPEATS, rng(config.seed, i)),)
 
 
 def memory(c, config, run):
     """Megabytes that the forward pass of a step keeps for its backward pass, parameters aside, and that a step allocates at its peak:
     the larger of the arch step's and the weight step's."""
     x, y, third = inputs(c, config, run, 0)
-    kept, own = {}, {t.untyped_storage().data_ptr() for t in (*c.net.parameters(), *c.net.buffers(), x, y)}
+    top_edges, own = {}, {t.untyped_storage().data_ptr() for t in (*c.net.parameters(), *c.net.buffers(), x, y)}
 
     def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        top_edges[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     def saved(function):
-        kept.clear()
+        top_edges.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             function()
-        return sum(size for pointer, size in kept.items() if pointer not in own)
+        return sum(size for pointer, size in top_edges.items() if pointer not in own)
     with run.amp:
         savings = [saved(lambda: c.net(x, y, *third))]
     peaks = [peak(c.step, run)]

@@ -8,7 +8,7 @@ import itertools
 import os
 from tqdm import tqdm
 import zlib
-from optim_nas import key_of, likeliest, uniform
+from optim_nas import arch_key, discretize, uniform
 from run import read_json, rng
 from supernet import check_arch, one_hot
 
@@ -32,15 +32,15 @@ class Budget:
         generator = torch.Generator().manual_seed(0)
         start = self.whole(uniform(self.drawn, generator))
         for name, target in targets.items():
-            low, high = (self.of(self.climb(start, lambda arch, cost, name=name, sign=sign: sign * cost[name]))[name] for sign in (-1, 1))
+            low, high = (self.of(self.hill_climb(start, lambda arch, cost, name=name, sign=sign: sign * cost[name]))[name] for sign in (-1, 1))
             if not low <= target <= high / CLOSE:
                 raise SystemExit(f"target_{name}={target:,} is out of reach: the {name} of this space's architectures are {low:,.10g} to "
                                  f"{high:,.10g}.")
-        self.smallest = self.climb(start, lambda arch, cost: -self.used(cost))
-        if self.used(self.of(self.smallest)) > 1:
+        self.smallest = self.hill_climb(start, lambda arch, cost: -self.utilization(cost))
+        if self.utilization(self.of(self.smallest)) > 1:
             raise SystemExit(f"No architecture of this space meets all of {targets}: the closest costs {self.of(self.smallest)}.")
         self.floor = CLOSE # some spaces have nothing so close to the target
-        self.floor = min(CLOSE, max(self.used(self.of(self.fit(self.smallest, generator))) for _ in range(3)))
+        self.floor = min(CLOSE, max(self.utilization(self.of(self.repair(self.smallest, generator))) for _ in range(3)))
 
     def whole(self, arch, weights=None):
         """The arch with entries for all layers, those that it does not use from weights, or the first option."""
@@ -75,13 +75,13 @@ class Budget:
             return total
         return cost_of
 
-    def used(self, cost):
+    def utilization(self, cost):
         """The share of the budget that a cost uses: of that target of which it uses most."""
         return max(cost[name] / target for name, target in self.targets.items()) - 1e-12 # rounding
 
-    def miss(self, cost):
+    def violation(self, cost):
         """0 in the budget, up to 1 for what uses too little of it, and more for what is above."""
-        used = self.used(cost)
+        used = self.utilization(cost)
         return used if used > 1 else max(1 - used / self.floor, 0.0)
 
     def gradient(self, weights):
@@ -91,7 +91,7 @@ class Budget:
         penalty = self.strength * sum((cost[name] / target).log() ** 2 for name, target in self.targets.items())
         return dict(zip(leaves, torch.autograd.grad(penalty, leaves.values(), materialize_grads=True), strict=True))
 
-    def climb(self, arch, score, generator=None, frozen=()):
+    def hill_climb(self, arch, score, generator=None, frozen=()):
         """Walks over the rows, or the nodes of cells, and takes an option whose score(arch, cost) is higher, until there is none; first
         over those of layers, then over what the whole network shares, each in random order with a generator; not over what is frozen."""
         units = [[(name, unit) for name, c in self.choices.items() if bool(c.repeat) == of_layers and name not in frozen
@@ -109,15 +109,15 @@ class Budget:
                     arch, best, cost = new, value, self.around(new)
         return arch
 
-    def fit(self, arch, generator):
+    def repair(self, arch, generator):
         """An architecture in the budget, by changes of single rows of this one, in random order, each of which brings it closer; if they
         lead nowhere, of random ones; of the closest if there is none."""
         found = []
         for start in itertools.chain([arch], (uniform(self.drawn, generator) for _ in range(10))):
-            found.append(self.climb(self.whole(start), lambda arch, cost: -self.miss(cost), generator))
-            if self.miss(self.of(found[-1])) == 0:
+            found.append(self.hill_climb(self.whole(start), lambda arch, cost: -self.violation(cost), generator))
+            if self.violation(self.of(found[-1])) == 0:
                 break
-        return check_arch(self.choices, min([*found, self.smallest], key=lambda arch: self.miss(self.of(arch))))
+        return check_arch(self.choices, min([*found, self.smallest], key=lambda arch: self.violation(self.of(arch))))
 
     def project(self, weights):
         """
@@ -126,13 +126,13 @@ class Budget:
         """
         logs = {name: w.clamp_min(1e-30).log().view(-1, w.shape[-1]).tolist() for name, w in weights.items()}
         shared = [name for name, c in self.choices.items() if not c.repeat]
-        arch, found = self.whole(likeliest(self.choices, weights), weights), {}
+        arch, found = self.whole(discretize(self.choices, weights), weights), {}
 
         def likely(arch):
             return likelihood(self.choices, arch, logs)
 
         def add(arch):
-            found[key_of(arch)] = self.miss(self.of(arch)), -likely(arch), arch
+            found[arch_key(arch)] = self.violation(self.of(arch)), -likely(arch), arch
         add(self.smallest)
         for values in itertools.islice(best_first([(logs[name][0], self.choices[name].options) for name in shared]), 500):
             new = arch | dict(zip(shared, values, strict=True))
@@ -140,11 +140,11 @@ class Budget:
             if miss == 0 and likely(new) <= -less_likely:
                 break
             for price in (1, 8, 64, 512, 4096) if len(shared) < len(self.choices) else ():
-                new = self.climb(new, lambda a, cost, price=price: likely(a) - price * self.miss(cost), frozen=shared)
+                new = self.hill_climb(new, lambda a, cost, price=price: likely(a) - price * self.violation(cost), frozen=shared)
             add(new)
         if min(found.values(), key=lambda entry: entry[:2])[0] > 0: # single changes led nowhere: from where the budget is met
-            start = self.whole(self.fit(arch, torch.Generator().manual_seed(0)), weights)
-            add(self.climb(start, lambda a, cost: likely(a) - 4096 * self.miss(cost)))
+            start = self.whole(self.repair(arch, torch.Generator().manual_seed(0)), weights)
+            add(self.hill_climb(start, lambda a, cost: likely(a) - 4096 * self.violation(cost)))
         return check_arch(self.choices, min(found.values(), key=lambda entry: entry[:2])[2])
 
 

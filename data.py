@@ -101,12 +101,12 @@ def load_shards(data_dir, dataset, shards, mode=0):
     return [shard for shard in read_json(file)["shards"] if mode in (0, shard["mode"])]
 
 
-def hash_of(tokens):
+def bytes_hash(tokens):
     return hashlib.sha256(tokens).hexdigest()  # about a second a gigabyte
 
 
 def check_hash(data, file, sha256):
-    if hash_of(data) != sha256:
+    if bytes_hash(data) != sha256:
         raise SystemExit(f"{file} is damaged, its bytes are not those that were written: delete {file.parent} and prepare it again")
 
 
@@ -147,7 +147,7 @@ def get_batch(tokens, batch_size, block_size, generator, device="cpu"):
     return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def blocks(tokens, batch_size, block_size, device="cpu"):
+def sequential_batches(tokens, batch_size, block_size, device="cpu"):
     """
     Walks all tokens once, in order: yields x, y of int64, both (up to batch_size, block_size).
 
@@ -240,7 +240,7 @@ def permutation(n, *keys):
     return torch.randperm(n, generator=rng(*keys))
 
 
-def draw_index(n, batch_size, number, *keys):
+def batch_indices(n, batch_size, number, *keys):
     """
     The number-th batch of an endless walk through n images: int64 (batch_size,), which the arguments alone decide.
 
@@ -354,7 +354,7 @@ def cut(data, start, stop):
 def check_split(data, config, name):
     """SystemExit unless the data holds a batch."""
     if isinstance(data, Images):
-        draw_index(len(data), config.batch_size, 0)
+        batch_indices(len(data), config.batch_size, 0)
     elif isinstance(data, Pairs):
         least = min(data.shapes.min(1).tolist(), default=0)
         if least < (3 if name in ("val", "test") else config.patch): # PSNR leaves out a border of one pixel
@@ -373,7 +373,7 @@ def draw(data, config, run, name, step, micro=0, recipe=True):
         return get_batch(data, config.batch_size, config.block_size, rng(config.seed, name, step, micro), run.device)
     copies = config.repeated_augmentation if name == "train" and recipe else 1
     number = step * config.gradient_accumulation_steps + micro
-    index = draw_index(len(data), config.batch_size // copies, number, config.seed, name).repeat_interleave(copies)
+    index = batch_indices(len(data), config.batch_size // copies, number, config.seed, name).repeat_interleave(copies)
     if name != "train":
         return get_images(data, index, run.device)
     change = dict(generator=rng(config.seed, "augment", step, micro), crop=config.crop, flip=config.flip, cutout=config.cutout)

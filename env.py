@@ -31,8 +31,8 @@ from configurator import as_list, check_range, check_whole, defaults
 from data import load_data, load_meta, load_shards, micro_batches
 from model import build
 from prepare import cut_shards
-from run import Log, aside, begin, load_checkpoint, load_model, main, read_json, rng, save, setup
-from run import write, write_json
+from run import Log, silenced, init_out_dir, load_checkpoint, load_model, main, read_json, rng, save, setup
+from run import atomic_write, write_json
 from train import backward, configure_optimizer, estimate_all, loop, train, train_step, update
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
 from prepare import prepare_own
@@ -148,7 +148,7 @@ def train_evaluator(config):
     def evaluate(arch, shard):
         settings, path, job = cached("", config, shard, **sizes_of(arch, config))
         if not os.path.exists(f"{path}.json"):
-            with aside():
+            with silenced():
                 result = train(job, test=True)
             found = {"loss": result["test_loss"], "flops": result["flops"], "params": result["params"],
                      "seconds": result["seconds"] / job["max_iters"] / job["batch_size"]}
@@ -171,7 +171,7 @@ def supernet_evaluator(config):
         net, tokens, config_, run = nets[key]
         small = net.extract(diagonal(arch, config))
         if config["time_from"] == "measured" and str(arch) not in seconds:
-            with aside():
+            with silenced():
                 seconds[str(arch)] = measure_times([arch], {**config, "dataset": shard["dataset"]})[0]
         loss = estimate_all(small, tokens, config_, run)["loss"]
         return with_time({"loss": loss, "seconds": seconds.get(str(arch)), **small.cost()}, config)
@@ -190,7 +190,7 @@ def load_supernet(config, shard):
     space = {"n_layer": numbers, "n_head": numbers, "n_embd": [n * config["head_size"] for n in numbers]}
     _, path, job = cached("supernet_", config, shard, **space, max_iters=config["supernet_iters"])
     job, name = SimpleNamespace(**job), f"{path}.pt"
-    with aside():
+    with silenced():
         check_run(job)
         run = setup(job)
         prepare_own(job, run)
@@ -208,7 +208,7 @@ def load_supernet(config, shard):
 
 def train_supernet(net, tokens, config, run):
     """SPOS (Guo et al. 2019) on the 64 networks: every step trains one, all as likely, by slicing, at its own cost."""
-    begin(config, run)
+    init_out_dir(config, run)
     optimizer = configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0)
 
@@ -361,7 +361,7 @@ def make_table(config):
         seconds = dict(zip(map(str, archs), measure_times(archs, config), strict=True))
         rows = [row | {"time": seconds[str({"n_head": row["n_head"], "n_layer": row["n_layer"]})]} for row in rows]
     lines = [",".join(f"{row[name]:.5g}" if of is float else str(row[name]) for name, of in COLUMNS.items()) for row in rows]
-    write(config["table"], lambda f: f.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
+    atomic_write(config["table"], lambda f: f.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
     took = [row["took"] for row in rows]
     print(f"{config['table']}: {len(rows)} rows, {sum(took):.0f} s, {1000 * statistics.median(took):.1f} ms an evaluation (median)")
     if others:

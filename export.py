@@ -45,7 +45,7 @@ import torch.nn as nn
 
 from configurator import check_range
 from fused_ops import use_fused_ops
-from run import rng, write
+from run import rng, atomic_write
 from sample import load_run
 from search_spaces import build
 from train import configure_optimizer
@@ -311,7 +311,7 @@ def save(path, data):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     except OSError as e:
         raise SystemExit(f"The folder of {path} cannot be made ({e.strerror}): make room for it in out_dir.") from None
-    write(path, lambda f: f.write(data))
+    atomic_write(path, lambda f: f.write(data))
 
 
 if __name__ == "__main__":

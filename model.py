@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from configurator import check_range
 from fused_ops import causal_attention, mixed_attention
 from supernet import Choice, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, check_arch
-from supernet import extract, one_hot, options_of, prefixes, ranking, reorder, size_of, straight
+from supernet import extract, one_hot, options_of, prefix_masks, ranking, reorder, size_of, straight_through
 from supernet import take
 
 
@@ -76,12 +76,12 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         # what a mixture multiplies with, for each head count j: the channels that each width uses, and 1/sqrt of its head size
         if config.head_size:
-            share = prefixes([h * config.head_size for h in n_head], inner) # (n_head, inner)
+            mask = prefix_masks([h * config.head_size for h in n_head], inner) # (n_head, inner)
             scale = torch.full((1, inner), config.head_size ** -0.5)
         else:
-            share = torch.stack([prefixes(n_embd, inner, groups=h) for h in n_head]) # (n_head, n_embd, inner)
-            scale = share * torch.tensor([[(e / h) ** -0.5 for e in n_embd] for h in n_head]).unsqueeze(-1)
-        self.register_buffer("share", share, persistent=False)
+            mask = torch.stack([prefix_masks(n_embd, inner, groups=h) for h in n_head]) # (n_head, n_embd, inner)
+            scale = mask * torch.tensor([[(e / h) ** -0.5 for e in n_embd] for h in n_head]).unsqueeze(-1)
+        self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x, e=None, n_head=None, cache=None):
@@ -99,9 +99,9 @@ class CausalSelfAttention(nn.Module):
             k, v = (torch.cat((cache[name], new), 1) if cache else new for name, new in (("k", k), ("v", v)))
             cache.update(k=k, v=v)
         if a is not None and not self.head_size: # the weights as in the mixture below
-            q, a = straight(q, e.p if self.rope else e.p * e.p), a * e.p * e.p
+            q, a = straight_through(q, e.p if self.rope else e.p * e.p), a * e.p * e.p
         is_causal = cache is None or q.size(1) == k.size(1) # one new token sees the whole cache
-        y = straight(causal_attention(q, k, v, h, self.dropout if self.training else 0.0, is_causal=is_causal), a)
+        y = straight_through(causal_attention(q, k, v, h, self.dropout if self.training else 0.0, is_causal=is_causal), a)
         return self.resid_dropout(self.c_proj(y, None if plain else Size(n, groups), e))
 
     def heads(self):
@@ -136,9 +136,9 @@ class CausalSelfAttention(nn.Module):
         qkv, dropout = self.c_attn(x, e), self.dropout if self.training else 0.0 # (B, T, 3 inner)
         if self.head_size:
             qkv = rotary(qkv, self.n_head[-1]) if self.rope else qkv
-            y = mixed_attention(qkv, self.scale, (a @ self.share).unsqueeze(0), self.n_head[-1:], dropout)
+            y = mixed_attention(qkv, self.scale, (a @ self.mask).unsqueeze(0), self.n_head[-1:], dropout)
         else:
-            S, scale = e.p @ self.share, e.p @ self.scale # (n_head, inner)
+            S, scale = e.p @ self.mask, e.p @ self.scale # (n_head, inner)
             y_scale = a.unsqueeze(-1) * S * S
             y = mixed_rotary_attention(qkv, self.n_embd, e.p, y_scale, self.n_head, dropout) if self.rope else \
                 mixed_attention(qkv, S * scale, y_scale, self.n_head, dropout)
@@ -157,7 +157,7 @@ class MLP(nn.Module):
         self.c_fc = Linear(n_embd[-1], (1 + self.gated) * n_hidden[-1][-1], bias=config.bias)
         self.c_proj = Linear(n_hidden[-1][-1], n_embd[-1], bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
-        self.register_buffer("share", prefixes(n_hidden, n_hidden[-1][-1]), persistent=False) # (n_embd, mlp_ratio, hidden)
+        self.register_buffer("mask", prefix_masks(n_hidden, n_hidden[-1][-1]), persistent=False) # (n_embd, mlp_ratio, hidden)
         self.n_hidden = tuple(sorted({n for row in n_hidden for n in row}))
         self.register_buffer("last", torch.tensor(self.n_hidden) - 1, persistent=False)
 
@@ -168,11 +168,11 @@ class MLP(nn.Module):
     def hidden(self, e, m):
         """The Size of the hidden dimension, n_embd * mlp_ratio."""
         if isinstance(m, torch.Tensor):
-            return Size(self.n_hidden, share=torch.einsum("m,emh->eh", m, self.share), p=e.p, last=self.last)
+            return Size(self.n_hidden, mask=torch.einsum("m,emh->eh", m, self.mask), p=e.p, last=self.last)
         if m is None and e is None:
             return None
         m, weight = m if isinstance(m, tuple) else (m or self.mlp_ratio[-1], None)
-        return Size(int(m * (self.n_embd[-1] if e is None else e.n)), share=weight, p=None if e is None else e.p)
+        return Size(int(m * (self.n_embd[-1] if e is None else e.n)), mask=weight, p=None if e is None else e.p)
 
     def forward(self, x, e=None, mlp_ratio=None):
         hidden = self.hidden(e, mlp_ratio)
@@ -276,7 +276,7 @@ def mixture_sizes(net, arch, L):
         assert not open_choices, f"a supernet needs weights or an architecture as its third argument: it has {open_choices}"
         return None, L, [(None, None)] * L
     layers = list(zip(arch["n_head"], arch["mlp_ratio"], strict=False))
-    return size_of(arch["n_embd"], net.n_embd, net.share, net.last), arch["n_layer"], layers
+    return size_of(arch["n_embd"], net.n_embd, net.mask, net.last), arch["n_layer"], layers
 
 
 def run_blocks(blocks, x, n_layer, depths, args):
@@ -333,7 +333,7 @@ class GPT(nn.Module):
         ))
         self.lm_head = Linear(E, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight # weight tying
-        self.register_buffer("share", prefixes(self.n_embd, E), persistent=False) # (n_embd, E)
+        self.register_buffer("mask", prefix_masks(self.n_embd, E), persistent=False) # (n_embd, E)
         self.register_buffer("last", torch.tensor(self.n_embd) - 1, persistent=False)
 
         self.apply(self._init_weights)
@@ -463,7 +463,7 @@ class GPT(nn.Module):
         """What the latency of this GPT is a linear function of: how often it has each part, {name: (n_embd, options)}. shares: the
         weights of its choices, those of a layer times the chance that it runs."""
         parts = {"rest": shares["n_layer"], "attention": shares["n_head"].sum(0), "mlp": shares["mlp_ratio"].sum(0)}
-        return {name: torch.outer(shares["n_embd"], share) for name, share in parts.items()}
+        return {name: torch.outer(shares["n_embd"], mask) for name, mask in parts.items()}
 
     def expectation(self, arch):
         """mixture_sizes() as float64 weights, for cost()."""

@@ -65,7 +65,7 @@ def uniform(choices, generator):
     return check_arch(choices, {name: arch[name] if c.repeat else arch[name][0] for name, c in choices.items()})
 
 
-def rowwise(choices, weights):
+def argmax_arch(choices, weights):
     """The architecture of the largest weight in every row."""
     def pick(choice, row):
         return choice.options[row.argmax().item()]
@@ -73,12 +73,12 @@ def rowwise(choices, weights):
                                 for name, c in choices.items()})
 
 
-def likeliest(choices, weights):
+def discretize(choices, weights):
     """rowwise(), and where a node keeps some of its rows: those of the largest weight but for 'none', 'none' in the others."""
-    return rowwise(choices, weights) | {name: kept(c, weights[name]) for name, c in choices.items() if c.keep}
+    return argmax_arch(choices, weights) | {name: top_edges(c, weights[name]) for name, c in choices.items() if c.keep}
 
 
-def kept(choice, weights):
+def top_edges(choice, weights):
     """The rows of weights: (rows, K) that stay, each with its best operation, and 'none'."""
     operations = [k for k, option in enumerate(choice.options) if option != "none"]
     best, k = weights[:, operations].max(-1) # (rows,)
@@ -172,7 +172,7 @@ class ArchOptimizer:
 
     def arch(self):
         """The likeliest option of every choice, or the likeliest architecture in the budget."""
-        return self.budget.project(self.mean()) if self.budget else likeliest(self.choices, self.mean())
+        return self.budget.project(self.mean()) if self.budget else discretize(self.choices, self.mean())
 
     def step(self, weights, grads):
         """One Adam step. weights: what sample() returned; grads: name -> the gradient of the loss to them.
@@ -248,7 +248,7 @@ def unrolled_gradient(params, alphas, train_grad, val_grad, learning_rate, radiu
 # -----------------------------------------------------------------------------
 # after a supernet is trained: search over its inherited weights
 
-def key_of(arch):
+def arch_key(arch):
     """The same string for the same architecture."""
     return json.dumps(arch, sort_keys=True)
 
@@ -295,12 +295,12 @@ def unseen(choices, seen, generator, budget=None, tries=1000):
     exhausted, or 50 draws end at what was seen already of a budget."""
     for _ in range(50 if budget else tries):
         arch = uniform(choices, generator)
-        arch = budget.fit(arch, generator) if budget else arch
-        if key_of(arch) not in seen:
+        arch = budget.repair(arch, generator) if budget else arch
+        if arch_key(arch) not in seen:
             return arch
     if budget:
         return None
-    rest = [arch for arch in architectures(choices) if key_of(arch) not in seen] if len(seen) < space_size(choices) else []
+    rest = [arch for arch in architectures(choices) if arch_key(arch) not in seen] if len(seen) < space_size(choices) else []
     return rest[torch.randint(len(rest), (), generator=generator).item()] if rest else None
 
 
@@ -308,7 +308,7 @@ def random_search(choices, evaluate, n, generator, budget=None):
     """evaluate(arch) -> loss, for n different architectures, or all there are: [(loss, arch)] in the order of evaluation."""
     history, seen = [], set()
     while len(history) < n and (arch := unseen(choices, seen, generator, budget)):
-        seen.add(key_of(arch))
+        seen.add(arch_key(arch))
         history.append((evaluate(arch), arch))
     return history
 
@@ -363,8 +363,8 @@ def evolutionary_search(choices, evaluate, n, generator, population=50, parents=
         for _ in range(50 if best else 0):
             child = (mutate(choices, draw(best), generator, prob, depth_prob) if i % 2 else
                      crossover(choices, draw(best), draw(best), generator))
-            child = budget.fit(child, generator) if budget else child
-            if key_of(child) not in seen:
+            child = budget.repair(child, generator) if budget else child
+            if arch_key(child) not in seen:
                 return child
         return unseen(choices, seen, generator, budget)
 
@@ -375,12 +375,12 @@ def evolutionary_search(choices, evaluate, n, generator, population=50, parents=
             child = child_of(best, i)
             if child is None:
                 return history
-            seen.add(key_of(child))
+            seen.add(arch_key(child))
             history.append((evaluate(child), child))
     return history
 
 
-def fronts(points):
+def nondominated_sort(points):
     """The indices of points, tuples to be small in everything, in layers: those that no other is better than, those that only these
     are better than, and so on (non-dominated sorting: Deb et al. 2002)."""
     left, layers = list(range(len(points))), []
@@ -397,7 +397,7 @@ def by_front(history, cost):
     """The history of a search for small loss and small cost(arch) together: front by front, each in order of its cost and thinned to
     every second entry again and again, so that its first ones are spread over it."""
     order = []
-    for front in fronts([(loss, cost(arch)) for loss, arch in history]):
+    for front in nondominated_sort([(loss, cost(arch)) for loss, arch in history]):
         line = sorted(front, key=lambda i: cost(history[i][1]))
         step = 1 << max(len(line) - 1, 0).bit_length()
         while step:

@@ -68,9 +68,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 import torch.distributed as dist
-from data import IMAGE_SETS, PAIR_SETS, TOKENIZER, codec, data_dir_option, hash_of, load_meta
+from data import IMAGE_SETS, PAIR_SETS, TOKENIZER, codec, data_dir_option, bytes_hash, load_meta
 from data import load_tokens
-from run import read_json, rng, write, write_json
+from run import read_json, rng, atomic_write, write_json
 
 dataset = "pydocs"  # pydocs, shakespeare_char, tinystories, openwebtext, text; of images: see IMAGE_SETS
 path = ""  # a local file or folder in the place of the download; dataset=text, images and imagenet16_120 need it
@@ -118,15 +118,15 @@ def python_docs():
                 docs.append(ast.get_docstring(node) or "")
     ascii_of = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "•": "*", "→": "->",
                               "×": "x", "≤": "<=", "\xa0": " "})
-    seen, kept = set(), []
+    seen, top_edges = set(), []
     # some topics contain other topics: the longest first, or the validation text would be trained on
     for doc in sorted({doc.translate(ascii_of) for doc in docs}, key=lambda doc: (-len(doc), doc)):
         paragraphs = [p for p in doc.split("\n\n") if len(p) < SHORT or p.strip() not in seen]
         seen.update(p.strip() for p in paragraphs)
         doc = "\n\n".join(paragraphs).strip()
         if len(doc) >= SHORT and doc.isascii():
-            kept.append(doc)
-    return kept
+            top_edges.append(doc)
+    return top_edges
 
 
 def open_any(file, mode, encoding=None):
@@ -420,7 +420,7 @@ def write_images(file, split, order, side, channels, num_proc):
                 counts[:] += [np.bincount(block[..., c].ravel(), minlength=256) for c in range(channels)]
                 bar.update(len(block))
 
-    write(file, save)
+    atomic_write(file, save)
     return counts
 
 
@@ -451,10 +451,10 @@ def prepare_images(folder, settings, path, num_proc):
     meta = {**settings, "img_size": side, "in_channels": channels, "num_classes": num_classes, "classes": classes}
     for split, order in orders.items():
         counts = write_images(folder / f"{split}.npy", splits[split], order, side, channels, num_proc)
-        write(folder / f"{split}_labels.npy", lambda f, split=split: np.save(f, labels[split]))
+        atomic_write(folder / f"{split}_labels.npy", lambda f, split=split: np.save(f, labels[split]))
         meta[f"{split}_images"] = len(order)
         for part in (split, f"{split}_labels"):
-            meta[f"{part}_sha256"] = hash_of(np.memmap(folder / f"{part}.npy", mode="r"))
+            meta[f"{part}_sha256"] = bytes_hash(np.memmap(folder / f"{part}.npy", mode="r"))
         if split == "train":
             share = counts / counts.sum(1, keepdims=True)  # (C, 256)
             mean = share @ np.arange(256)
@@ -572,7 +572,7 @@ def prepare_pairs(folder, settings, path):
                         f.write(pixels)
                         digest.update(pixels)
 
-        write(folder / f"{split}.bin", save)
+        atomic_write(folder / f"{split}.bin", save)
         order = range(len(shapes))
         if split == "train" and len(entries) < 16:  # a part start:stop is one of images, and of few images one of regions
             order = torch.randperm(len(shapes), generator=rng(settings["seed"], "regions")).tolist()
@@ -657,7 +657,7 @@ def start(folder, settings, splits):
     if tokenizer == "sentencepiece":
         docs, n_docs = splits[0]
         docs = tqdm(docs(), desc="sentencepiece", total=n_docs, unit=" documents")
-        write(model, lambda f: f.write(train_sentencepiece(docs, settings["vocab_size"])))
+        atomic_write(model, lambda f: f.write(train_sentencepiece(docs, settings["vocab_size"])))
     *_, vocab_size, joint = codec(tokenizer, chars, model)
     meta = {**settings, "vocab_size": vocab_size, "dtype": token_dtype(vocab_size), "eot": None if chars else joint[0],
             "train_tokens": 0, "val_tokens": 0, "train_documents": 0, "val_documents": 0, "chars": chars}
@@ -749,7 +749,7 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
         for split, (docs, n_docs) in zip(("train", "val"), splits, strict=True):
             write_split(folder, split, docs(), n_docs, encode, joint, meta)
         for split in ("train", "val"):
-            meta[f"{split}_sha256"] = hash_of(np.memmap(folder / f"{split}.bin", mode="r"))
+            meta[f"{split}_sha256"] = bytes_hash(np.memmap(folder / f"{split}.bin", mode="r"))
     if not finished.exists():
         write_json(progress, meta)
         os.replace(progress, finished)
@@ -803,9 +803,9 @@ def cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size):
         shard = {"dataset": f"{name}/{shards}/{i:02d}", "entries": size, "mode": i % 2 + 1}
         (folder / f"{i:02d}").mkdir(parents=True, exist_ok=True)
         for split, tokens in parts.items():
-            write(folder / f"{i:02d}" / f"{split}.bin", lambda f, tokens=tokens: f.write(tokens.tobytes()))
+            atomic_write(folder / f"{i:02d}" / f"{split}.bin", lambda f, tokens=tokens: f.write(tokens.tobytes()))
         counts = {f"{split}_tokens": len(tokens) for split, tokens in parts.items()}
-        hashes = {f"{split}_sha256": hash_of(tokens) for split, tokens in parts.items()}
+        hashes = {f"{split}_sha256": bytes_hash(tokens) for split, tokens in parts.items()}
         write_json(folder / f"{i:02d}" / "meta.json", {**meta, **shard, **counts, **hashes})
         listed.append(shard)
     write_json(folder / "shards.json", settings | {"shards": listed})

@@ -43,7 +43,7 @@ def read_lines(path):
     return found
 
 
-def write(path, save):
+def atomic_write(path, save):
     """save(file) into a temporary file, then rename: path is there whole or not at all. SystemExit if the disk says no."""
     tmp = f"{path}.tmp"
     try:
@@ -60,24 +60,24 @@ def write(path, save):
             os.remove(tmp)
 
 
-def seal(data):
+def add_checksum(data):
     """data with the hash of its content: unseal() then tells a changed file from the one that was written."""
     return {**data, "sha256": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()}
 
 
-def unseal(data, path):
+def verify_checksum(data, path):
     """data without its seal; SystemExit if it is no object or the seal is wrong. A file without one is taken as written by hand."""
     if not isinstance(data, dict):
         raise SystemExit(f"{path} is damaged: it holds {str(data)[:40]!r} where a JSON object is expected")
     content = {key: value for key, value in data.items() if key != "sha256"}
     renamed = any(re.fullmatch("[0-9a-f]{64}", str(value)) and not key.endswith("_sha256") for key, value in content.items())
-    if renamed or ("sha256" in data and seal(content) != data):
+    if renamed or ("sha256" in data and add_checksum(content) != data):
         raise SystemExit(f"{path} is not what was written: take an undamaged copy, or remove its \"sha256\" if you changed it yourself")
     return content
 
 
 def write_json(path, data):
-    write(path, lambda f: f.write(json.dumps(seal(data), indent=2).encode()))
+    atomic_write(path, lambda f: f.write(json.dumps(add_checksum(data), indent=2).encode()))
 
 
 def read_json(path):
@@ -88,7 +88,7 @@ def read_json(path):
         raise SystemExit(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise SystemExit(f"{path} is damaged, it is not JSON: {error}") from None
-    return unseal(data, path)
+    return verify_checksum(data, path)
 
 
 def rng(*keys):
@@ -130,7 +130,7 @@ def setup(config):
     control = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None # flags go between the CPUs, and no GPU waits for them
     run = SimpleNamespace(rank=rank, world=world, master=rank == 0, device=device, device_type=device_type, dtype=dtype, amp=amp,
                           scaler=scaler, control=control, signal=0)
-    check_out_dir(config, run)
+    check_resumable(config, run)
     return run
 
 
@@ -168,7 +168,7 @@ def origin(config):
     return read_json(os.path.join(config.out_dir, "run.json"))["config"]["init_from"]
 
 
-def check_out_dir(config, run):
+def check_resumable(config, run):
     """SystemExit if out_dir holds a run that would be lost, or none to go on with."""
     held = os.path.exists(os.path.join(config.out_dir, "run.json"))
     if resumes(config) and not held:
@@ -180,7 +180,7 @@ def check_out_dir(config, run):
         dist.barrier() # every rank has looked before rank 0 writes
 
 
-def begin(config, run):
+def init_out_dir(config, run):
     """Makes out_dir and writes run.json: the data and the network are there, what follows is work that must not be lost."""
     if not run.master or resumes(config):
         return
@@ -210,7 +210,7 @@ def append(path, data):
                          "--init_from=resume.") from None
 
 
-def fingerprint(value):
+def content_hash(value):
     """The hash of nested dicts, lists, tensors and plain values."""
     digest = hashlib.sha256()
     def feed(v):
@@ -238,7 +238,7 @@ def load_checkpoint(path, device):
         other = "go on from the one before it by --init_from=previous"
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        whole = checkpoint.pop("sha256") == fingerprint(checkpoint)
+        whole = checkpoint.pop("sha256") == content_hash(checkpoint)
     except FileNotFoundError:
         raise SystemExit(f"There is no checkpoint {path}: name the out_dir of a run that has saved one.") from None
     except Exception as e: # torch.load raises whatever the damaged bytes lead it to
@@ -260,7 +260,7 @@ def load_model(net, checkpoint, path):
     return net
 
 
-def check_same(config, checkpoint, path, keys, must=()):
+def check_same_network(config, checkpoint, path, keys, must=()):
     """SystemExit where a run would go on as another network, of which the shapes need not tell: a forgotten --norm or --n_head has the
     same. keys: those of the network; must: others that must be what they were."""
     for key in (*must, *sorted(keys & vars(config).keys())): # agents have a few of them
@@ -280,7 +280,7 @@ def save(config, run, name, net, optimizer=None, **rest):
     checkpoint = {"model": net.state_dict(), "config": vars(config), "logs": sizes, **rest}
     if optimizer:
         checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict()}
-    checkpoint["sha256"] = fingerprint(checkpoint)
+    checkpoint["sha256"] = content_hash(checkpoint)
     path = os.path.join(config.out_dir, name)
     if name == "ckpt.pt" and os.path.exists(path):
         link = os.path.join(config.out_dir, "ckpt.prev.pt")
@@ -288,7 +288,7 @@ def save(config, run, name, net, optimizer=None, **rest):
             os.remove(link + ".tmp")
         os.link(path, link + ".tmp") # the new name first, so that there is a ckpt.pt at every moment
         os.replace(link + ".tmp", link)
-    write(path, lambda f: torch.save(checkpoint, f))
+    atomic_write(path, lambda f: torch.save(checkpoint, f))
 
 
 def resume(config, run, net, optimizer, state, keys, arch=None):
@@ -299,7 +299,7 @@ def resume(config, run, net, optimizer, state, keys, arch=None):
     if os.path.exists(path) or config.init_from == "previous":
         checkpoint = load_checkpoint(path, run.device)
         load_model(net, checkpoint, path)
-        check_same(config, checkpoint, path, keys, ("weight_optimizer",))
+        check_same_network(config, checkpoint, path, keys, ("weight_optimizer",))
         if checkpoint.get("arch") != arch:
             raise SystemExit(f"{path} is of a run of the architecture {checkpoint.get('arch')}, and not of {arch}: name that, or another "
                              "--out_dir.")
@@ -314,7 +314,7 @@ def resume(config, run, net, optimizer, state, keys, arch=None):
         dist.barrier()
     if run.master and config.init_from == "previous": # else the next save would put the damaged one in its place
         with open(path, "rb") as whole:
-            write(os.path.join(config.out_dir, "ckpt.pt"), lambda f: shutil.copyfileobj(whole, f))
+            atomic_write(os.path.join(config.out_dir, "ckpt.pt"), lambda f: shutil.copyfileobj(whole, f))
     for log in LOGS if run.master else ():
         if os.path.exists(path := os.path.join(config.out_dir, log)):
             os.truncate(path, checkpoint["logs"].get(log, 0))
@@ -336,9 +336,9 @@ def signals(run):
             signal.signal(signum, handler)
 
 
-def stop_if_told(run, checkpoint, due=False):
+def stop_if_signaled(run, checkpoint, due=False):
     """checkpoint() if it is due on any process; if one got a signal, checkpoint() and the end of all, with 128 + the signal's number."""
-    words = [int(word) for word in share(256 * bool(due) + run.signal, run)]
+    words = [int(word) for word in all_gather_scalar(256 * bool(due) + run.signal, run)]
     signum = max(word % 256 for word in words)
     if signum or max(words) >= 256:
         checkpoint()
@@ -388,7 +388,7 @@ class Log:
         """The line of a training step. loss: this process's, a tensor; clock: when the last `steps` steps began; flops: forward,
         of one sample. extra: more values of the line."""
         loss = loss.detach().clone().reshape(1)
-        average([loss], self.run)
+        all_reduce_mean([loss], self.run)
         loss = loss.item() # not finite only in a step that was passed over
         ms = (time.perf_counter() - clock) / steps * 1000
         samples, text = self.config.batch_size * self.config.gradient_accumulation_steps, self.config.space == "gpt"
@@ -408,7 +408,7 @@ def peak_flops(run):
     return next((peak for card, peak in PEAK_FLOPS.items() if card in name), 0)
 
 
-def average(tensors, run):
+def all_reduce_mean(tensors, run):
     """The mean of each tensor over all processes, in place; one message."""
     if run.world == 1 or not tensors:
         return
@@ -419,7 +419,7 @@ def average(tensors, run):
         t.copy_(mean.view_as(t))
 
 
-def share(number, run):
+def all_gather_scalar(number, run):
     """[the number of every process], the same list on all of them."""
     numbers = torch.zeros(run.world, dtype=torch.float64)
     numbers[run.rank] = number
@@ -446,11 +446,12 @@ def draw_figures(out_dir):
     """Runs analyze.py, which draws the figures of a run from its files and prints where they are."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "analyze.py")
     sys.stdout.flush()
-    subprocess.run([sys.executable, script, f"--out_dir={out_dir}"], check=False)
+    if os.environ.get("RANK", "0") == "0":
+        subprocess.run([sys.executable, script, f"--out_dir={out_dir}"], check=False)
 
 
 @contextlib.contextmanager
-def aside():
+def silenced():
     """For a training inside an evaluation: nothing printed, and PyTorch's generator, which it seeds, put back. An agent that draws
     its actions from the same generator would repeat itself."""
     quiet = io.StringIO()
@@ -462,7 +463,7 @@ def main(function, config):
     """Runs a script's function; a number that is not finite, or the end of another process, ends it with a sentence, and Ctrl-C without
     one."""
     try:
-        function(config)
+        return function(config)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except FloatingPointError as e:

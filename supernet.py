@@ -121,7 +121,7 @@ class Size(NamedTuple):
     """
     n: int | tuple
     groups: int = 1
-    share: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     p: torch.Tensor | None = None
     last: torch.Tensor | None = None
 
@@ -134,9 +134,9 @@ class Size(NamedTuple):
         return self.p is not None and self.p.dim() == 0
 
     @property
-    def S(self):
+    def coverage(self):
         """(N,): the total weight of the options that use each channel; of a hard size: its weight."""
-        return self.p @ self.share if self.mixed else self.p if self.share is None else self.p * self.share
+        return self.p @ self.mask if self.mixed else self.p if self.mask is None else self.p * self.mask
 
     @property
     def unweighted(self):
@@ -149,19 +149,19 @@ class Size(NamedTuple):
         if not self.mixed:
             return self._replace(n=2 * self.n, groups=2)
         both, N = (*self.n, *(self.n[-1] + n for n in self.n)), self.n[-1]
-        return self._replace(n=both, share=self.share.repeat(1, 2), last=torch.cat((self.last, N + self.last)))
+        return self._replace(n=both, mask=self.mask.repeat(1, 2), last=torch.cat((self.last, N + self.last)))
 
 
-def size_of(value, n, share, last=None):
+def size_of(value, n, mask, last=None):
     """The Size of a choice among the sizes n, from its value: None, an option, an option and its weight, or the weights of all, (K,).
     share, last: of a mixture, as in Size."""
     if isinstance(value, torch.Tensor):
-        return Size(n, share=share, p=value, last=last)
+        return Size(n, mask=mask, p=value, last=last)
     option, p = value if isinstance(value, tuple) else (value, None)
     return None if option is None else Size(option, p=p)
 
 
-def prefixes(n, N, groups=1):
+def prefix_masks(n, N, groups=1):
     """(K, N) of 0 and 1: the channels that each option of n: (K,) uses, the first n/groups of each of `groups` equal parts."""
     inside = torch.arange(N // groups) < torch.tensor(n).unsqueeze(-1) // groups
     return inside.float().repeat(*[1] * (inside.dim() - 1), groups)
@@ -192,7 +192,7 @@ def reorder(tensors, order):
 # mixing, and depthwise convolution: each in PyTorch, which says what is computed, and for a CPU in fused_ops.cpp
 
 
-class Straight(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """x * w for a scalar w that is 1: x itself, though not its gradient."""
     @staticmethod
     def forward(ctx, x, w):
@@ -205,11 +205,11 @@ class Straight(torch.autograd.Function):
         return g, torch.dot(g.flatten().to(w.dtype), x.flatten().to(w.dtype))
 
 
-def straight(x, w):
+def straight_through(x, w):
     """x * w, where w is the weight 1 of a chosen option, or None."""
     if w is None or not w.requires_grad:
         return x
-    return x * w.to(x.dtype) if torch.compiler.is_compiling() else Straight.apply(x, w) # a compiler makes as little of the product
+    return x * w.to(x.dtype) if torch.compiler.is_compiling() else StraightThrough.apply(x, w) # a compiler makes as little of the product
 
 # -----------------------------------------------------------------------------
 # layers: the plain torch layers, whose sizes may be chosen or mixed
@@ -229,15 +229,15 @@ class Linear(nn.Linear):
         mix_i, mix_o = i is not None and i.mixed, o is not None and o.mixed
         joint = i is not None and o is not None and i.p is o.p
         if mix_i and mix_o and joint:
-            M = (o.p[:, None] * o.share[:, o.last]).T @ i.share[:, i.last] # (len(o.n), len(i.n))
-            return mixed_linear(x, self.weight, self.bias if self.bias is None else self.bias * o.S, M, o.n, i.n)
+            M = (o.p[:, None] * o.mask[:, o.last]).T @ i.mask[:, i.last] # (len(o.n), len(i.n))
+            return mixed_linear(x, self.weight, self.bias if self.bias is None else self.bias * o.coverage, M, o.n, i.n)
         if mix_i or mix_o:
-            y = F.linear(x * i.S.to(x.dtype) if mix_i else x, self.weight, self.bias)
-            return y * o.S.to(y.dtype) if mix_o else y
+            y = F.linear(x * i.coverage.to(x.dtype) if mix_i else x, self.weight, self.bias)
+            return y * o.coverage.to(y.dtype) if mix_o else y
         if i is not None and i.weighted:
-            x = straight(x, i.share if joint else i.S) # joint: p counts once, in what goes out
+            x = straight_through(x, i.mask if joint else i.coverage) # joint: p counts once, in what goes out
         y = F.linear(x, **self.take(i, o))
-        return straight(y, o.S) if o is not None and o.weighted else y
+        return straight_through(y, o.coverage) if o is not None and o.weighted else y
 
 
 class Embedding(nn.Embedding):
@@ -247,9 +247,9 @@ class Embedding(nn.Embedding):
 
     def forward(self, idx, e=None):
         if e is not None and e.mixed:
-            return F.embedding(idx, self.weight) * e.S
+            return F.embedding(idx, self.weight) * e.coverage
         y = F.embedding(idx, **self.take(e))
-        return straight(y, e.S) if e is not None and e.weighted else y
+        return straight_through(y, e.coverage) if e is not None and e.weighted else y
 
 
 class Sinusoidal(nn.Module):
@@ -268,7 +268,7 @@ class Sinusoidal(nn.Module):
         i = torch.arange(n, device=pos.device)
         angle = pos.unsqueeze(1) * 10000 ** (-(i - i % 2) / n)
         y = torch.where(i % 2 == 0, angle.sin(), angle.cos())
-        return straight(y, e.S) if e is not None and e.weighted else y
+        return straight_through(y, e.coverage) if e is not None and e.weighted else y
 
 
 class LayerNorm(nn.Module):
@@ -287,10 +287,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x, e=None):
         if e is not None and e.mixed:
-            return mixed_norm(x, self.weight, self.bias if self.bias is None else self.bias * e.S, e.p, e.n, self.eps)
+            return mixed_norm(x, self.weight, self.bias if self.bias is None else self.bias * e.coverage, e.p, e.n, self.eps)
         slices = self.take(e)
         y = F.layer_norm(x, slices["weight"].shape, **slices, eps=self.eps)
-        return straight(y, e.S) if e is not None and e.weighted else y
+        return straight_through(y, e.coverage) if e is not None and e.weighted else y
 
 
 class RMSNorm(nn.Module):
@@ -317,7 +317,7 @@ class RMSNorm(nn.Module):
             blocks = x.split([b - a for a, b in zip((0, *e.n[:-1]), e.n, strict=True)], dim=-1) # block k is in every option from k on
             return self.weight * torch.cat([block * sum(scales[k:]) for k, block in enumerate(blocks)], dim=-1)
         y = x * self.scale(x, x.shape[-1]) * self.take(e)["weight"]
-        return straight(y, e.S) if e is not None and e.weighted else y
+        return straight_through(y, e.coverage) if e is not None and e.weighted else y
 
 # -----------------------------------------------------------------------------
 # convolutions, x: (B, C, H, W): channels are prefixes, a kernel is the centred window of the largest

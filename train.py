@@ -28,13 +28,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import as_list, check_range
-from data import sides, Images, Pairs, blocks, check_recipe, check_split, cut, draw, fidelity
+from data import sides, Images, Pairs, sequential_batches, check_recipe, check_split, cut, draw, fidelity
 from data import get_images, image_batches, load_data, micro_batches, pair_batches, quality
 from fused_ops import use_fused_ops
 from prepare import prepare_own
 from pretrained import check_init_from
-from run import Log, average, begin, fault, finite, load_checkpoint, load_model, main, origin
-from run import pretrained, resume, resumes, rng, save, setup, share, signals, stop_if_told
+from run import Log, all_reduce_mean, init_out_dir, fault, finite, load_checkpoint, load_model, main, origin
+from run import pretrained, resume, resumes, rng, save, setup, all_gather_scalar, signals, stop_if_signaled
 from run import write_json
 from search_spaces import build, network_keys, with_space
 from search_spaces.convs import batch_norms, measure_norms
@@ -223,13 +223,13 @@ def update(net, optimizer, loss, config, run, state):
     norm = torch.nn.utils.get_total_norm(grads)
     # float16 has infinite gradients now and then, which its scaler sees to
     healthy = loss.isfinite() and (norm.isfinite() or run.scaler.is_enabled())
-    sick = [rank for rank, flag in enumerate(share(not healthy, run)) if flag]
+    sick = [rank for rank, flag in enumerate(all_gather_scalar(not healthy, run)) if flag]
     if sick:
         names = [name for name, p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()][:3]
         optimizer.zero_grad(set_to_none=True)
         return fault(f"on rank {', '.join(map(str, sick))} (on rank {run.rank} the loss is {loss.item()}, and the first gradients that are "
                      f"not finite are those of {', '.join(names) or 'none'})", config, state)
-    average(grads, run)
+    all_reduce_mean(grads, run)
     run.scaler.unscale_(optimizer)
     if config.grad_clip:
         if run.world > 1 or run.scaler.is_enabled(): # else it is the norm from above
@@ -298,7 +298,7 @@ def estimate(net, data, config, run, name, arch_of=None, own_norms=False):
         count = min(count, max(1, -(-rest // (config.batch_size if images else 1))))
     net.eval()
     with batch_norms(net) if own_norms else contextlib.nullcontext():
-        total, right, n = (sum(share(t, run)) for t in tally(net, batches(), run))
+        total, right, n = (sum(all_gather_scalar(t, run)) for t in tally(net, batches(), run))
     net.train(training)
     return {"loss": finite(total / n, f"the {name} loss"), **quality(data, right / n)}
 
@@ -312,7 +312,7 @@ def estimate_all(net, data, config, run):
     else:
         images = isinstance(data, Images)
         shape = (config.batch_size,) if images else (config.batch_size, config.block_size)
-        batches, size = (image_batches if images else blocks)(data, *shape, run.device), math.prod(shape)
+        batches, size = (image_batches if images else sequential_batches)(data, *shape, run.device), math.prod(shape)
     total, right, n = tally(net, tqdm(batches, desc="test", unit="batch", leave=False, total=-(-len(data) // size),
                                       disable=not sys.stderr.isatty()), run).tolist()
     return {"loss": finite(total / n, "the test loss"), **quality(data, right / n)}
@@ -371,7 +371,7 @@ def loop(config, run, state, log, flops, step, evaluate, checkpoint, line=dict, 
             clock, timed = time.perf_counter(), 0
         due = config.save_interval and state.step % config.save_interval == 0
         due = due or (config.save_minutes and time.perf_counter() - saved > 60 * config.save_minutes)
-        if stop_if_told(run, checkpoint, due):
+        if stop_if_signaled(run, checkpoint, due):
             saved = time.perf_counter()
     log.bar.close()
 
@@ -393,14 +393,14 @@ def train(config, arch=None, test=False):
     if pretrained(origin(config)):
         load_pretrained(net, arch, origin(config), run)
     cost, optimizer = net.cost(), configure_optimizer(net, config, run)
-    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best=math.inf, strikes=0)
+    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best=math.inf, bad_evals=0)
     if resumes(config):
         resume(config, run, net, optimizer, state, network_keys(config.space), arch)
         path = os.path.join(config.out_dir, "best.pt")
         if os.path.exists(path) and load_checkpoint(path, "cpu")["step"] > state.step: # of steps that are made anew, perhaps otherwise
             state.best, state.evaluated = math.inf, min(state.evaluated, config.max_iters - 1)
-        state.stop = bool(config.early_stopping) and state.strikes >= config.early_stopping
-    begin(config, run)
+        state.stop = bool(config.early_stopping) and state.bad_evals >= config.early_stopping
+    init_out_dir(config, run)
     forward = torch.compile(net) if config.compile else net
     sample = "a sequence" if config.space == "gpt" else "an image"
 
@@ -412,7 +412,7 @@ def train(config, arch=None, test=False):
         evaluate(net, forward, splits, config, run, state, log)
         if state.best_step == state.step:
             save(config, run, "best.pt", net, arch=arch, step=state.step, losses=state.losses)
-        return config.early_stopping and state.strikes >= config.early_stopping
+        return config.early_stopping and state.bad_evals >= config.early_stopping
 
     def checkpoint():
         save(config, run, "ckpt.pt", net, optimizer, arch=arch, state=vars(state))
@@ -432,7 +432,7 @@ def evaluate(net, forward, splits, config, run, state, log):
               for key, value in estimate(forward, data, config, run, name).items()}
     best = best_key(losses)
     score = -losses[best] if best else losses.get("val_loss", -state.step)
-    state.losses, state.strikes = losses, 0 if score < state.best else state.strikes + 1
+    state.losses, state.bad_evals = losses, 0 if score < state.best else state.bad_evals + 1
     if score < state.best:
         state.best, state.best_step = score, state.step
     log(" | ".join([f"step {state.step}/{config.max_iters}", *(f"{key} {value:.4f}" for key, value in losses.items())]),

@@ -29,8 +29,8 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from configurator import as_list, check_range
 from env import ArchEnv, EVALUATORS, N, REWARDS, arch_of, check as check_env, check_known, regret
 from env import reward_table, shards_of
-from run import Log, begin, main, read_json, resume, resumes, rng, save, setup, signals
-from run import stop_if_told, write_json
+from run import Log, init_out_dir, main, read_json, resume, resumes, rng, save, setup, signals
+from run import stop_if_signaled, write_json
 from env import * # noqa: F403 (every key of env.py)
 from run import draw_figures
 from search_spaces import network_keys
@@ -176,7 +176,7 @@ class Recorder(BaseCallback):
             self.episodes[i] += self.config.n_envs * int(self.locals["dones"][i])
         if before // self.config.eval_interval < self.state.step // self.config.eval_interval:
             look(self.config, self.log, self.state, partial(greedy, self.model), self.env, self.rewards)
-        stop_if_told(self.run, lambda: None) # the last iteration's checkpoint counts
+        stop_if_signaled(self.run, lambda: None) # the last iteration's checkpoint counts
         return True
 
 
@@ -223,7 +223,7 @@ def iterate_random(config, run, log, state, env, rewards):
             episode += 1
         if state.step % config.eval_interval == 0:
             look(config, log, state, lambda _: best_observed(env.shards, state.seen, first), env, rewards)
-        stop_if_told(run, lambda: None)
+        stop_if_signaled(run, lambda: None)
 
 
 def best_observed(shards, seen, first):
@@ -306,14 +306,14 @@ def learn(config):
                              f"--n_iterations={state.iteration} or more, or start anew with --overwrite=True.")
         if checkpoint:
             load_agent(model, checkpoint["agent"])
-    begin(config, run)
+    init_out_dir(config, run)
     with Log(SimpleNamespace(**vars(config) | {"max_iters": config.budget * config.n_iterations}), run, state.step) as log, signals(run):
         while state.iteration < config.n_iterations:
             if model:
                 try:
                     iterate(config, run, log, state, model, env, rewards)
                 except (EOFError, ConnectionError):
-                    stop_if_told(run, lambda: None) # Ctrl-C reaches all processes
+                    stop_if_signaled(run, lambda: None) # Ctrl-C reaches all processes
                     raise SystemExit("The process of an environment has ended; why, it has said above.") from None
             else:
                 iterate_random(config, run, log, state, env, rewards)
@@ -348,10 +348,9 @@ def finish(config, state, policy, env, rewards, updates):
     write_json(os.path.join(config.out_dir, "result.json"), result)
     print(f"{updates} updates, mean regret {100 * result['regret']:.1f}% of the range of the rewards, against "
           f"{'the best seen' if rewards is None else 'the best of the table'}")
-    draw_figures(config.out_dir)
     return result
 
 
 if __name__ == "__main__":
     from configurator import configure
-    main(learn, configure(globals()))
+    draw_figures(main(learn, configure(globals()))["out_dir"])

@@ -39,12 +39,12 @@ from configurator import check_range, defaults
 from data import check_split, cut, load_data, micro_batches
 from fused_ops import use_fused_ops
 from model import OPTIONS
-from optim_nas import ArchOptimizer, best_of, by_front, entropy, evolutionary_search, fronts
-from optim_nas import key_of, picked, random_search, rowwise, uniform, unrolled_gradient
+from optim_nas import ArchOptimizer, best_of, by_front, entropy, evolutionary_search, nondominated_sort
+from optim_nas import arch_key, picked, random_search, argmax_arch, uniform, unrolled_gradient
 from pretrained import load_gpt2
-from run import Log, append, average, begin, check_same, fault, fingerprint, load_checkpoint
+from run import Log, append, all_reduce_mean, init_out_dir, check_same_network, fault, content_hash, load_checkpoint
 from run import load_model, main, origin, pretrained, read_lines, resume, resumes, rng, save
-from run import seal, setup, share, signals, stop_if_told, unseal, write, write_json
+from run import add_checksum, setup, all_gather_scalar, signals, stop_if_signaled, verify_checksum, atomic_write, write_json
 from search_spaces import build, describe, space_module, with_space
 from search_spaces.cells import widen
 from supernet import extremes
@@ -129,10 +129,10 @@ def split_data(config, run):
     return splits
 
 
-def arch_step(net, forward, chooser, splits, config, run, state):
+def arch_step(net, forward, arch_optimizer, splits, config, run, state):
     """One step of the alphas on the search split, the weights frozen (or, for order 2, unrolled and put back)."""
     step = state.step
-    weights = chooser.sample(step / config.max_iters, rng(config.seed, "sample", "arch", step))
+    weights = arch_optimizer.sample(step / config.max_iters, rng(config.seed, "sample", "arch", step))
     leaves = to_device(weights, run, requires_grad=True)
 
     def grad_of(split, tensors):
@@ -143,7 +143,7 @@ def arch_step(net, forward, chooser, splits, config, run, state):
         grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
         for t in [*leaves.values(), *net.parameters()]:
             t.grad = None
-        average(grads, run)
+        all_reduce_mean(grads, run)
         return grads
 
     if config.order == 2:
@@ -156,31 +156,31 @@ def arch_step(net, forward, chooser, splits, config, run, state):
     grads = {name: g.cpu() / run.scaler.get_scale() for name, g in zip(leaves, grads, strict=True)}
     sick = [name for name, g in grads.items() if not g.isfinite().all()]
     if not sick:
-        chooser.step(weights, grads)
+        arch_optimizer.step(weights, grads)
     elif not run.scaler.is_enabled(): # float16 overflows now and then, and the weight step of this iteration lowers its scale
         fault(f"in the gradient to the weights of {', '.join(sick)}", config, state)
 
 
-def bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, lr, teacher=None):
+def bilevel_step(net, forward, arch_optimizer, optimizer, splits, config, run, state, lr, teacher=None):
     """One iteration: the alphas on the search split, then the weights on the train split. Returns the weights' loss."""
-    if chooser.alphas and state.step >= state.began + config.arch_warmup_iters:
-        arch_step(net, forward, chooser, splits, config, run, state)
+    if arch_optimizer.alphas and state.step >= state.began + config.arch_warmup_iters:
+        arch_step(net, forward, arch_optimizer, splits, config, run, state)
     generator = rng(config.seed, "sample", "weights", state.step)
-    archs = [weight_arch(net, chooser, config, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
+    archs = [weight_arch(net, arch_optimizer, config, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
     if config.sandwich:
-        archs[-1], archs[0] = extremes(chooser.open)
-    forward = distilled(forward) if config.inplace_distill else forward
-    forward = taught(forward, teacher, config.distill) if teacher else forward
+        archs[-1], archs[0] = extremes(arch_optimizer.open)
+    forward = with_inplace_distillation(forward) if config.inplace_distill else forward
+    forward = with_teacher(forward, teacher, config.distill) if teacher else forward
     return train_step(net, forward, optimizer, splits["train"], config, run, state, lr, archs)
 
 
-def weight_arch(net, chooser, config, run, progress, generator):
+def weight_arch(net, arch_optimizer, config, run, progress, generator):
     """What the weights are trained as in a step: the weights of a mixture; for gdas and spos the architecture drawn."""
-    sampled = chooser.sample(progress, generator)
-    return rowwise(net.choices, sampled) if config.optimizer == "gdas" else to_device(sampled, run)
+    sampled = arch_optimizer.sample(progress, generator)
+    return argmax_arch(net.choices, sampled) if config.optimizer == "gdas" else to_device(sampled, run)
 
 
-def taught(forward, teacher, distill):
+def with_teacher(forward, teacher, distill):
     """forward(x, y, arch), to whose loss distill * cross-entropy to the teacher's answers is added (Hinton et al. 2015)."""
     known, answers = None, None # the teacher answers once for all architectures of a batch
 
@@ -194,7 +194,7 @@ def taught(forward, teacher, distill):
     return loss_of
 
 
-def distilled(forward):
+def with_inplace_distillation(forward):
     """forward(x, y, arch), whose first architecture of a batch learns from y, and all others from its answers alone: their loss is the
     cross-entropy to its softmax, which has no gradient (in-place distillation, Yu & Huang 2019)."""
     known, answers = None, None
@@ -216,7 +216,7 @@ def importance(net, data, config, run):
     net.eval() # no dropout
     for step in range(IMPORTANCE_STEPS):
         backward(net, micro_batches(data, config, run, "train", step), run, (largest,))
-        average([p.grad for p in total], run)
+        all_reduce_mean([p.grad for p in total], run)
         for p, score in total.items():
             score += (p.detach() * p.grad).square()
             p.grad = None
@@ -236,7 +236,7 @@ def trained(out_dir, key, config, run):
     return load_model(build(checkpoint["config"], checkpoint["arch"]).to(run.device), checkpoint, path).eval()
 
 
-def inherit_weights(net, config, run):
+def init_supernet(net, config, run):
     """Fills the supernet from config.inherit; what that does not have, such as matrices between kernels, stays."""
     theirs, own = trained(config.inherit, "inherit", config, run).state_dict(), net.state_dict()
     wrong = [name for name, t in theirs.items() if name not in own or own[name].shape != t.shape]
@@ -293,13 +293,13 @@ def to_device(weights, run, requires_grad=False):
             for name, w in weights.items()}
 
 
-def supernet_arch(chooser, config, run, i):
+def supernet_arch(arch_optimizer, config, run, i):
     """What the supernet is trained as, for evaluation batch i: the mean weights, or for gdas and spos an architecture drawn."""
     if config.optimizer == "spos":
-        return chooser.sample(1.0, rng(config.seed, "eval", i))
+        return arch_optimizer.sample(1.0, rng(config.seed, "eval", i))
     if config.optimizer == "gdas":
-        return rowwise(chooser.choices, chooser.sample(1.0, rng(config.seed, "eval", i)))
-    return to_device(chooser.mean(), run)
+        return argmax_arch(arch_optimizer.choices, arch_optimizer.sample(1.0, rng(config.seed, "eval", i)))
+    return to_device(arch_optimizer.mean(), run)
 
 
 def score(net, forward, arch, splits, config, run, names=("search",)):
@@ -309,18 +309,18 @@ def score(net, forward, arch, splits, config, run, names=("search",)):
     return found if len(found) > 1 else found[0]
 
 
-def evaluate(net, forward, chooser, cost, splits, config, run, state, log, table):
+def evaluate(net, forward, arch_optimizer, cost, splits, config, run, state, log, table):
     """The losses of the supernet and of the architecture read off it, with inherited weights; logs, and keeps the best."""
     if config.optimizer == "spos": # no alphas to read: the best of a few draws
-        history = random_search(chooser.open, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
-                                rng(config.seed, "spos", state.step), chooser.budget)
+        history = random_search(arch_optimizer.open, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
+                                rng(config.seed, "spos", state.step), arch_optimizer.budget)
         arch = best_of(history)[1]
     else:
-        arch = chooser.arch()
-    mixture = estimate(forward, splits["search"], config, run, "search", lambda i: supernet_arch(chooser, config, run, i),
+        arch = arch_optimizer.arch()
+    mixture = estimate(forward, splits["search"], config, run, "search", lambda i: supernet_arch(arch_optimizer, config, run, i),
                        own_norms=True) # the architectures of a mixture have no statistics in common
-    entropies = {name: h.tolist() for name, h in entropy(chooser.mean()).items()}
-    weights = {name: w.tolist() for name, w in chooser.mean().items()}
+    entropies = {name: h.tolist() for name, h in entropy(arch_optimizer.mean()).items()}
+    weights = {name: w.tolist() for name, w in arch_optimizer.mean().items()}
     found, val = score(net, forward, arch, splits, config, run, ("search", "val"))
     record(net, cost(arch), arch, found, mixture["loss"], val, config, run, state, log, table, entropy=entropies, weights=weights,
            options={name: list(choice.options) for name, choice in net.choices.items()})
@@ -339,7 +339,7 @@ def record(net, cost, arch, found, mixture_loss, val, config, run, state, log, t
             "seed": config.seed, "model": {key: getattr(config, key) for key in keys}, "dataset": config.dataset,
             "data_dir": config.data_dir}
     if run.master:
-        append(os.path.join(config.out_dir, "arch_traj.jsonl"), seal(line))
+        append(os.path.join(config.out_dir, "arch_traj.jsonl"), add_checksum(line))
     if loss < state.best_loss:
         state.best_loss, state.best_arch = loss, arch
         if run.master:
@@ -377,31 +377,31 @@ def check_stages(net, config):
             build(vars(config) | {"partial_channels": config.widen_to}) # what it does not divide is told now, not after half of the steps
 
 
-def second_stage(net, optimizer, chooser, config, run):
+def second_stage(net, optimizer, arch_optimizer, config, run):
     """The network of a progressive search's second half: without the operations that chooser pruned, and widened; and its optimizer."""
     if not config.widen_to:
-        net.prune(chooser.mask)
+        net.prune(arch_optimizer.mask)
         return net, optimizer
     config.partial_channels = config.widen_to
     wide = build(vars(config)).to(run.device)
-    wide.prune(chooser.mask)
+    wide.prune(arch_optimizer.mask)
     wide_optimizer = configure_optimizer(wide, config, run)
     return widen(net, wide, rng(config.seed, "widen"), (optimizer, wide_optimizer)), wide_optimizer
 
 
-def resume_search(net, optimizer, chooser, config, run, state):
+def resume_search(net, optimizer, arch_optimizer, config, run, state):
     """Goes back to the checkpoint, of whichever stage; returns the network and the optimizer of that stage."""
     path = os.path.join(config.out_dir, "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt")
     if os.path.exists(path):
         checkpoint = load_checkpoint(path, run.device)
-        check_same(config, checkpoint, path, network_keys(config.space), ("optimizer",))
-        chooser.load_state_dict(checkpoint["chooser"])
+        check_same_network(config, checkpoint, path, network_keys(config.space), ("optimizer",))
+        arch_optimizer.load_state_dict(checkpoint["chooser"])
         if checkpoint["state"].get("stage", 1) == 2:
-            net, optimizer = second_stage(net, optimizer, chooser, config, run)
+            net, optimizer = second_stage(net, optimizer, arch_optimizer, config, run)
     resume(config, run, net, optimizer, state, network_keys(config.space))
     if run.master and state.best_loss < math.inf: # arch.json may be of steps, or of a search, that are made anew, perhaps otherwise
         path = os.path.join(config.out_dir, "arch_traj.jsonl")
-        for line in (unseal(line, path) for line in read_lines(path)):
+        for line in (verify_checksum(line, path) for line in read_lines(path)):
             if line["arch_loss"] == state.best_loss:
                 write_json(os.path.join(config.out_dir, "arch.json"), line)
                 break # of equal ones the first was kept
@@ -475,7 +475,7 @@ def search(config):
 
     def cost(arch): # of the network of this stage
         return with_latency(net, arch, predict)
-    chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
+    arch_optimizer = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
                             budget=make_budget(net, config, cost, read_phases(net.choices, config)[-1].choices))
     phases, teacher = read_phases(net.choices, config), None
@@ -484,88 +484,88 @@ def search(config):
         load_gpt2(net, origin(config))
         net.sort(importance(net, splits["train"], config, run).__getitem__)
     if config.inherit and origin(config) == "scratch":
-        inherit_weights(net, config, run)
+        init_supernet(net, config, run)
     if config.teacher:
         teacher = trained(config.teacher, "teacher", config, run)
     optimizer = configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1, began=0)
     if resumes(config):
-        net, optimizer = resume_search(net, optimizer, chooser, config, run, state)
-        if chooser.budget and state.best_arch and chooser.budget.used(chooser.budget.of(state.best_arch)) > 1: # of a search without it
+        net, optimizer = resume_search(net, optimizer, arch_optimizer, config, run, state)
+        if arch_optimizer.budget and state.best_arch and arch_optimizer.budget.utilization(arch_optimizer.budget.of(state.best_arch)) > 1: # of a search without it
             state.best_loss, state.evaluated = math.inf, -1
-    begin(config, run)
-    chooser.open = phase_of(phases, max(0, state.step - 1)).choices
+    init_out_dir(config, run)
+    arch_optimizer.open = phase_of(phases, max(0, state.step - 1)).choices
     forward = (net.compile_parts() if config.space == "gpt" else torch.compile(net)) if config.compile else net
 
     def step(lr):
         nonlocal net, forward, optimizer
         if config.prune_keep and state.stage == 1 and state.step >= config.max_iters // 2:
-            chooser.prune(config.prune_keep)
+            arch_optimizer.prune(config.prune_keep)
             state.stage, state.began, state.best_loss = 2, state.step, math.inf # the architectures of before may be out of reach
-            net, optimizer = second_stage(net, optimizer, chooser, config, run)
+            net, optimizer = second_stage(net, optimizer, arch_optimizer, config, run)
             forward = torch.compile(net) if config.compile else net
         phase = phase_of(phases, state.step)
-        chooser.open = phase.choices
+        arch_optimizer.open = phase.choices
         if config.shrink and state.step == phase.start:
             if hasattr(net, "unlock"):
                 net.unlock(phase.old, phase.choices)
             optimizer = configure_optimizer(net, config, run)
-        return bilevel_step(net, forward, chooser, optimizer, splits, phase.config, run, state, lr, teacher)
+        return bilevel_step(net, forward, arch_optimizer, optimizer, splits, phase.config, run, state, lr, teacher)
 
     def schedule(step, config):
         phase = phase_of(phases, step)
         return get_lr(step - phase.start, phase.config)
 
-    def undecided():
-        rows = torch.cat([h.reshape(-1) for h in entropy(chooser.mean()).values()] or [torch.zeros(1)])
+    def mean_entropy():
+        rows = torch.cat([h.reshape(-1) for h in entropy(arch_optimizer.mean()).values()] or [torch.zeros(1)])
         return {"H": round(rows.mean().item(), 4)}
 
     def checkpoint():
-        save(config, run, "ckpt.pt", net, optimizer, chooser=chooser.state_dict(), state=vars(state))
+        save(config, run, "ckpt.pt", net, optimizer, arch_optimizer=arch_optimizer.state_dict(), state=vars(state))
 
     with Log(config, run, state.step) as log, signals(run):
         log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +
             " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
-        loop(config, run, state, log, net.cost(chooser.mean())["flops"].item(), step,
-             lambda: evaluate(net, forward, chooser, cost, splits, config, run, state, log, table), checkpoint, undecided, schedule)
+        loop(config, run, state, log, net.cost(arch_optimizer.mean())["flops"].item(), step,
+             lambda: evaluate(net, forward, arch_optimizer, cost, splits, config, run, state, log, table), checkpoint, mean_entropy, schedule)
         if config.optimizer == "spos":
             start = time.perf_counter()
-            search_inherited(net, forward, cost, chooser, splits, config, run, state, log, table)
+            search_inherited(net, forward, cost, arch_optimizer, splits, config, run, state, log, table)
             state.seconds += time.perf_counter() - start
     return finish(cost, config, run, state, table)
 
 
-def search_inherited(net, forward, cost, chooser, splits, config, run, state, log, table):
+def search_inherited(net, forward, cost, arch_optimizer, splits, config, run, state, log, table):
     """Evolutionary or random search among what was trained, by the loss on the search split with the supernet's weights; for both loss
     and cost, pareto.json is what no other architecture is better than in both.
 
     arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
-    path, lines, losses, weights = os.path.join(config.out_dir, "arch_search.jsonl"), [], [], fingerprint(net.state_dict())[:12]
+    path, lines, losses, weights = os.path.join(config.out_dir, "arch_search.jsonl"), [], [], content_hash(net.state_dict())[:12]
     costs = {} # of a search for both
 
     def cost_of(arch):
-        if key_of(arch) not in costs:
-            costs[key_of(arch)] = cost(arch)[config.pareto_cost]
-        return costs[key_of(arch)]
+        if arch_key(arch) not in costs:
+            costs[arch_key(arch)] = cost(arch)[config.pareto_cost]
+        return costs[arch_key(arch)]
 
     if run.master:
         if resumes(config) and os.path.exists(path):
-            lines = [line for line in (unseal(line, path) for line in read_lines(path)) if line.get("supernet") == weights]
+            lines = [line for line in (verify_checksum(line, path) for line in read_lines(path)) if line.get("supernet") == weights]
             if config.arch_search == "pareto": # perhaps with another pareto_cost than before
                 lines = [line | {"cost": cost_of(line["arch"])} for line in lines]
-        write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
+        atomic_write(path, lambda f: f.write("".join(json.dumps(add_checksum(line)) + "\n" for line in lines).encode())) # without a line cut off
         state.seconds += sum(line["seconds"] for line in lines)
-    known = {key_of(line["arch"]): line["loss"] for line in lines}
+    known = {arch_key(line["arch"]): line["loss"] for line in lines}
 
     def evaluate(arch):
-        stop_if_told(run, lambda: None)
-        loss = share(known.get(key_of(arch), math.nan), run)[0] # rank 0 knows
+        stop_if_signaled(run, lambda: None)
+        loss = all_gather_scalar(known.get(arch_key(arch), math.nan), run)[0] # rank 0 knows
         if math.isnan(loss):
             start = time.perf_counter()
             loss = score(net, forward, arch, splits, config, run)["loss"]
             if run.master:
                 both = {"cost": cost_of(arch)} if config.arch_search == "pareto" else {}
-                append(path, seal({"evaluation": len(losses) + 1, "step": state.step, "supernet": weights, "arch": arch, "loss": loss,
+                append(path, add_checksum({"evaluation": len(losses) + 1, "step": state.step, "supernet": weights, "arch": arch, "loss": loss,
                                    **both, "seconds": time.perf_counter() - start}))
         losses.append(loss)
         if run.master and (loss == min(losses) or len(losses) % 25 == 0):
@@ -575,13 +575,13 @@ def search_inherited(net, forward, cost, chooser, splits, config, run, state, lo
 
     generator = rng(config.seed, "arch_search")
     if config.arch_search == "random":
-        history = random_search(chooser.open, evaluate, config.arch_evals, generator, chooser.budget)
+        history = random_search(arch_optimizer.open, evaluate, config.arch_evals, generator, arch_optimizer.budget)
     else:
         rank = (lambda history: by_front(history, cost_of)) if config.arch_search == "pareto" else None
-        history = evolutionary_search(chooser.open, evaluate, config.arch_evals, generator, config.population, config.parents,
-                                      config.mutate_prob, config.depth_mutate_prob, chooser.budget, rank)
+        history = evolutionary_search(arch_optimizer.open, evaluate, config.arch_evals, generator, config.population, config.parents,
+                                      config.mutate_prob, config.depth_mutate_prob, arch_optimizer.budget, rank)
         if rank and run.master:
-            front = [history[i] for i in fronts([(loss, cost_of(arch)) for loss, arch in history])[0]]
+            front = [history[i] for i in nondominated_sort([(loss, cost_of(arch)) for loss, arch in history])[0]]
             front = sorted(({"arch": arch, "loss": loss, **cost(arch)} for loss, arch in front), key=lambda point: point["loss"])
             write_json(os.path.join(config.out_dir, "pareto.json"), {"space": config.space, "cost": config.pareto_cost, "front": front})
     found, val = score(net, forward, best_of(history)[1], splits, config, run, ("search", "val"))
@@ -603,11 +603,10 @@ def finish(cost, config, run, state, table):
             draws = ", ".join(f"of {n} {table.random_best(n):.2f}%" for n in (1, 10, 100))
             print(f"in the table: {result['table_accuracy']:.2f}%, rank {result['table_rank']} of {result['table_of']}; the best of random "
                   f"draws, in the mean: {draws}")
-        draw_figures(config.out_dir)
         print("next: python train_base.py " + shlex.quote(f"--arch={os.path.join(config.out_dir, 'arch.json')}"))
     return result
 
 
 if __name__ == "__main__":
     from configurator import configure
-    main(search, configure(with_space(globals())))
+    draw_figures(main(search, configure(with_space(globals())))["out_dir"])

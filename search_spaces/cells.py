@@ -4,16 +4,16 @@ from torch.nn import functional as F
 import torch.nn as nn
 import re
 from search_spaces.convs import BatchNorm2d, Conv2d, ENTANGLEMENTS, ImageNetwork, drop_path
-from supernet import measure_cost, one_hot, straight
+from supernet import measure_cost, one_hot, straight_through
 
 
-def write_genotype(cells, concat):
+def to_genotype(cells, concat):
     """The text of a normal and a reduction cell, as DARTS wrote it first. cells: name -> [(operation, source)]; concat: the nodes."""
     return "Genotype(" + ", ".join(f"{name}={list(cells[name])}, {name}_concat=range({concat[0]}, {concat[-1] + 1})"
                                    for name in ("normal", "reduce")) + ")"
 
 
-def read_genotype(space, text, concat, primitives):
+def from_genotype(space, text, concat, primitives):
     """{"normal", "reduce"}: [(operation, source)] of such a text; SystemExit if it is none of this space."""
     pair = r"\('(\w+)', (\d+)\)"
     ends = rf"(?:range\({concat[0]}, {concat[-1] + 1}\)|{re.escape(str(list(concat)))})"
@@ -171,7 +171,7 @@ class Edge(nn.Module):
             kernel = None # there is no other
         mixing = kernel and p is not None and self.entanglement == "weights"
         y = self.run(name, x, r, (kernel, p) if mixing else kernel, None, shared)
-        return straight(y, None if mixing and not self.group_weight else p)
+        return straight_through(y, None if mixing and not self.group_weight else p)
 
     def mixture(self, x, r, w, shared):
         y = 0

@@ -6,7 +6,7 @@ import itertools
 import math
 import torch.nn as nn
 from fused_ops import depthwise
-from supernet import Size, check_arch, extract, measure_cost, straight, take
+from supernet import Size, check_arch, extract, measure_cost, straight_through, take
 
 
 ENTANGLEMENTS = ("weights", "outputs", "none")
@@ -50,28 +50,28 @@ class Conv2d(nn.Conv2d):
         return y if bias is None else y + bias.to(y.dtype)[:, None, None]
 
     def forward(self, x, i=None, o=None, k=None):
-        S_i, S_o = (s.S[:, None, None] if s is not None and s.mixed else None for s in (i, o))
+        S_i, S_o = (s.coverage[:, None, None] if s is not None and s.mixed else None for s in (i, o))
         if isinstance(k, torch.Tensor) and k.dim():
             M = (k @ self.window.flatten(1)).view(self.window.shape[1:]) # (K, K)
             M = M if S_o is None else M * S_o.unsqueeze(-1) # (out, 1, K, K)
             M = M if S_i is None else M * S_i
-            return self.conv(x, self.weight * M, self.bias if self.bias is None or S_o is None else self.bias * o.S)
+            return self.conv(x, self.weight * M, self.bias if self.bias is None or S_o is None else self.bias * o.coverage)
         joint = i is not None and o is not None and i.p is o.p and i.p is not None
         if joint and i.mixed:
-            M = (o.p[:, None] * o.share).T @ i.share # (out, in)
-            return self.conv(x, self.take(k=k)["weight"] * M[:, :, None, None], self.bias if self.bias is None else self.bias * o.S)
+            M = (o.p[:, None] * o.mask).T @ i.mask # (out, in)
+            return self.conv(x, self.take(k=k)["weight"] * M[:, :, None, None], self.bias if self.bias is None else self.bias * o.coverage)
         if S_i is not None or S_o is not None:
             y = self.conv(x if S_i is None else x * S_i.to(x.dtype), **self.take(k=k))
             return y if S_o is None else y * S_o.to(y.dtype)
         if i is not None and i.weighted and not joint: # joint: p counts once, in what goes out
-            x = straight(x, i.S)
+            x = straight_through(x, i.coverage)
         slices = self.take(i, o, k)
         if isinstance(k, tuple): # the bias belongs to no kernel
-            y = straight(self.conv(x, slices["weight"]), k[1])
+            y = straight_through(self.conv(x, slices["weight"]), k[1])
             y = y if slices["bias"] is None else y + slices["bias"][:, None, None]
         else:
             y = self.conv(x, **slices)
-        return straight(y, o.S) if o is not None and o.weighted else y
+        return straight_through(y, o.coverage) if o is not None and o.weighted else y
 
 
 class Entangled(nn.Module):
@@ -107,7 +107,7 @@ class Entangled(nn.Module):
                 weights = [w for w in (p, None if joint else q, r) if w is not None]
                 weight = math.prod(weights) if weights else None
                 if all(len(part) == 1 for part in parts):
-                    return straight(one, weight)
+                    return straight_through(one, weight)
                 y = y + F.pad(one * weight.to(one.dtype), (0, 0, 0, 0, 0, N - one.shape[1]))
         return y
 
@@ -140,13 +140,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         mixed = c is not None and c.mixed
         slices = self.take(None if mixed else c)
         if mixed:
-            scale = c.S if scale is None else c.S * scale
+            scale = c.coverage if scale is None else c.coverage * scale
         if scale is not None:
             scale = scale.to(slices["running_mean"].dtype).expand_as(slices["running_mean"]).contiguous() # PyTorch reads it as if it were
             slices["weight"] = scale if self.weight is None else slices["weight"] * scale
             slices["bias"] = self.bias if self.bias is None else slices["bias"] * scale
         y = F.batch_norm(x, training=self.training, momentum=self.momentum, eps=self.eps, **slices)
-        return straight(y, c.S) if c is not None and c.weighted else y
+        return straight_through(y, c.coverage) if c is not None and c.weighted else y
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from configurator import check_range, defaults
 from search_spaces.cells import CellNetwork, DilConv, Edge, FactorizedReduce, Pool, ReLUConvBN
-from search_spaces.cells import SepConv, Skip, nodes, partial, read_genotype, write_genotype
+from search_spaces.cells import SepConv, Skip, nodes, partial, from_genotype, to_genotype
 from search_spaces.convs import BatchNorm2d, Conv2d
 from supernet import Choice, Linear, check_arch, check_names
 
@@ -151,7 +151,7 @@ def genotype(arch):
             if len(pairs) != 2:
                 raise SystemExit(f"A genotype of darts has two operations a node, and this {name} has {len(pairs)} at node {n}: {rows}.")
             cells[name] += pairs
-    return write_genotype(cells, CONCAT)
+    return to_genotype(cells, CONCAT)
 
 
 def columns(arch):
@@ -162,7 +162,7 @@ def columns(arch):
 def arch_of(text):
     """The architecture of a genotype, or of the name of one in GENOTYPES; SystemExit if it is none."""
     arch = {}
-    for name, pairs in read_genotype("darts", GENOTYPES.get(text, text), CONCAT, PRIMITIVES).items():
+    for name, pairs in from_genotype("darts", GENOTYPES.get(text, text), CONCAT, PRIMITIVES).items():
         arch[name] = ["none"] * 14
         for n, first in zip(INPUTS, (0, 2, 5, 9), strict=True):
             node = pairs[2 * n - 4:2 * n - 2]

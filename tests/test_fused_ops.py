@@ -13,7 +13,7 @@ import fused_ops
 import supernet
 from fused_ops import depthwise, mixed_attention, mixed_linear, mixed_norm
 from model import build
-from optim_nas import ArchOptimizer, likeliest, picked, uniform
+from optim_nas import ArchOptimizer, discretize, picked, uniform
 from search_spaces.convs import Conv2d
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -211,15 +211,15 @@ def test_memory_kept_for_backward(head_size):
     plain = build(dict(n_layer=4, n_embd=96, n_head=8, mlp_ratio=4) | sizes)
     x = torch.randint(65, (8, 64))
 
-    def kept(net, *third):
+    def top_edges(net, *third):
         storages, own = {}, {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers(), x)}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
             net(x, x, *third)
         return sum(t.untyped_storage().nbytes() for pointer, t in storages.items() if pointer not in own)
     weights = {name: torch.ones(c.shape) / len(c.options) for name, c in net.choices.items()}
-    limit = (1.3 if head_size else 1.5) * kept(plain)
-    assert kept(net, weights) <= limit
-    assert kept(net.requires_grad_(False), {name: w.requires_grad_() for name, w in weights.items()}) <= limit
+    limit = (1.3 if head_size else 1.5) * top_edges(plain)
+    assert top_edges(net, weights) <= limit
+    assert top_edges(net.requires_grad_(False), {name: w.requires_grad_() for name, w in weights.items()}) <= limit
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -277,7 +277,7 @@ def test_compiled_parts_do_not_recompile():
     def thirds():
         yield uniform(net.choices, generator)
         yield {name: w.detach() for name, w in drnas.sample(0.0, generator).items()}
-        yield likeliest(net.choices, gdas.sample(0.0, generator))
+        yield discretize(net.choices, gdas.sample(0.0, generator))
         yield picked(net.choices, {name: w.detach().requires_grad_() for name, w in gdas.sample(0.0, generator).items()})
 
     for i in range(58):

@@ -505,7 +505,7 @@ def test_crop_then_flip_then_cutout():
 
 def test_an_epoch_shows_every_image_at_most_once_and_no_two_are_alike():
     n, batch_size = 103, 10
-    epochs = [[data.draw_index(n, batch_size, 10 * epoch + i, 1, "train") for i in range(10)] for epoch in range(30)]
+    epochs = [[data.batch_indices(n, batch_size, 10 * epoch + i, 1, "train") for i in range(10)] for epoch in range(30)]
     for epoch in epochs:
         assert all(index.shape == (batch_size,) and index.dtype == torch.int64 for index in epoch)
         assert len(set(torch.cat(epoch).tolist())) == 100 and 0 <= torch.cat(epoch).min() and torch.cat(epoch).max() < n
@@ -513,24 +513,24 @@ def test_an_epoch_shows_every_image_at_most_once_and_no_two_are_alike():
     assert len(orders) == 30
     missing = {i for order in orders for i in range(n) if i not in order}
     assert len(missing) > 30, "the rest that is dropped is another in every epoch"
-    assert torch.equal(data.draw_index(n, n, 3, 1).sort()[0], torch.arange(n))
+    assert torch.equal(data.batch_indices(n, n, 3, 1).sort()[0], torch.arange(n))
 
 
 def test_a_batch_is_the_same_for_any_order_of_calls():
     keys = [(1, "a"), (1, "b"), (2, "a"), (1.0, "a")]
-    walk = [(key, number, data.draw_index(50, 8, number, *key).tolist()) for key in keys for number in range(40)]
+    walk = [(key, number, data.batch_indices(50, 8, number, *key).tolist()) for key in keys for number in range(40)]
     assert len({tuple(index) for _, _, index in walk}) == len(walk), "every key has its own walk"
     for i in torch.randperm(len(walk), generator=runs.rng(5)).tolist():
         key, number, found = walk[i]
-        index = data.draw_index(50, 8, number, *key)
+        index = data.batch_indices(50, 8, number, *key)
         assert index.tolist() == found, (key, number)
         index += 100  # the caller's own
-        assert data.draw_index(50, 8, number, *key).tolist() == found
+        assert data.batch_indices(50, 8, number, *key).tolist() == found
 
 
 def test_a_batch_larger_than_the_set_is_one_sentence():
     with pytest.raises(SystemExit, match="batch_size=11 is more than the 10 images"):
-        data.draw_index(10, 11, 0)
+        data.batch_indices(10, 11, 0)
 
 
 def test_a_gpu_gets_the_same_batches(train):

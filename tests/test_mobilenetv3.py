@@ -17,7 +17,7 @@ from optim_nas import picked, space_size, uniform
 from run import read_lines, rng
 from search_spaces import mobilenetv3
 from supernet import check_arch, extremes, one_hot
-from train_search import phase_of, read_phases, taught
+from train_search import phase_of, read_phases, with_teacher
 import run as runs
 import data
 import search_spaces
@@ -229,18 +229,18 @@ def test_sorted_channels_leave_what_was_trained_as_it_was():
 
     def outputs(*expansions):
         return [net(x, None, arch)[0] for e in expansions for arch in archs[e]]
-    for old, new, kept, changed in ((first, second, (4,), (2, 3)), (second, {name: None for name in second}, (3, 4), (2,))):
+    for old, new, top_edges, changed in ((first, second, (4,), (2, 3)), (second, {name: None for name in second}, (3, 4), (2,))):
         for block in (block for blocks in net.stages for block in blocks): # trained since
             block.project.weight.data.normal_(0, 0.3)
-        before, small = outputs(*kept), outputs(*changed)
+        before, small = outputs(*top_edges), outputs(*changed)
         net.unlock(old, old)
-        assert all(torch.equal(a, b) for a, b in zip(outputs(*kept, *changed), before + small, strict=True)) # nothing to do
+        assert all(torch.equal(a, b) for a, b in zip(outputs(*top_edges, *changed), before + small, strict=True)) # nothing to do
         net.unlock(old, new)
-        for a, b in zip(outputs(*kept), before, strict=True):
+        for a, b in zip(outputs(*top_edges), before, strict=True):
             agree(a, b, 1e-5)
         assert all((a - b).abs().max() > 1e-3 for a, b in zip(outputs(*changed), small, strict=True))
         for block in (block for blocks in net.stages for block in blocks):
-            ends = [0, *(n for n, e in zip(block.mid, block.expands, strict=True) if e in kept)]
+            ends = [0, *(n for n, e in zip(block.mid, block.expands, strict=True) if e in top_edges)]
             for start, end in pairwise(ends):
                 norms = block.project.weight[:, start:end].abs().sum((0, 2, 3))
                 assert torch.equal(norms, norms.sort(descending=True).values)
@@ -331,7 +331,7 @@ def test_the_supernet_starts_as_the_largest_network(digits_dir, tmp_path, larges
     config = SimpleNamespace(**config)
     splits = train_search.split_data(config, run)
     net = search_spaces.build(vars(config))
-    train_search.inherit_weights(net, config, run)
+    train_search.init_supernet(net, config, run)
     alone, x = train_search.trained(largest, "teacher", config, run), data.draw(splits["val"], config, run, "val", 0)[0]
     torch.testing.assert_close(net.eval()(x, None, uniform_net(5, 3, 2, 2))[0], alone(x)[0])
 
@@ -340,7 +340,7 @@ def test_the_teacher_adds_the_cross_entropy_to_its_answers():
     """And answers once a batch, without a gradient of its own."""
     net, (x, y), calls = supernet().eval(), images(), []
     teacher = net.extract(extremes(net.choices)[1]).eval()
-    lesson = taught(net, lambda x: calls.append(x) or teacher(x), 0.7)
+    lesson = with_teacher(net, lambda x: calls.append(x) or teacher(x), 0.7)
     for arch in extremes(net.choices):
         logits, loss = lesson(x, y, arch)
         q, p = teacher(x)[0].softmax(-1), logits.softmax(-1)

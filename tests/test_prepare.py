@@ -386,7 +386,7 @@ def test_blocks_count_every_prediction_once():
     for n in (2, 5, 6, 7, 24, 25, 26, 100):
         tokens = np.arange(10, 10 + n, dtype=np.uint16)
         for batch_size, block_size in ((1, 1), (2, 3), (4, 6), (8, 200)):
-            x, y = zip(*data.blocks(tokens, batch_size, block_size, "cpu"), strict=True)
+            x, y = zip(*data.sequential_batches(tokens, batch_size, block_size, "cpu"), strict=True)
             assert all(b.shape[1] == block_size and 0 < b.shape[0] <= batch_size and b.dtype == torch.int64 for b in (*x, *y))
             x, y = (torch.cat(b).flatten() for b in (x, y))
             assert x[y != -1].tolist() == tokens[:-1].tolist() and y[y != -1].tolist() == tokens[1:].tolist()

@@ -44,7 +44,7 @@ def pixels_of(image):
 def test_all_off_changes_nothing(digits_dir, tmp_path):
     config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path))
     x, y = data.draw(splits["train"], config, run, "train", 3)
-    plain = get_images(splits["train"], data.draw_index(len(splits["train"]), config.batch_size, 3, config.seed, "train"))
+    plain = get_images(splits["train"], data.batch_indices(len(splits["train"]), config.batch_size, 3, config.seed, "train"))
     assert torch.equal(x, plain[0]) and torch.equal(y, plain[1]) and y.dtype == torch.int64
 
 
@@ -191,7 +191,7 @@ def test_copies_of_an_image_are_changed_differently(digits_dir, tmp_path):
     for step in range(4):
         x, y = data.draw(data, config, run, "train", step)
         assert len(x) == 8 and y.view(2, 4).eq(y.view(2, 4)[:, :1]).all() and len({image.numpy().tobytes() for image in x}) == 8
-        seen += data.draw_index(len(data), 2, step, config.seed, "train").tolist()
+        seen += data.batch_indices(len(data), 2, step, config.seed, "train").tolist()
     assert len(set(seen)) == 8
 
 

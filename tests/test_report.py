@@ -15,7 +15,7 @@ from test_pretrained import SPACE, save_gpt2
 import report
 from budget import Budget
 from model import build
-from optim_nas import architectures, key_of
+from optim_nas import architectures, arch_key
 from run import read_json, write_json
 from search_spaces import space_module
 from supernet import extremes
@@ -55,9 +55,9 @@ def test_the_largest_by_exhaustion_and_nanogpts_shape():
     net = build(dict(n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[16, 32], mlp_ratio=[1, 2, 4], vocab_size=65, block_size=16))
     for target in (9_000, 20_000, 33_000):
         budget = Budget(net.choices, net.cost, {"params": target})
-        everything = {key_of(arch): net.cost(arch)["params"] for arch in architectures(net.choices)}
+        everything = {arch_key(arch): net.cost(arch)["params"] for arch in architectures(net.choices)}
         arch = report.largest(net.choices, budget, torch.Generator().manual_seed(0))
-        assert everything[key_of(arch)] == max(params for params in everything.values() if params <= target)
+        assert everything[arch_key(arch)] == max(params for params in everything.values() if params <= target)
         assert report.largest(net.choices, budget, torch.Generator().manual_seed(0), other_than=arch) != arch
     net = build(CHARS)
     for target, (depth, width) in ((10_800_000, (6, 384)), (2_750_000, (6, 192))):

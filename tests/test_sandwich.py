@@ -14,7 +14,7 @@ from configurator import defaults
 from optim_nas import uniform
 from run import read_lines, rng
 from supernet import extremes
-from train_search import distilled
+from train_search import with_inplace_distillation
 
 SANDWICH = dict(optimizer="spos", subnets_per_step=3, sandwich=True, inplace_distill=True)
 
@@ -40,7 +40,7 @@ def network(space):
 def test_only_the_first_of_a_batch_learns_from_labels(space):
     """The others' loss, and its gradient, are those of the cross-entropy to fixed answers; each batch has its own."""
     net, x, y = network(space)
-    forward, generator = distilled(net), rng(0)
+    forward, generator = with_inplace_distillation(net), rng(0)
     for _ in range(2):
         x = x.flip(0) # another batch
         archs = [extremes(net.choices)[1], uniform(net.choices, generator), extremes(net.choices)[0]]

@@ -39,7 +39,7 @@ def state_of(out_dir):
     logs, searched = ([{k: v for k, v in line.items() if k not in times} for line in read_lines(path)] if path.exists() else []
                       for path in (Path(out_dir) / "log.jsonl", Path(out_dir) / "arch_search.jsonl"))
     files = {name: (Path(out_dir) / name).read_bytes() for name in ("arch.json", "arch_traj.jsonl") if (Path(out_dir) / name).exists()}
-    return runs.fingerprint(checkpoint), [line for line in logs if line.get("step")], searched, files
+    return runs.content_hash(checkpoint), [line for line in logs if line.get("step")], searched, files
 
 
 def killed_early(whole, out_dir):
@@ -367,7 +367,7 @@ def test_five_hundred_damaged_files_never_make_a_wrong_run(data_dir, tmp_path):
     readers = {
         run_dir / "arch.json": lambda p: train_base.read_arch(str(p), ""),
         run_dir / "arch_traj.jsonl": lambda p: train_base.read_arch("", str(p)),
-        run_dir / "ckpt.pt": lambda p: runs.fingerprint(runs.load_checkpoint(str(p), "cpu")),
+        run_dir / "ckpt.pt": lambda p: runs.content_hash(runs.load_checkpoint(str(p), "cpu")),
         data / "pydocs/meta.json": lambda p: [bytes(load_tokens(str(data), "pydocs", split)) for split in ("train", "val")],
         data / "pydocs/train.bin": lambda p: bytes(load_tokens(str(data), "pydocs", "train")),
         data / "pydocs/val.bin": lambda p: bytes(load_tokens(str(data), "pydocs", "val")),

@@ -21,7 +21,7 @@ import train
 from optim_nas import picked
 from search_spaces import swinir
 from search_spaces.convs import Conv2d
-from supernet import Size, check_arch, extremes, one_hot, prefixes
+from supernet import Size, check_arch, extremes, one_hot, prefix_masks
 import data
 import run as runs
 
@@ -137,7 +137,7 @@ def test_cost_is_that_of_the_extracted_network_and_its_expectation(patch, tile, 
 def test_convolution_of_one_width_is_its_padded_sum(dtype):
     torch.manual_seed(0)
     conv, x, w = Conv2d(5, 5, 3, bias=True), torch.randn(2, 5, 6, 6), torch.tensor([0.2, 0.3, 0.5])
-    size = Size((2, 3, 5), share=prefixes((2, 3, 5), 5).to(dtype), p=w)
+    size = Size((2, 3, 5), mask=prefix_masks((2, 3, 5), 5).to(dtype), p=w)
     padded = sum(q * F.pad(F.conv2d(x[:, :n], conv.weight[:n, :n], conv.bias[:n], padding=1), (0, 0, 0, 0, 0, 5 - n))
                  for n, q in zip((2, 3, 5), w, strict=True))
     agree(conv(x, size, size), padded, "output")

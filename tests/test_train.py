@@ -22,10 +22,10 @@ import train
 import train_base
 import train_search
 from configurator import defaults
-from data import get_batch, hash_of, load_tokens
+from data import get_batch, bytes_hash, load_tokens
 from model import build
 from optim_nas import ArchOptimizer
-from run import read_json, read_lines, seal, write_json
+from run import read_json, read_lines, add_checksum, write_json
 import run as runs
 import data
 import optim_nas
@@ -53,7 +53,7 @@ def with_other_val(data_dir, other):
     meta = read_json(other / "pydocs/meta.json")
     tokens = np.random.default_rng(0).permutation(np.fromfile(other / "pydocs/val.bin", meta["dtype"]))
     tokens.tofile(other / "pydocs/val.bin")
-    write_json(other / "pydocs/meta.json", meta | {"val_sha256": hash_of(tokens)})
+    write_json(other / "pydocs/meta.json", meta | {"val_sha256": bytes_hash(tokens)})
     return other
 
 
@@ -100,7 +100,7 @@ def test_seed_decides_everything_and_best_is_kept(name, data_dir, tmp_path):
     assert logs[0] == logs[1] and logs[0] != logs[2]
     trajectory = read_lines(tmp_path / "0/arch_traj.jsonl")
     best = min(trajectory, key=lambda line: line["arch_loss"])
-    assert json.loads((tmp_path / "0/arch.json").read_text()) == best == seal(read_json(tmp_path / "0/arch.json"))
+    assert json.loads((tmp_path / "0/arch.json").read_text()) == best == add_checksum(read_json(tmp_path / "0/arch.json"))
     assert results[0]["arch"] == best["arch"]
     assert [line["step"] for line in trajectory][:3] == [0, 2, 4]
     for line in trajectory:
@@ -151,24 +151,24 @@ def test_alphas_and_weights_never_meet(data_dir, tmp_path):
     run = runs.setup(config)
     splits = train_search.split_data(config, run)
     net = build(vars(config))
-    chooser = ArchOptimizer("drnas", net.choices, runs.rng(0))
+    arch_optimizer = ArchOptimizer("drnas", net.choices, runs.rng(0))
     weights, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
     in_weights = {id(p) for group in weights.param_groups for p in group["params"]}
-    in_chooser = {id(p) for group in chooser.optimizer.param_groups for p in group["params"]}
-    assert in_weights == {id(p) for p in net.parameters()} and in_chooser == {id(a) for a in chooser.alphas.values()}
+    in_chooser = {id(p) for group in arch_optimizer.optimizer.param_groups for p in group["params"]}
+    assert in_weights == {id(p) for p in net.parameters()} and in_chooser == {id(a) for a in arch_optimizer.alphas.values()}
     assert not in_weights & in_chooser
 
-    w0, a0 = [p.clone() for p in net.parameters()], {k: a.clone() for k, a in chooser.alphas.items()}
-    train_search.arch_step(net, net, chooser, splits, config, run, state)
+    w0, a0 = [p.clone() for p in net.parameters()], {k: a.clone() for k, a in arch_optimizer.alphas.items()}
+    train_search.arch_step(net, net, arch_optimizer, splits, config, run, state)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), w0, strict=True)) and all(p.grad is None for p in net.parameters())
-    for key, alpha in chooser.alphas.items():
+    for key, alpha in arch_optimizer.alphas.items():
         moved = (alpha != a0[key]).reshape(-1, alpha.shape[-1])
         assert moved.any(-1).all(), f"a row of {key} got no gradient: {moved}"
-    a1 = {k: a.clone() for k, a in chooser.alphas.items()}
-    sampled = train_search.to_device(chooser.sample(0, runs.rng(1)), run)
+    a1 = {k: a.clone() for k, a in arch_optimizer.alphas.items()}
+    sampled = train_search.to_device(arch_optimizer.sample(0, runs.rng(1)), run)
     loss = train.backward(net, data.micro_batches(splits["train"], config, run, "train", 0), run, (sampled,))
     train.update(net, weights, loss, config, run, state)
-    assert all(torch.equal(a, a1[k]) for k, a in chooser.alphas.items()) and not all(map(torch.equal, net.parameters(), w0))
+    assert all(torch.equal(a, a1[k]) for k, a in arch_optimizer.alphas.items()) and not all(map(torch.equal, net.parameters(), w0))
 
 
 @pytest.mark.parametrize("optimizer", ["darts", "drnas"])
@@ -178,8 +178,8 @@ def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
         torch.manual_seed(0)
         space = dict(n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
         net = build(dict(block_size=8, vocab_size=20, head_size=head_size) | space)
-        chooser = ArchOptimizer(optimizer, net.choices, runs.rng(0))
-        leaves = {k: w.detach().requires_grad_() for k, w in chooser.sample(0, runs.rng(1)).items()}
+        arch_optimizer = ArchOptimizer(optimizer, net.choices, runs.rng(0))
+        leaves = {k: w.detach().requires_grad_() for k, w in arch_optimizer.sample(0, runs.rng(1)).items()}
         x = torch.randint(20, (4, 8))
         net(x, x.roll(-1, 1), leaves)[1].backward()
         for name, leaf in leaves.items():
@@ -240,10 +240,10 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     assert batches == [*arch_steps, "train"] * 4 and set(evaluated) == {"search", "val"}
     assert frozen == ([name != "darts2"] * len(arch_steps) + [False]) * 4
     assert rates == [train.get_lr(step, SimpleNamespace(**config)) for step in range(4)]
-    chooser, before = choosers[0]
-    assert all(not torch.equal(a, before[k]) for k, a in chooser.alphas.items())
+    arch_optimizer, before = choosers[0]
+    assert all(not torch.equal(a, before[k]) for k, a in arch_optimizer.alphas.items())
     if name != "spos":
-        group = chooser.optimizer.param_groups[0]
+        group = arch_optimizer.optimizer.param_groups[0]
         assert (group["lr"], group["weight_decay"]) == (0.007, 0.002)
     in_steps = [d for d in draws if d[0] < 1.0]
     assert [p for p, _ in in_steps] == [step / 4 for step in range(4) for _ in range(1 if name == "spos" else 2)]
@@ -293,12 +293,12 @@ def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
     splits = train_search.split_data(config, run)
     torch.manual_seed(0)
     net = build(vars(config)).double()
-    chooser = ArchOptimizer("darts", net.choices, runs.rng(0))
-    for alpha in chooser.alphas.values():
+    arch_optimizer = ArchOptimizer("darts", net.choices, runs.rng(0))
+    for alpha in arch_optimizer.alphas.values():
         alpha.data = alpha.data.double()
     seen = {}
-    chooser.step = lambda weights, grads: seen.update(weights=weights, grads=grads)
-    train_search.arch_step(net, net, chooser, splits, config, run, state)
+    arch_optimizer.step = lambda weights, grads: seen.update(weights=weights, grads=grads)
+    train_search.arch_step(net, net, arch_optimizer, splits, config, run, state)
     params, start = list(net.parameters()), [p.detach().clone() for p in net.parameters()]
 
     def loss_at(name, change, split, grads=False):

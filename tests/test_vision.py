@@ -16,6 +16,9 @@ from conftest import ROOT, TINY_EVALS, TINY_IMAGES, TINY_SPACES, TINY_STAGES, fl
 from test_survival import state_of
 from test_train import OPTIMIZERS
 
+import data
+import run as runs
+import search_spaces
 import train
 import train_base
 import train_search
@@ -24,7 +27,7 @@ from configurator import defaults, usage
 from data import load_images
 from optim_nas import architectures, uniform
 from prepare import prepare
-from run import read_json, read_lines, rng, seal, unseal
+from run import read_json, read_lines, rng, add_checksum, verify_checksum
 from search_spaces import build, space_module, with_space
 
 FOUR = dict(channels_1=[2, 4], channels_2=[4, 8], channels_3=4, channels_4=4, kernel_size=3) # networks, of toy_conv_macro
@@ -92,9 +95,9 @@ def test_every_method_searches_every_space(space, method, digits_dir, tmp_path):
     result = train_search.search(search_config(space, digits_dir, tmp_path / "s", **OPTIMIZERS[method]))
     found, lines = read_json(tmp_path / "s/arch.json"), read_lines(tmp_path / "s/arch_traj.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4, *([4] if method == "spos" else [])]
-    assert all(line == seal(unseal(line, "")) for line in lines) # sealed, and whole
+    assert all(line == add_checksum(verify_checksum(line, "")) for line in lines) # sealed, and whole
     best = min(lines, key=lambda line: line["arch_loss"])
-    assert unseal(best, "") == found and found["space"] == space and result["arch"] == found["arch"]
+    assert verify_checksum(best, "") == found and found["space"] == space and result["arch"] == found["arch"]
     quality = "psnr" if space == "swinir" else "acc"
     assert all(0 <= line[f"{part}_{quality}"] <= 100 for line in lines for part in ("arch", "val_arch"))
     assert read_json(tmp_path / "s/result.json") == result and (tmp_path / "s/search.png").stat().st_size > 10000
@@ -196,8 +199,8 @@ def test_the_second_stage_keeps_some_operations_and_widens(space, method, digits
                 assert op == "none" or row[line["options"][name].index(op)], f"{op} has been pruned"
     checkpoint = torch.load(tmp_path / "s/ckpt.pt", weights_only=True)
     net = build(checkpoint["config"])
-    kept = {name: net.state_dict()[name].shape for name in checkpoint["model"]}
-    assert kept == {name: value.shape for name, value in checkpoint["model"].items()} and len(kept) < len(net.state_dict())
+    top_edges = {name: net.state_dict()[name].shape for name in checkpoint["model"]}
+    assert top_edges == {name: value.shape for name, value in checkpoint["model"].items()} and len(top_edges) < len(net.state_dict())
     assert read_json(tmp_path / "s/arch.json")["step"] > 2
 
 
@@ -300,12 +303,12 @@ def test_a_score_does_not_depend_on_what_was_evaluated_before(space, digits_dir,
     small = net.extract(a) # alone it has the same statistics, by their definition
     first = next(module for module in small.modules() if isinstance(module, torch.nn.BatchNorm2d))
     means, hook = [], first.register_forward_pre_hook(lambda module, args: means.append(args[0].mean((0, 2, 3))))
-    kept = first.running_mean.clone()
+    top_edges = first.running_mean.clone()
     with torch.no_grad():
         for i in range(config.bn_batches):
             small.train()(data.draw(splits["train"], config, run, "train", i)[0])
     hook.remove()
-    torch.testing.assert_close(kept, torch.stack(means).mean(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(top_edges, torch.stack(means).mean(0), atol=1e-5, rtol=1e-5)
 
 
 def by_hand(net, images):
@@ -566,7 +569,7 @@ def test_a_damaged_architecture_is_one_sentence(change, words, digits_dir, tmp_p
     (tmp_path / "arch.json").write_text(json.dumps(change(whole)))
     message = sentence("train_base.py", f"--arch={tmp_path}/arch.json", f"--out_dir={tmp_path}/o")
     assert all(word in message for word in words) and not (tmp_path / "o").exists(), message
-    (tmp_path / "arch.json").write_text(json.dumps(seal(whole) | change(whole))) # a change after the fact is seen, too
+    (tmp_path / "arch.json").write_text(json.dumps(add_checksum(whole) | change(whole))) # a change after the fact is seen, too
     assert "damaged" in sentence("train_base.py", f"--arch={tmp_path}/arch.json", f"--out_dir={tmp_path}/o")
 
 
