@@ -305,6 +305,7 @@ def run_blocks(blocks, x, n_layer, depths, args):
 
 
 class GPT(nn.Module):
+    has_plain_kernels = False # only its mixtures have kernels in fused_ops.cpp
 
     def __init__(self, config, arch=None):
         """config: GPTConfig. arch: the sizes of a stand-alone network, where config has lists."""
@@ -525,3 +526,6 @@ def mixed_rotary_attention(qkv, n, p, y_scale, n_head, dropout=0.0):
         k = torch.cat([part[1] for part in parts], -1).flatten(2)
         y = y + causal_attention(q, k, v, h, dropout, scale=1.0) * y_scale[j].to(v.dtype)
     return y
+
+
+DATA = "tokens"

@@ -393,7 +393,7 @@ def nondominated_sort(points):
     return layers
 
 
-def by_front(history, cost):
+def rank_by_front(history, cost):
     """The history of a search for small loss and small cost(arch) together: front by front, each in order of its cost and thinned to
     every second entry again and again, so that its first ones are spread over it."""
     order = []
@@ -409,3 +409,26 @@ def by_front(history, cost):
 def best_of(history):
     """(loss, arch) of the lowest loss; the first of equals."""
     return min(history, key=lambda entry: entry[0])
+
+
+class _Shim(ArchOptimizer):
+    keys, has_alphas, is_hard, has_second_order = (), True, False, False
+
+    def __init__(self, choices, generator, learning_rate=3e-4, weight_decay=1e-3, **own):
+        super().__init__(self.key, choices, generator, learning_rate, weight_decay, **own)
+
+    def weights_arch(self, progress, generator):
+        sampled = self.sample(progress, generator)
+        return argmax_arch(self.choices, sampled) if self.name == "gdas" else sampled
+
+    def alphas_arch(self, leaves):
+        return picked(self.choices, leaves) if self.name == "gdas" else leaves
+
+    def eval_arch(self, generator):
+        return self.weights_arch(1.0, generator) if self.is_hard else self.mean()
+
+
+METHODS = {"darts": type("DARTS", (_Shim,), dict(key="darts", keys=("normalize",), has_second_order=True)),
+           "drnas": type("DrNAS", (_Shim,), dict(key="drnas", keys=("regularizer",))),
+           "gdas": type("GDAS", (_Shim,), dict(key="gdas", keys=("tau_max", "tau_min"), is_hard=True)),
+           "spos": type("SPOS", (_Shim,), dict(key="spos", has_alphas=False, is_hard=True))}
