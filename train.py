@@ -469,7 +469,8 @@ def load_data(config, run):
     """The data of train and of val, and what the network must know of it: {"vocab_size"} of tokens, or of images {"img_size",
     "in_channels", "num_classes"}. A space with a scale has pairs of images."""
     scale = vars(config).get("scale")
-    own = {"pydocs", "digits", "sr_samples"} & {config.dataset} # they need no network: made at first use
+    # they need no network: made at first use
+    own = {"pydocs", "this_python", "digits", "sr_samples"} & {config.dataset}
     folder = f"{config.dataset}_x{scale}" if scale else config.dataset
     if own and run.master and not os.path.exists(os.path.join(config.data_dir, folder, "meta.json")):
         prepare(dataset=config.dataset, data_dir=config.data_dir, **{"scale": scale} if scale else {})
