@@ -5,23 +5,21 @@ Redraws the figure of any run from its files, at any time, also while it runs, a
     python analyze.py --out_dir=out/base        # of train.py or train_base.py: losses -> loss.png
     python analyze.py --out_dir=out/base_swinir_samples --images=sr_samples     # PSNR and SSIM on pairs of images -> sr_samples.png
     python analyze.py --out_dir=out/rl          # of train_rl.py: aggregate.png, frames.png, two.png, regret.png, surface.png
-    python analyze.py report out/search         # trains what a search found and its rivals: did it pay? See report.py
     python analyze.py --out_dir=out/rl --compare=numbers:out/rl_numbers_*,random:out/rl_random_*    # regret.png of groups of runs
 """
-import bisect
-import csv
 import glob
-import gzip
-import json
 import os
-import sys
-import zlib
 
 import numpy as np
 from tqdm import tqdm
 
-from optim_nas import fronts
-from prepare import load_pairs, pair_batches, read_json, seal, write
+from data import load_pairs, pair_batches
+from optim_nas import nondominated_sort
+from run import read_json, read_lines, add_checksum, atomic_write
+from search_spaces import describe
+import run as runs
+import data
+import search_spaces
 
 # -----------------------------------------------------------------------------
 out_dir = 'out/search' # of the run
@@ -35,110 +33,10 @@ STYLE = {"font.size": 9, "legend.fontsize": 8.5, "legend.frameon": False, "lines
 STAR = {"marker": "*", "color": RED, "mec": "black", "mew": 0.5, "ls": "none", "clip_on": False, "zorder": 9}
 
 
-def read_lines(path):
-    """The objects of a .jsonl file, a list of dicts. A last line that a kill cut off is left out; SystemExit on other damage."""
-    try:
-        with open(path, "rb") as f:
-            lines = f.read().split(b"\n")
-    except OSError as e:
-        raise SystemExit(f"{path} cannot be read: {e.strerror}; name the out_dir of a run.") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-        except ValueError: # of JSON or of utf-8
-            if number == len(lines): # after the last newline: nothing, or a part of a line
-                break
-            value = None
-        if not isinstance(value, dict):
-            raise SystemExit(f"{path} is damaged: its line {number} is not a JSON object; mend or delete that line.")
-        found.append(value)
-    return found
-
-
-def read_table(path):
-    """The rows of a table, dicts: of a .csv or .csv.gz with a header, or of a .json, {genotype: accuracy or {column: value}}."""
-    try:
-        if path.endswith(".json"):
-            rows = read_json(path).items()
-            return [{"genotype": text, **(row if isinstance(row, dict) else {"test_acc": row})} for text, row in rows]
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", newline="") as f:
-            return list(csv.DictReader(f))
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, AttributeError) as e:
-        raise SystemExit(f"The table {path} cannot be read ({e}): give a .csv, .csv.gz or .json of architectures and accuracies.") from None
-
-
-def official_rows(path, space, dataset):
-    """The rows of an official benchmark file, by its own Python package, which unpickles it: of NAS-Bench-201, a .pth, by nas_201_api,
-    of NATS-Bench by nats_bench. Test accuracies after 200 epochs, of the sizes after 90; the mean over the seeds that there are."""
-    try:
-        if path.endswith(".pth"):
-            from nas_201_api import NASBench201API
-            api = NASBench201API(path, verbose=False)
-        else:
-            from nats_bench import create
-            api = create(path, "sss" if space == "nats_size" else "tss", fast_mode=os.path.isdir(path), verbose=False)
-    except ImportError as e:
-        raise SystemExit(f"benchmark={path} needs the package of that benchmark ({e}): pip install nats_bench or nas-bench-201, or give "
-                         "a .csv, .csv.gz or .json.") from None
-    name, hp = {"imagenet16_120": "ImageNet16-120"}.get(dataset, dataset), "90" if space == "nats_size" else "200"
-    return [{"genotype": api.arch(i), "test_acc": api.get_more_info(i, name, hp=hp, is_random=False)["test-accuracy"]}
-            for i in tqdm(range(len(api)), desc="benchmark", unit=" architectures")]
-
-
-class Benchmark:
-    """The accuracies, in %, of trained architectures of a space: of its rows' column test_acc, the mean over the rows of one architecture.
-
-    Rows: see read_table() and official_rows(). module: the space's, whose columns() tell architectures apart, or in their place a
-    column `genotype`; arch: any of its architectures.
-    """
-    def __init__(self, path, module, arch, dataset=""):
-        self.path, self.module, found = path, module, {}
-        tables = path.endswith((".csv", ".csv.gz", ".json"))
-        rows = read_table(path) if tables else official_rows(path, module.__name__.split(".")[-1], dataset)
-        self.names = ["genotype"] if rows and "genotype" in rows[0] else list(module.columns(arch))
-        for number, row in enumerate(rows, 1):
-            try:
-                found.setdefault(self.key(row), []).append(float(row["test_acc"]))
-            except (KeyError, TypeError, ValueError) as e:
-                raise SystemExit(f"The table {path} has no test_acc, or not the columns of this space, in row {number} ({e}).") from None
-        if not found:
-            raise SystemExit(f"The table {path} is empty: give one that holds architectures and their accuracies.")
-        self.accuracies = {key: sum(values) / len(values) for key, values in found.items()}
-        self.sorted = sorted(self.accuracies.values(), reverse=True)
-
-    def key(self, row):
-        return tuple(str(row[name]) for name in self.names)
-
-    def __call__(self, arch):
-        """{"accuracy", "rank", "of", "percentile", "regret"}: rank 1 is the best of the table, regret what the best has more; in %."""
-        text = self.module.genotype(arch)
-        accuracy = self.accuracies.get(self.key({"genotype": text, **self.module.columns(arch)}))
-        if accuracy is None:
-            raise SystemExit(f"The table {self.path} lacks the architecture {text}: give this space's table, or leave out --benchmark.")
-        better, of = bisect.bisect_left(self.sorted, -accuracy, key=lambda value: -value), len(self.sorted)
-        return {"accuracy": accuracy, "rank": better + 1, "of": of, "percentile": 100 * (1 - better / of),
-                "regret": self.sorted[0] - accuracy}
-
-    def random_best(self, draws):
-        """The expected accuracy of the best of so many different architectures drawn at random: sum_i accuracy_i P(it is the best)."""
-        n, draws = len(self.sorted), min(draws, len(self.sorted))
-        best, left = 0.0, 1.0 # the chance that none of the i better ones is drawn
-        for i, accuracy in enumerate(self.sorted):
-            first = left * draws / (n - i)
-            best, left = best + first * accuracy, left - first
-        return best
-
-
 def by_step(lines):
     """The lines in the order of their steps, of each step the last: a resumed run logs again what followed its checkpoint."""
     newest = {line["step"]: line for line in lines}
     return [newest[step] for step in sorted(newest)]
-
-
-def describe(arch):
-    """n_layer=3 n_head=4,4,8 ..., for people."""
-    return " ".join(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in arch.items())
 
 
 def groups(line):
@@ -247,7 +145,7 @@ def draw_table(ax, lines):
 def draw_front(ax, searched, cost):
     """Loss over cost of what a search for both has evaluated, and the front: what nothing else is better than in both."""
     points = [(line["cost"], line["loss"]) for line in searched]
-    front = sorted(points[i] for i in fronts(points)[0])
+    front = sorted(points[i] for i in nondominated_sort(points)[0])
     ax.plot(*zip(*points, strict=True), "o", color=BLUE, label="evaluated")
     ax.step(*zip(*front, strict=True), "o-", where="post", color=RED, label="front")
     ax.set(xlabel={"latency": "latency, ms"}.get(cost, cost), ylabel="loss")
@@ -291,7 +189,7 @@ def save_figure(path, height, draw, width=9):
     with matplotlib.rc_context(STYLE):
         figure = Figure((width, height), layout="constrained")
         draw(figure)
-        write(path, lambda tmp: figure.savefig(tmp, format="png"))
+        atomic_write(path, lambda tmp: figure.savefig(tmp, format="png"))
     return path
 
 
@@ -300,7 +198,7 @@ def search_figure(out_dir):
     config = read_json(os.path.join(out_dir, "run.json"))["config"]
     log = read_lines(os.path.join(out_dir, "log.jsonl"))
     found = evaluations(os.path.join(out_dir, "arch_traj.jsonl"), "arch_loss")
-    lines, best = by_step(line for line in found if "weights" in line), kept(out_dir, found) # the result of spos has none
+    lines, best = by_step(line for line in found if "weights" in line), top_edges(out_dir, found) # the result of spos has none
     labels, matrix = ([], None) if config["optimizer"] == "spos" else heat_map(lines, config) # of spos they stay uniform
     path = os.path.join(out_dir, "arch_search.jsonl")
     searched = read_lines(path) if os.path.exists(path) else []
@@ -470,18 +368,17 @@ def enlarged(out_dir, dataset):
     "of network"}: their PSNR and SSIM as in papers."""
     import torch
 
-    import train # here, for train_search imports this file, and most figures need no network
     path = os.path.join(out_dir, "best.pt")
-    checkpoint = train.load_checkpoint(path, device := train.pick_device("auto"))
+    checkpoint = runs.load_checkpoint(path, device := runs.pick_device("auto"))
     config, found = checkpoint["config"], []
     if "scale" not in config:
         raise SystemExit(f"out_dir={out_dir} holds a network of {config['space']}, which enlarges no images: leave out --images={dataset}.")
-    net = train.load_model(train.build(config, checkpoint["arch"]).to(device), checkpoint, path).eval()
+    net = runs.load_model(search_spaces.build(config, checkpoint["arch"]).to(device), checkpoint, path).eval()
     pairs = load_pairs(config["data_dir"], dataset, "val", s := config["scale"])
     for x, y in tqdm(pair_batches(pairs, range(len(pairs)), device), desc=dataset, total=len(pairs), unit=" images"):
         with torch.no_grad():
             images = {"bicubic": torch.nn.functional.interpolate(x, scale_factor=s, mode="bicubic", antialias=True), "network": net(x)[0]}
-        found.append({f"of {name}": train.fidelity(image, y, s, structure=True) for name, image in images.items()} |
+        found.append({f"of {name}": data.fidelity(image, y, s, structure=True) for name, image in images.items()} |
                      {name: image[0].permute(1, 2, 0).clamp(0, 1).cpu().numpy() for name, image in (images | {"truth": y}).items()})
     return found
 
@@ -537,11 +434,11 @@ def best_of(lines):
     return min(lines, key=score)
 
 
-def kept(out_dir, lines):
+def top_edges(out_dir, lines):
     """The evaluation in a search's arch.json: the best, but of a progressive search only of its second half; until there is one, the
     best."""
     path = os.path.join(out_dir, "arch.json")
-    found = seal(read_json(path)) if os.path.exists(path) else None
+    found = add_checksum(read_json(path)) if os.path.exists(path) else None
     return next((line for line in lines if line == found), best_of(lines))
 
 
@@ -570,7 +467,7 @@ def main(out_dir, compare="", images=""):
         return
     if os.path.exists(traj):
         path, lines = search_figure(out_dir), evaluations(traj, "arch_loss")
-        best = kept(out_dir, lines)
+        best = top_edges(out_dir, lines)
         found, cost = describe(best["arch"]) + ": ", best["cost"]
     else:
         path, lines = train_figure(out_dir), evaluations(log, "train_loss")
@@ -582,8 +479,4 @@ def main(out_dir, compare="", images=""):
 
 if __name__ == "__main__":
     from configurator import configure
-    if sys.argv[1:2] == ["report"]:
-        import report # here, for it trains: what it imports imports this file
-        report.main(report.report, report.keys(sys.argv[2:]))
-    else:
-        main(**configure(globals()))
+    main(**configure(globals()))

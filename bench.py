@@ -37,14 +37,19 @@ import torch
 from tqdm import tqdm
 
 from analyze import save_figure
+from budget import latency as predictor, latency_features, latency_key, network_of
 from configurator import as_list, check_range, check_whole
-from optim_nas import ArchOptimizer, likeliest, random_search
-from prepare import Images, Pairs, load_meta, rng, write_json
-from supernet import one_hot, use_fused_ops
-from train import build, configure_optimizer, draw, load_data, peak_flops, pick_device, setup, train_step, update, vocabulary, with_space
+from data import Images, Pairs, draw, load_data, load_meta, vocabulary
+from fused_ops import use_fused_ops
+from optim_nas import ArchOptimizer, discretize, random_search
+from run import peak_flops, pick_device, rng, setup, write_json
+from search_spaces import build, with_space
+from supernet import one_hot
+from train import configure_optimizer, train_step, update
+from train_search import arch_step, bilevel_step, weight_arch
 from train_search import * # noqa: F403 (every key of a search)
-from train_search import arch_step, bilevel_step, latency_features, latency_key, network_of, weight_arch
-from train_search import latency as predictor
+from prepare import prepare_own
+from train import check_run
 
 # -----------------------------------------------------------------------------
 # the keys of train_search.py but one, and:
@@ -88,7 +93,7 @@ def largest(net):
     weights = {name: torch.full(c.shape, 1 / len(c.options), requires_grad=True) for name, c in net.choices.items()}
     net.cost(weights)["params"].backward()
     gain = {name: torch.zeros(w.shape) if w.grad is None else w.grad for name, w in weights.items()}
-    return likeliest(net.choices, {name: g + 1e-3 * torch.arange(g.shape[-1]) for name, g in gain.items()})
+    return discretize(net.choices, {name: g + 1e-3 * torch.arange(g.shape[-1]) for name, g in gain.items()})
 
 
 def vocab_size_of(config):
@@ -126,10 +131,10 @@ def contender(config, run, method=""):
                         config=SimpleNamespace(**vars(config) | {"optimizer": method}), arch_step=None, seconds=[], ratios=[])
     c.step = lambda: train_step(net, c.forward, c.optimizer, tokens, config, run, c.state, config.learning_rate)
     if method:
-        c.chooser = ArchOptimizer(method, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate)
-        c.step = lambda: bilevel_step(net, c.forward, c.chooser, c.optimizer, c.splits, c.config, run, c.state, config.learning_rate)
-        if c.chooser.alphas:
-            c.arch_step = lambda: arch_step(net, c.forward, c.chooser, c.splits, c.config, run, c.state)
+        c.arch_optimizer = ArchOptimizer(method, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate)
+        c.step = lambda: bilevel_step(net, c.forward, c.arch_optimizer, c.optimizer, c.splits, c.config, run, c.state, config.learning_rate)
+        if c.arch_optimizer.alphas:
+            c.arch_step = lambda: arch_step(net, c.forward, c.arch_optimizer, c.splits, c.config, run, c.state)
     return c
 
 
@@ -186,24 +191,24 @@ def parts(c, config, run):
 def inputs(c, config, run, i):
     """x, y and a supernet's third argument, as in a weight step."""
     x, y = draw(c.splits["train"], config, run, "train", i)
-    return x, y, () if c.method == "plain" else (weight_arch(c.net, c.chooser, c.config, run, i / REPEATS, rng(config.seed, i)),)
+    return x, y, () if c.method == "plain" else (weight_arch(c.net, c.arch_optimizer, c.config, run, i / REPEATS, rng(config.seed, i)),)
 
 
 def memory(c, config, run):
     """Megabytes that the forward pass of a step keeps for its backward pass, parameters aside, and that a step allocates at its peak:
     the larger of the arch step's and the weight step's."""
     x, y, third = inputs(c, config, run, 0)
-    kept, own = {}, {t.untyped_storage().data_ptr() for t in (*c.net.parameters(), *c.net.buffers(), x, y)}
+    top_edges, own = {}, {t.untyped_storage().data_ptr() for t in (*c.net.parameters(), *c.net.buffers(), x, y)}
 
     def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        top_edges[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     def saved(function):
-        kept.clear()
+        top_edges.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             function()
-        return sum(size for pointer, size in kept.items() if pointer not in own)
+        return sum(size for pointer, size in top_edges.items() if pointer not in own)
     with run.amp:
         savings = [saved(lambda: c.net(x, y, *third))]
     peaks = [peak(c.step, run)]
@@ -229,6 +234,7 @@ def peak(function, run):
 def measure(config):
     """{"drnas": {"ratio": ..., ...}, ..., "plain": {...}}, all that the table shows."""
     config = SimpleNamespace(**config)
+    check_run(config)
     run = setup(config)
     if config.space == "gpt":
         config.vocab_size = vocab_size_of(config)
@@ -274,6 +280,7 @@ def measure_growth(config):
                 space = {"n_layer": list(range(L - K + 1, L + 1)), "n_embd": [widths[i] for i in some], "n_head": [heads[i] for i in some],
                          "mlp_ratio": [ratios[i] for i in some], "head_size": head_size}
                 options = SimpleNamespace(**config | space | {"vocab_size": 256, "gradient_accumulation_steps": 1})
+                check_run(options)
                 run = setup(options)
                 use_fused_ops(options.fused and run.device_type == "cpu")
                 plain, search = contender(options, run), contender(options, run, "drnas")
@@ -309,6 +316,8 @@ def facts_of(config, run):
     if config.space == "gpt":
         return {"vocab_size": vocab_size_of(config)}
     prepared = os.path.exists(os.path.join(config.data_dir, config.dataset, "meta.json"))
+    if config.dataset == "digits":
+        prepare_own(config, run)
     facts = load_data(config, run)[2] if prepared or config.dataset == "digits" else {}
     return facts | {key: value for key, value in vars(config).items() if key == "img_size"}
 
@@ -453,6 +462,7 @@ def predicted(net, ms, archs, measured):
 def measure_latency(config):
     """Writes latency.json; returns {key: {"mean_error", "max_error"}}, relative, on the networks held out."""
     config = SimpleNamespace(**config)
+    check_run(config)
     run, gpt = setup(config), config.space == "gpt"
     batch_sizes, lengths = map(as_list, (config.latency_batch_size, config.latency_length))
     vars(config).update(facts_of(config, run))

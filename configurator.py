@@ -12,6 +12,7 @@ Overrides a script's commented globals from config files and the command line.
 
 A config file is Python CODE that runs with your rights: run only files that you trust. It sees the values so far
 (`min_lr = learning_rate / 10`). Its imports, functions and _private names are its own business, every other name must be a key.
+`include('small.py')` in a config file runs another one at this line, found from its own folder: what follows are the differences.
 Keys are the lower-case globals that hold a bool, int, float, str, list or tuple; the default's type is the key's type.
 """
 
@@ -118,11 +119,20 @@ def given(key, argv=None):
     for arg in sys.argv[1:] if argv is None else argv:
         if arg.startswith(f"--{key}="):
             found = arg.partition("=")[2]
-        elif arg.endswith(".py") and Path(arg).is_file():
+        elif arg.endswith(".py"):
             plain = rf"^{key}\s*=\s*(?:(['\"])(.*?)\1|(True|False|[-\d.\[][^#\n]*))"
-            lines = re.findall(plain, Path(arg).read_text(errors="replace"), re.M)
+            lines = re.findall(plain, text_of(Path(arg)), re.M)
             found = (lines[-1][1] or lines[-1][2].strip()) if lines else found
     return found
+
+
+def text_of(file, within=()):
+    """The text of a config file, with that of the files it includes at their lines. run_file() reports a missing file or a circle."""
+    if not file.is_file() or file.resolve() in within:
+        return ""
+    within = (*within, file.resolve())
+    return re.sub(r"^include\((['\"])(.+?)\1\).*", lambda line: text_of(file.parent / line[2], within),
+                  file.read_text(errors="replace"), flags=re.M)
 
 
 def is_number(value):
@@ -157,7 +167,11 @@ def run_file(file, values):
     except OSError as error:
         found = nearest(file, [path.as_posix() for path in Path("config").glob("*.py")])
         stop(f"{file}: {error.strerror}{found}; write the path of a config file, such as config/name.py")
-    after = {"__file__": file, **copy.deepcopy(values)}  # deep: a file may append to a list
+
+    def include(name):
+        after.update(run_file((Path(file).parent / name).as_posix(), {key: after[key] for key in values}))
+
+    after = {"__file__": file, "include": include, **copy.deepcopy(values)}  # deep: a file may append to a list
     try:
         tree = ast.parse(source, file)
         exec(compile(tree, file, "exec"), after)

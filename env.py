@@ -28,11 +28,15 @@ import torch
 from tqdm import tqdm
 
 from configurator import as_list, check_range, check_whole, defaults
+from data import load_data, load_meta, load_shards, micro_batches
 from model import build
-from prepare import cut_shards, load_meta, load_shards, read_json, write, write_json
+from prepare import cut_shards
+from run import Log, silenced, init_out_dir, load_checkpoint, load_model, main, read_json, rng, save, setup
+from run import atomic_write, write_json
+from train import backward, configure_optimizer, estimate_all, loop, train, train_step, update
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, aside, backward, begin, configure_optimizer, estimate_all, load_checkpoint, load_data, load_model, loop, main
-from train import micro_batches, rng, save, setup, train, train_step, update
+from prepare import prepare_own
+from train import check_run
 
 TRAIN_KEYS = tuple(defaults(globals()))
 # -----------------------------------------------------------------------------
@@ -101,7 +105,9 @@ def sizes_of(arch, config):
 def measure_times(archs, config, rounds=20):
     """The seconds a sample of a training step of each arch: the median of interleaved rounds, after one that does not count."""
     config = SimpleNamespace(**config | {"overwrite": True, "init_from": "scratch"})
+    check_run(config)
     run = setup(config)
+    prepare_own(config, run)
     tokens, _, facts = load_data(config, run)
     vars(config).update(facts)
     nets = [build(vars(config) | sizes_of(arch, vars(config))).to(run.device) for arch in archs]
@@ -142,7 +148,7 @@ def train_evaluator(config):
     def evaluate(arch, shard):
         settings, path, job = cached("", config, shard, **sizes_of(arch, config))
         if not os.path.exists(f"{path}.json"):
-            with aside():
+            with silenced():
                 result = train(job, test=True)
             found = {"loss": result["test_loss"], "flops": result["flops"], "params": result["params"],
                      "seconds": result["seconds"] / job["max_iters"] / job["batch_size"]}
@@ -165,7 +171,7 @@ def supernet_evaluator(config):
         net, tokens, config_, run = nets[key]
         small = net.extract(diagonal(arch, config))
         if config["time_from"] == "measured" and str(arch) not in seconds:
-            with aside():
+            with silenced():
                 seconds[str(arch)] = measure_times([arch], {**config, "dataset": shard["dataset"]})[0]
         loss = estimate_all(small, tokens, config_, run)["loss"]
         return with_time({"loss": loss, "seconds": seconds.get(str(arch)), **small.cost()}, config)
@@ -184,8 +190,10 @@ def load_supernet(config, shard):
     space = {"n_layer": numbers, "n_head": numbers, "n_embd": [n * config["head_size"] for n in numbers]}
     _, path, job = cached("supernet_", config, shard, **space, max_iters=config["supernet_iters"])
     job, name = SimpleNamespace(**job), f"{path}.pt"
-    with aside():
+    with silenced():
+        check_run(job)
         run = setup(job)
+        prepare_own(job, run)
         tokens, test, facts = load_data(job, run)
         vars(job).update(facts)
         net = build(vars(job)).to(run.device)
@@ -200,7 +208,7 @@ def load_supernet(config, shard):
 
 def train_supernet(net, tokens, config, run):
     """SPOS (Guo et al. 2019) on the 64 networks: every step trains one, all as likely, by slicing, at its own cost."""
-    begin(config, run)
+    init_out_dir(config, run)
     optimizer = configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0)
 
@@ -236,7 +244,7 @@ def shards_of(config, mode=0):
         if len(sizes) < 2:
             raise SystemExit(f"The table {config['table']} has {len(sizes)} number of entries, and an agent needs two or more.")
         return [{"entries": n, "mode": i % 2 + 1} for i, n in enumerate(sizes) if mode in (0, i % 2 + 1)]
-    load_data(SimpleNamespace(**config), SimpleNamespace(master=True, world=1)) # pydocs is made at first use
+    prepare_own(SimpleNamespace(**config), SimpleNamespace(master=True, world=1))
     meta, cuts = load_meta(config["data_dir"], config["dataset"]), ("shards", "entries", "test_entries", "block_size")
     cut_shards(config["data_dir"], config["dataset"], meta, *(config[key] for key in cuts))
     return load_shards(config["data_dir"], config["dataset"], config["shards"], mode)
@@ -353,7 +361,7 @@ def make_table(config):
         seconds = dict(zip(map(str, archs), measure_times(archs, config), strict=True))
         rows = [row | {"time": seconds[str({"n_head": row["n_head"], "n_layer": row["n_layer"]})]} for row in rows]
     lines = [",".join(f"{row[name]:.5g}" if of is float else str(row[name]) for name, of in COLUMNS.items()) for row in rows]
-    write(config["table"], lambda f: f.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
+    atomic_write(config["table"], lambda f: f.write("\n".join([",".join(COLUMNS), *lines, ""]).encode()))
     took = [row["took"] for row in rows]
     print(f"{config['table']}: {len(rows)} rows, {sum(took):.0f} s, {1000 * statistics.median(took):.1f} ms an evaluation (median)")
     if others:

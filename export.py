@@ -44,10 +44,11 @@ import torch
 import torch.nn as nn
 
 from configurator import check_range
-from prepare import rng, write
+from fused_ops import use_fused_ops
+from run import rng, atomic_write
 from sample import load_run
-from supernet import use_fused_ops
-from train import build, configure_optimizer
+from search_spaces import build
+from train import configure_optimizer
 
 # -----------------------------------------------------------------------------
 out_dir = 'out/train'
@@ -310,7 +311,7 @@ def save(path, data):
         os.makedirs(os.path.dirname(path), exist_ok=True)
     except OSError as e:
         raise SystemExit(f"The folder of {path} cannot be made ({e.strerror}): make room for it in out_dir.") from None
-    write(path, lambda f: f.write(data))
+    atomic_write(path, lambda f: f.write(data))
 
 
 if __name__ == "__main__":

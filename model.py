@@ -13,9 +13,7 @@ Attention heads follow one of two conventions:
                     owns the channels from j*E/h on (E the largest n_embd), of which a width e uses the first e/h.
     head_size=64    fixed: n_head heads of 64 channels each, whatever n_embd is; fewer heads are the first ones.
 """
-import json
 import math
-import os
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -25,9 +23,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import check_range
-from supernet import Choice, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, causal_attention, check_arch, extract, extremes
-from supernet import mixed_attention, mixed_rotary_attention, one_hot, options_of, prefixes, ranking, reorder, rotary, size_of
-from supernet import straight
+from fused_ops import causal_attention, mixed_attention
+from supernet import Choice, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, check_arch
+from supernet import extract, one_hot, options_of, prefix_masks, ranking, reorder, size_of, straight_through
+from supernet import take
 
 
 @dataclass
@@ -77,12 +76,12 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         # what a mixture multiplies with, for each head count j: the channels that each width uses, and 1/sqrt of its head size
         if config.head_size:
-            share = prefixes([h * config.head_size for h in n_head], inner) # (n_head, inner)
+            mask = prefix_masks([h * config.head_size for h in n_head], inner) # (n_head, inner)
             scale = torch.full((1, inner), config.head_size ** -0.5)
         else:
-            share = torch.stack([prefixes(n_embd, inner, groups=h) for h in n_head]) # (n_head, n_embd, inner)
-            scale = share * torch.tensor([[(e / h) ** -0.5 for e in n_embd] for h in n_head]).unsqueeze(-1)
-        self.register_buffer("share", share, persistent=False)
+            mask = torch.stack([prefix_masks(n_embd, inner, groups=h) for h in n_head]) # (n_head, n_embd, inner)
+            scale = mask * torch.tensor([[(e / h) ** -0.5 for e in n_embd] for h in n_head]).unsqueeze(-1)
+        self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x, e=None, n_head=None, cache=None):
@@ -100,9 +99,9 @@ class CausalSelfAttention(nn.Module):
             k, v = (torch.cat((cache[name], new), 1) if cache else new for name, new in (("k", k), ("v", v)))
             cache.update(k=k, v=v)
         if a is not None and not self.head_size: # the weights as in the mixture below
-            q, a = straight(q, e.p if self.rope else e.p * e.p), a * e.p * e.p
+            q, a = straight_through(q, e.p if self.rope else e.p * e.p), a * e.p * e.p
         is_causal = cache is None or q.size(1) == k.size(1) # one new token sees the whole cache
-        y = straight(causal_attention(q, k, v, h, self.dropout if self.training else 0.0, is_causal=is_causal), a)
+        y = straight_through(causal_attention(q, k, v, h, self.dropout if self.training else 0.0, is_causal=is_causal), a)
         return self.resid_dropout(self.c_proj(y, None if plain else Size(n, groups), e))
 
     def heads(self):
@@ -137,9 +136,9 @@ class CausalSelfAttention(nn.Module):
         qkv, dropout = self.c_attn(x, e), self.dropout if self.training else 0.0 # (B, T, 3 inner)
         if self.head_size:
             qkv = rotary(qkv, self.n_head[-1]) if self.rope else qkv
-            y = mixed_attention(qkv, self.scale, (a @ self.share).unsqueeze(0), self.n_head[-1:], dropout)
+            y = mixed_attention(qkv, self.scale, (a @ self.mask).unsqueeze(0), self.n_head[-1:], dropout)
         else:
-            S, scale = e.p @ self.share, e.p @ self.scale # (n_head, inner)
+            S, scale = e.p @ self.mask, e.p @ self.scale # (n_head, inner)
             y_scale = a.unsqueeze(-1) * S * S
             y = mixed_rotary_attention(qkv, self.n_embd, e.p, y_scale, self.n_head, dropout) if self.rope else \
                 mixed_attention(qkv, S * scale, y_scale, self.n_head, dropout)
@@ -158,7 +157,7 @@ class MLP(nn.Module):
         self.c_fc = Linear(n_embd[-1], (1 + self.gated) * n_hidden[-1][-1], bias=config.bias)
         self.c_proj = Linear(n_hidden[-1][-1], n_embd[-1], bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
-        self.register_buffer("share", prefixes(n_hidden, n_hidden[-1][-1]), persistent=False) # (n_embd, mlp_ratio, hidden)
+        self.register_buffer("mask", prefix_masks(n_hidden, n_hidden[-1][-1]), persistent=False) # (n_embd, mlp_ratio, hidden)
         self.n_hidden = tuple(sorted({n for row in n_hidden for n in row}))
         self.register_buffer("last", torch.tensor(self.n_hidden) - 1, persistent=False)
 
@@ -169,11 +168,11 @@ class MLP(nn.Module):
     def hidden(self, e, m):
         """The Size of the hidden dimension, n_embd * mlp_ratio."""
         if isinstance(m, torch.Tensor):
-            return Size(self.n_hidden, share=torch.einsum("m,emh->eh", m, self.share), p=e.p, last=self.last)
+            return Size(self.n_hidden, mask=torch.einsum("m,emh->eh", m, self.mask), p=e.p, last=self.last)
         if m is None and e is None:
             return None
         m, weight = m if isinstance(m, tuple) else (m or self.mlp_ratio[-1], None)
-        return Size(int(m * (self.n_embd[-1] if e is None else e.n)), share=weight, p=None if e is None else e.p)
+        return Size(int(m * (self.n_embd[-1] if e is None else e.n)), mask=weight, p=None if e is None else e.p)
 
     def forward(self, x, e=None, mlp_ratio=None):
         hidden = self.hidden(e, mlp_ratio)
@@ -277,7 +276,7 @@ def mixture_sizes(net, arch, L):
         assert not open_choices, f"a supernet needs weights or an architecture as its third argument: it has {open_choices}"
         return None, L, [(None, None)] * L
     layers = list(zip(arch["n_head"], arch["mlp_ratio"], strict=False))
-    return size_of(arch["n_embd"], net.n_embd, net.share, net.last), arch["n_layer"], layers
+    return size_of(arch["n_embd"], net.n_embd, net.mask, net.last), arch["n_layer"], layers
 
 
 def run_blocks(blocks, x, n_layer, depths, args):
@@ -334,7 +333,7 @@ class GPT(nn.Module):
         ))
         self.lm_head = Linear(E, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight # weight tying
-        self.register_buffer("share", prefixes(self.n_embd, E), persistent=False) # (n_embd, E)
+        self.register_buffer("mask", prefix_masks(self.n_embd, E), persistent=False) # (n_embd, E)
         self.register_buffer("last", torch.tensor(self.n_embd) - 1, persistent=False)
 
         self.apply(self._init_weights)
@@ -460,6 +459,12 @@ class GPT(nn.Module):
         exact = not arch or not isinstance(arch["n_layer"], torch.Tensor)
         return {name: round(value.item()) for name, value in cost.items()} if exact else cost
 
+    def latency_parts(self, shares):
+        """What the latency of this GPT is a linear function of: how often it has each part, {name: (n_embd, options)}. shares: the
+        weights of its choices, those of a layer times the chance that it runs."""
+        parts = {"rest": shares["n_layer"], "attention": shares["n_head"].sum(0), "mlp": shares["mlp_ratio"].sum(0)}
+        return {name: torch.outer(shares["n_embd"], mask) for name, mask in parts.items()}
+
     def expectation(self, arch):
         """mixture_sizes() as float64 weights, for cost()."""
         if not arch: # the only option of everything
@@ -499,69 +504,24 @@ def build(config, arch=None):
     return GPT(GPTConfig(**{key: value for key, value in config.items() if key in known}), arch)
 
 
-GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") # on the Hugging Face hub
-GPT2_CONFIG = {"activation_function": {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "exact_gelu", # as we call them
-                                       "relu": "relu", "silu": "silu"},
-               "layer_norm_epsilon": {1e-5: 1e-5}, "scale_attn_weights": {True: True}, "scale_attn_by_inverse_layer_idx": {False: False},
-               "tie_word_embeddings": {True: True}}
+def rotary(qkv, n_head, past=0):
+    """RoPE (Su et al. 2021): channels 2i and 2i + 1 of every head of q and k turn by position * 10000^(-2i/d). qkv: (B, T, 3n)."""
+    T, n = qkv.shape[1], qkv.shape[2] // 3
+    a, b = qkv[..., :2 * n].unflatten(2, (2 * n_head, -1, 2)).unbind(-1) # (B, T, 2 n_head, d / 2)
+    i = torch.arange(a.shape[3], device=qkv.device)
+    angle = torch.outer(torch.arange(past, past + T, device=qkv.device), 10000 ** (-i / a.shape[3])).unsqueeze(1) # (T, 1, d / 2)
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(2)
+    return torch.cat((turned.to(qkv.dtype), qkv[..., 2 * n:]), 2)
 
 
-def read_gpt2(source):
-    """A pretrained GPT-2 (Radford et al. 2019): its sizes, under the names of GPTConfig, and its weights, {our name: tensor}.
-
-    source: one of GPT2, or a folder with a config.json and a model.safetensors in the format of transformers. SystemExit if it cannot
-    be had, or computes something that our GPT does not.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-        from safetensors.torch import load_file
-        config, weights = (os.path.join(source, name) if os.path.isdir(source) else hf_hub_download(f"openai-community/{source}", name)
-                           for name in ("config.json", "model.safetensors"))
-        with open(config, encoding="utf-8") as f:
-            config = {"activation_function": "gelu_new"} | json.load(f)
-        sizes = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")} | {"block_size": config["n_positions"]}
-        weights = load_file(weights)
-    except Exception as e: # the hub, the network, the packages and damaged files have errors of every kind
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else ""
-        raise SystemExit(f"init_from='{source}' cannot be loaded ({type(e).__name__}: {reason}): name a folder with a GPT-2's config.json "
-                         f"and model.safetensors, or one of {', '.join(GPT2)} where the Hugging Face hub can be reached.") from None
-    for key, known in GPT2_CONFIG.items():
-        if key in config and config[key] not in known:
-            raise SystemExit(f"init_from='{source}' has {key}={config[key]}, and this GPT can only have {', '.join(map(str, known))}.")
-    inner = config.get("n_inner") or 4 * config["n_embd"]
-    ratio = inner / config["n_embd"]
-    if int(ratio * config["n_embd"]) < inner: # rounded down
-        ratio = math.nextafter(ratio, math.inf)
-    sizes |= {"mlp_ratio": ratio, "activation": GPT2_CONFIG["activation_function"][config["activation_function"]]}
-    sizes |= {"bias": True, "norm": "layernorm", "position": "learned", "residual": "pre", "n_expert": 0}
-    renamed = {}
-    for name, t in weights.items():
-        name = "transformer." + name.removeprefix("transformer.")
-        if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")): # masks, and what is tied to wte
-            matrix = ".h." in name and t.dim() == 2 # transformers has them the other way round
-            renamed[name] = t.T if matrix else t
-    return sizes, renamed
-
-
-def load_gpt2(net, source, arch=None):
-    """Fills net, a GPT or a supernet of which it is the largest network, with the weights of a pretrained GPT-2; of its positions it
-    takes the first block_size. arch: that of a net without choices. SystemExit, with the first key that differs, if it is another."""
-    sizes, weights = read_gpt2(source)
-    arch = arch or extremes(net.choices)[1]
-    own = vars(net.config) | {name: arch[name] for name in SIZES[:2]}
-    own |= {name: next((v for v in arch[name] if v != sizes[name]), sizes[name]) for name in SIZES[2:]}
-    own["block_size"] = max(sizes["block_size"], net.config.block_size) # a shorter one is right
-    for name, value in sizes.items():
-        if own[name] != value:
-            raise SystemExit(f"init_from='{source}' has {name}={value}, and this network, at its largest, {own[name]}: set " + (
-                f"--{name}={value}, or a list that ends there." if name in SIZES else f"--{name}={value}." if name != "vocab_size" else
-                "--dataset to one prepared with its tokens, such as by prepare.py --tokenizer=gpt2."))
-    if net.config.head_size not in (0, sizes["n_embd"] // sizes["n_head"]):
-        raise SystemExit(f"init_from='{source}' has heads of {sizes['n_embd'] // sizes['n_head']} channels: set --head_size to that or 0.")
-    weights = {name: t[:net.config.block_size] if name == "transformer.wpe.weight" else t for name, t in weights.items()}
-    wanted, there = ({name: tuple(t.shape) for name, t in state.items()} for state in (net.state_dict(), weights))
-    del wanted["lm_head.weight"] # wte
-    if wrong := sorted(name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)):
-        raise SystemExit(f"init_from='{source}' is not the GPT-2 of its config.json: {wrong[0]} is {there.get(wrong[0])} in the place of "
-                         f"{wanted.get(wrong[0])}.")
-    net.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
+def mixed_rotary_attention(qkv, n, p, y_scale, n_head, dropout=0.0):
+    """mixed_attention() with RoPE in heads of n_k / n_head[j] channels: the scores are sum_k p_k scores_k. Each width turns by
+    frequencies of its own, so the queries and keys of all widths stand side by side."""
+    y, v = 0.0, qkv.chunk(3, dim=2)[2]
+    for j, h in enumerate(n_head):
+        parts = [rotary(take(qkv, 2, Size(3 * e, 3 * h)), h).unflatten(2, (3, h, -1)).unbind(2) for e in n] # (B, T, h, e / h)
+        q = torch.cat([part[0] * (w * (e / h) ** -0.5) for part, e, w in zip(parts, n, p, strict=True)], -1).flatten(2)
+        k = torch.cat([part[1] for part in parts], -1).flatten(2)
+        y = y + causal_attention(q, k, v, h, dropout, scale=1.0) * y_scale[j].to(v.dtype)
+    return y

@@ -9,7 +9,6 @@ computes a loss with them, and the gradient comes back through the weights to th
     gdas    one-hot argmax of (log softmax(alpha) + Gumbel) / tau, straight-through  Dong & Yang 2019, eq. 3
     spos    one architecture a step, uniformly; no alphas                            Guo et al. 2020
 """
-import heapq
 import itertools
 import json
 import math
@@ -17,7 +16,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from supernet import check_arch, one_hot
+from supernet import check_arch
 
 OPTIMIZERS = ("darts", "drnas", "gdas", "spos")
 
@@ -66,7 +65,7 @@ def uniform(choices, generator):
     return check_arch(choices, {name: arch[name] if c.repeat else arch[name][0] for name, c in choices.items()})
 
 
-def rowwise(choices, weights):
+def argmax_arch(choices, weights):
     """The architecture of the largest weight in every row."""
     def pick(choice, row):
         return choice.options[row.argmax().item()]
@@ -74,12 +73,12 @@ def rowwise(choices, weights):
                                 for name, c in choices.items()})
 
 
-def likeliest(choices, weights):
+def discretize(choices, weights):
     """rowwise(), and where a node keeps some of its rows: those of the largest weight but for 'none', 'none' in the others."""
-    return rowwise(choices, weights) | {name: kept(c, weights[name]) for name, c in choices.items() if c.keep}
+    return argmax_arch(choices, weights) | {name: top_edges(c, weights[name]) for name, c in choices.items() if c.keep}
 
 
-def kept(choice, weights):
+def top_edges(choice, weights):
     """The rows of weights: (rows, K) that stay, each with its best operation, and 'none'."""
     operations = [k for k, option in enumerate(choice.options) if option != "none"]
     best, k = weights[:, operations].max(-1) # (rows,)
@@ -173,7 +172,7 @@ class ArchOptimizer:
 
     def arch(self):
         """The likeliest option of every choice, or the likeliest architecture in the budget."""
-        return self.budget.project(self.mean()) if self.budget else likeliest(self.choices, self.mean())
+        return self.budget.project(self.mean()) if self.budget else discretize(self.choices, self.mean())
 
     def step(self, weights, grads):
         """One Adam step. weights: what sample() returned; grads: name -> the gradient of the loss to them.
@@ -245,187 +244,11 @@ def unrolled_gradient(params, alphas, train_grad, val_grad, learning_rate, radiu
 # -----------------------------------------------------------------------------
 # a budget: what an architecture may cost
 
-CLOSE = 0.95 # an architecture uses at least so much of its budget
-
-
-class Budget:
-    """
-    Bounds on what an architecture costs: never above one, and within 5 % of the tightest where the space has such an architecture, else
-    as close as was found: a share of `floor`.
-
-    cost(weights) -> {"params": (), "flops": (), ...}, float64, linear in each row of the weights and exact at one-hot ones. targets:
-    name -> bound. strength: of the penalty. drawn: the choices without the options that the search never draws. SystemExit if one is
-    out of the space's reach, or all of them together.
-
-    Inside, an arch has entries for all layers; those that it does not use cost nothing.
-    """
-    def __init__(self, choices, cost, targets, strength=1.0, drawn=None):
-        self.choices, self.cost, self.targets, self.strength, self.drawn = choices, cost, targets, strength, drawn or choices
-        generator = torch.Generator().manual_seed(0)
-        start = self.whole(uniform(self.drawn, generator))
-        for name, target in targets.items():
-            low, high = (self.of(self.climb(start, lambda arch, cost, name=name, sign=sign: sign * cost[name]))[name] for sign in (-1, 1))
-            if not low <= target <= high / CLOSE:
-                raise SystemExit(f"target_{name}={target:,} is out of reach: the {name} of this space's architectures are {low:,.10g} to "
-                                 f"{high:,.10g}.")
-        self.smallest = self.climb(start, lambda arch, cost: -self.used(cost))
-        if self.used(self.of(self.smallest)) > 1:
-            raise SystemExit(f"No architecture of this space meets all of {targets}: the closest costs {self.of(self.smallest)}.")
-        self.floor = CLOSE # some spaces have nothing so close to the target
-        self.floor = min(CLOSE, max(self.used(self.of(self.fit(self.smallest, generator))) for _ in range(3)))
-
-    def whole(self, arch, weights=None):
-        """The arch with entries for all layers, those that it does not use from weights, or the first option."""
-        def rest(name, c):
-            rows = weights[name].argmax(-1).tolist() if weights else [0] * c.repeat
-            return [c.options[k] for k in rows[len(arch[name]):]]
-        return {name: [*arch[name], *rest(name, c)] if c.repeat else arch[name] for name, c in self.drawn.items()}
-
-    def of(self, arch):
-        """{name: number}, the cost of one architecture."""
-        return self.around(self.whole(arch))(self.whole(arch))
-
-    def around(self, arch):
-        """A function from an architecture to its cost, exact for this arch and for all that differ in one row: what an option adds is
-        the derivative, for cost is linear in every row."""
-        leaves = {name: w.requires_grad_() for name, w in one_hot(self.choices, arch).items()}
-        at, cost = {}, self.cost(leaves)
-        for name in self.targets:
-            grads = torch.autograd.grad(cost[name], leaves.values(), retain_graph=True, materialize_grads=True)
-            at[name] = {key: g.view(-1, g.shape[-1]).tolist() for key, g in zip(leaves, grads, strict=True)}
-        base = {name: cost[name].item() for name in self.targets}
-
-        def cost_of(new):
-            total = dict(base)
-            for key, c in self.choices.items():
-                if new[key] != arch[key]:
-                    rows = zip(new[key], arch[key], strict=True) if c.repeat else [(new[key], arch[key])]
-                    for i, (value, old) in enumerate(rows):
-                        for name in total if value != old else ():
-                            g = at[name][key][i]
-                            total[name] += g[c.options.index(value)] - g[c.options.index(old)]
-            return total
-        return cost_of
-
-    def used(self, cost):
-        """The share of the budget that a cost uses: of that target of which it uses most."""
-        return max(cost[name] / target for name, target in self.targets.items()) - 1e-12 # rounding
-
-    def miss(self, cost):
-        """0 in the budget, up to 1 for what uses too little of it, and more for what is above."""
-        used = self.used(cost)
-        return used if used > 1 else max(1 - used / self.floor, 0.0)
-
-    def gradient(self, weights):
-        """The gradient to the weights of strength * sum over targets of log(expected cost / target)^2."""
-        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-        cost = self.cost(leaves)
-        penalty = self.strength * sum((cost[name] / target).log() ** 2 for name, target in self.targets.items())
-        return dict(zip(leaves, torch.autograd.grad(penalty, leaves.values(), materialize_grads=True), strict=True))
-
-    def climb(self, arch, score, generator=None, frozen=()):
-        """Walks over the rows, or the nodes of cells, and takes an option whose score(arch, cost) is higher, until there is none; first
-        over those of layers, then over what the whole network shares, each in random order with a generator; not over what is frozen."""
-        units = [[(name, unit) for name, c in self.choices.items() if bool(c.repeat) == of_layers and name not in frozen
-                  for unit in c.units(c.repeat or 1)] for of_layers in (True, False)]
-        cost = self.around(arch)
-        best, before = score(arch, cost(arch)), None
-        while best != before:
-            before = best
-            if generator:
-                units = [[group[i] for i in torch.randperm(len(group), generator=generator).tolist()] for group in units]
-            for name, unit in itertools.chain(*units):
-                values = [(score(new, cost(new)), new) for new in changed(self.drawn, arch, name, unit)]
-                value, new = max(values, key=lambda pair: pair[0], default=(best, arch))
-                if value > best:
-                    arch, best, cost = new, value, self.around(new)
-        return arch
-
-    def fit(self, arch, generator):
-        """An architecture in the budget, by changes of single rows of this one, in random order, each of which brings it closer; if they
-        lead nowhere, of random ones; of the closest if there is none."""
-        found = []
-        for start in itertools.chain([arch], (uniform(self.drawn, generator) for _ in range(10))):
-            found.append(self.climb(self.whole(start), lambda arch, cost: -self.miss(cost), generator))
-            if self.miss(self.of(found[-1])) == 0:
-                break
-        return check_arch(self.choices, min([*found, self.smallest], key=lambda arch: self.miss(self.of(arch))))
-
-    def project(self, weights):
-        """
-        The likeliest architecture in the budget that is found: for what the whole network shares, from the likeliest combination on, the
-        layers' rows are changed one at a time at a rising price of a miss, until no further combination could be likelier.
-        """
-        logs = {name: w.clamp_min(1e-30).log().view(-1, w.shape[-1]).tolist() for name, w in weights.items()}
-        shared = [name for name, c in self.choices.items() if not c.repeat]
-        arch, found = self.whole(likeliest(self.choices, weights), weights), {}
-
-        def likely(arch):
-            return likelihood(self.choices, arch, logs)
-
-        def add(arch):
-            found[key_of(arch)] = self.miss(self.of(arch)), -likely(arch), arch
-        add(self.smallest)
-        for values in itertools.islice(best_first([(logs[name][0], self.choices[name].options) for name in shared]), 500):
-            new = arch | dict(zip(shared, values, strict=True))
-            miss, less_likely, _ = min(found.values(), key=lambda entry: entry[:2])
-            if miss == 0 and likely(new) <= -less_likely:
-                break
-            for price in (1, 8, 64, 512, 4096) if len(shared) < len(self.choices) else ():
-                new = self.climb(new, lambda a, cost, price=price: likely(a) - price * self.miss(cost), frozen=shared)
-            add(new)
-        if min(found.values(), key=lambda entry: entry[:2])[0] > 0: # single changes led nowhere: from where the budget is met
-            start = self.whole(self.fit(arch, torch.Generator().manual_seed(0)), weights)
-            add(self.climb(start, lambda a, cost: likely(a) - 4096 * self.miss(cost)))
-        return check_arch(self.choices, min(found.values(), key=lambda entry: entry[:2])[2])
-
-
-def best_first(rows):
-    """Every combination of one option a row, in the order of the sum of their logarithms. rows: [(logarithms, options)]"""
-    rows = [sorted(zip(logs, options, strict=True), key=lambda pair: -pair[0]) for logs, options in rows]
-
-    def entry(place):
-        return -sum(row[i][0] for row, i in zip(rows, place, strict=True)), place
-    heap = [entry((0,) * len(rows))]
-    seen = {heap[0][1]}
-    while heap:
-        _, place = heapq.heappop(heap)
-        yield [row[i][1] for row, i in zip(rows, place, strict=True)]
-        for n in range(len(rows)):
-            new = (*place[:n], place[n] + 1, *place[n + 1:])
-            if new[n] < len(rows[n]) and new not in seen:
-                seen.add(new)
-                heapq.heappush(heap, entry(new))
-
-
-def likelihood(choices, arch, logs):
-    """The sum of the logarithms of an architecture's options, name -> [row of them]; rows that a node does not keep do not count."""
-    return sum(row[c.options.index(value)] for name, c in choices.items()
-               for row, value in zip(logs[name], arch[name] if c.repeat else [arch[name]], strict=True) if not (c.keep and value == "none"))
-
-
-def changed(choices, arch, name, unit):
-    """Every architecture that differs in this row, or in one of the operations that a node keeps, at its edge or at another."""
-    c = choices[name]
-    if not c.repeat:
-        yield from (arch | {name: option} for option in c.options if option != arch[name])
-        return
-    stay = [i for i in unit if arch[name][i] != "none"] if c.keep else unit
-    for old, new in itertools.product(stay, unit if c.keep else [None]):
-        if c.keep and new != old and new in stay:
-            continue
-        for option in c.options:
-            rows = list(arch[name])
-            if c.keep:
-                rows[old] = "none"
-            rows[old if new is None else new] = option
-            if rows != list(arch[name]) and not (c.keep and option == "none"):
-                yield arch | {name: rows}
 
 # -----------------------------------------------------------------------------
 # after a supernet is trained: search over its inherited weights
 
-def key_of(arch):
+def arch_key(arch):
     """The same string for the same architecture."""
     return json.dumps(arch, sort_keys=True)
 
@@ -472,12 +295,12 @@ def unseen(choices, seen, generator, budget=None, tries=1000):
     exhausted, or 50 draws end at what was seen already of a budget."""
     for _ in range(50 if budget else tries):
         arch = uniform(choices, generator)
-        arch = budget.fit(arch, generator) if budget else arch
-        if key_of(arch) not in seen:
+        arch = budget.repair(arch, generator) if budget else arch
+        if arch_key(arch) not in seen:
             return arch
     if budget:
         return None
-    rest = [arch for arch in architectures(choices) if key_of(arch) not in seen] if len(seen) < space_size(choices) else []
+    rest = [arch for arch in architectures(choices) if arch_key(arch) not in seen] if len(seen) < space_size(choices) else []
     return rest[torch.randint(len(rest), (), generator=generator).item()] if rest else None
 
 
@@ -485,7 +308,7 @@ def random_search(choices, evaluate, n, generator, budget=None):
     """evaluate(arch) -> loss, for n different architectures, or all there are: [(loss, arch)] in the order of evaluation."""
     history, seen = [], set()
     while len(history) < n and (arch := unseen(choices, seen, generator, budget)):
-        seen.add(key_of(arch))
+        seen.add(arch_key(arch))
         history.append((evaluate(arch), arch))
     return history
 
@@ -540,8 +363,8 @@ def evolutionary_search(choices, evaluate, n, generator, population=50, parents=
         for _ in range(50 if best else 0):
             child = (mutate(choices, draw(best), generator, prob, depth_prob) if i % 2 else
                      crossover(choices, draw(best), draw(best), generator))
-            child = budget.fit(child, generator) if budget else child
-            if key_of(child) not in seen:
+            child = budget.repair(child, generator) if budget else child
+            if arch_key(child) not in seen:
                 return child
         return unseen(choices, seen, generator, budget)
 
@@ -552,12 +375,12 @@ def evolutionary_search(choices, evaluate, n, generator, population=50, parents=
             child = child_of(best, i)
             if child is None:
                 return history
-            seen.add(key_of(child))
+            seen.add(arch_key(child))
             history.append((evaluate(child), child))
     return history
 
 
-def fronts(points):
+def nondominated_sort(points):
     """The indices of points, tuples to be small in everything, in layers: those that no other is better than, those that only these
     are better than, and so on (non-dominated sorting: Deb et al. 2002)."""
     left, layers = list(range(len(points))), []
@@ -574,7 +397,7 @@ def by_front(history, cost):
     """The history of a search for small loss and small cost(arch) together: front by front, each in order of its cost and thinned to
     every second entry again and again, so that its first ones are spread over it."""
     order = []
-    for front in fronts([(loss, cost(arch)) for loss, arch in history]):
+    for front in nondominated_sort([(loss, cost(arch)) for loss, arch in history]):
         line = sorted(front, key=lambda i: cost(history[i][1]))
         step = 1 << max(len(line) - 1, 0).bit_length()
         while step:

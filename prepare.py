@@ -60,9 +60,7 @@ import sysconfig
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain, islice, pairwise, product
 from pathlib import Path
 
@@ -70,6 +68,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+import torch.distributed as dist
+from data import IMAGE_SETS, PAIR_SETS, TOKENIZER, codec, data_dir_option, bytes_hash, load_meta
+from data import load_tokens
+from run import read_json, rng, atomic_write, write_json
 
 dataset = "pydocs"  # this_python, shakespeare_char, tinystories, openwebtext, text; see IMAGE_SETS
 path = ""  # a local file or folder in the place of the download; dataset=text, images and imagenet16_120 need it
@@ -89,17 +91,12 @@ entries = [20, 2000]  # of the smallest and the largest shard, the others betwee
 test_entries = 256  # entries of the test split of all shards
 block_size = 64  # tokens an entry, which is one training sequence
 
-TOKENIZER = {"pydocs": "char", "this_python": "char", "shakespeare_char": "char",
-             "tinystories": "gpt2", "openwebtext": "gpt2", "text": "char"}
 PYDOCS = Path(__file__).resolve().parent / "assets/pydocs.txt.xz"  # see read_pydocs()
 PYDOCS_PYTHON = "3.11.7"
 PYDOCS_SHA256 = "3903b23a0572dd373487bd861a8dfa535da72f92dd3ca4b7ff7584bbd2a88a70"  # of its text
 HUB = {"shakespeare_char": "karpathy/tiny_shakespeare", "tinystories": "roneneldan/TinyStories",
        "openwebtext": "Skylion007/openwebtext", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10",
        "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
-IMAGE_SETS = {"digits": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet16_120": 120, "imagenet": 1000,
-              "images": 0}  # number of classes; 0 = as many as there are
-PAIR_SETS = ("sr_samples", "div2k", "set5", "set14", "pairs")  # of images in low and in high resolution
 COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label")}  # of the others: image, label
 VAL_FRACTION = {"digits": 0.2, "openwebtext": 0.0005}  # of the others: 0.1
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -146,12 +143,12 @@ def read_pydocs():
         import lzma, prepare
         text = f"\\n{prepare.END}\\n".join(prepare.python_docs()).encode()
         prepare.PYDOCS.write_bytes(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
-        print(prepare.hash_of(text))
+        print(prepare.bytes_hash(text))
     """
     try:
         import lzma  # not at the top: a Python that was built without it can do all the rest
         text = lzma.decompress(PYDOCS.read_bytes())
-        error = f"its text has {hash_of(text)}" if hash_of(text) != PYDOCS_SHA256 else ""
+        error = f"its text has {bytes_hash(text)}" if bytes_hash(text) != PYDOCS_SHA256 else ""
     except ImportError as missing:
         raise SystemExit(f"this Python was built without lzma, which reads {PYDOCS} ({missing}): "
                          "use one that has it, or --dataset=this_python") from None
@@ -454,7 +451,7 @@ def write_images(file, split, order, side, channels, num_proc):
                 counts[:] += [np.bincount(block[..., c].ravel(), minlength=256) for c in range(channels)]
                 bar.update(len(block))
 
-    write(file, save)
+    atomic_write(file, save)
     return counts
 
 
@@ -485,10 +482,10 @@ def prepare_images(folder, settings, path, num_proc):
     meta = {**settings, "img_size": side, "in_channels": channels, "num_classes": num_classes, "classes": classes}
     for split, order in orders.items():
         counts = write_images(folder / f"{split}.npy", splits[split], order, side, channels, num_proc)
-        write(folder / f"{split}_labels.npy", lambda f, split=split: np.save(f, labels[split]))
+        atomic_write(folder / f"{split}_labels.npy", lambda f, split=split: np.save(f, labels[split]))
         meta[f"{split}_images"] = len(order)
         for part in (split, f"{split}_labels"):
-            meta[f"{part}_sha256"] = hash_of(np.memmap(folder / f"{part}.npy", mode="r"))
+            meta[f"{part}_sha256"] = bytes_hash(np.memmap(folder / f"{part}.npy", mode="r"))
         if split == "train":
             share = counts / counts.sum(1, keepdims=True)  # (C, 256)
             mean = share @ np.arange(256)
@@ -606,7 +603,7 @@ def prepare_pairs(folder, settings, path):
                         f.write(pixels)
                         digest.update(pixels)
 
-        write(folder / f"{split}.bin", save)
+        atomic_write(folder / f"{split}.bin", save)
         order = range(len(shapes))
         if split == "train" and len(entries) < 16:  # a part start:stop is one of images, and of few images one of regions
             order = torch.randperm(len(shapes), generator=rng(settings["seed"], "regions")).tolist()
@@ -616,31 +613,6 @@ def prepare_pairs(folder, settings, path):
 
 
 # ---- tokenizers
-
-def codec(tokenizer, chars, model, num_proc=1):
-    """-> encode (texts -> lists of ids), decode (ids -> text), size of the vocabulary, ids that stand between two documents"""
-    if tokenizer == "gpt2":
-        import tiktoken
-        try:
-            bpe = tiktoken.get_encoding("gpt2")
-        except OSError as error:
-            raise SystemExit(f"tiktoken could not fetch GPT-2's vocabulary ({type(error).__name__}): connect to the network "
-                             "once, or set TIKTOKEN_CACHE_DIR to a folder that holds it, or use another --tokenizer") from None
-        return partial(bpe.encode_ordinary_batch, num_threads=num_proc), bpe.decode, bpe.n_vocab, [bpe.eot_token]
-    if tokenizer == "sentencepiece":
-        import sentencepiece
-        bpe = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
-        return partial(bpe.encode, num_threads=num_proc), bpe.decode, bpe.vocab_size(), [bpe.eos_id()]
-    ids = {c: i for i, c in enumerate(chars)}
-
-    def encode(texts):
-        try:
-            return [[ids[c] for c in text] for text in texts]
-        except KeyError as error:
-            raise SystemExit(f"the character {error} is not among the {len(chars)} of this data set: leave it out, "
-                             "or prepare the data with --tokenizer=gpt2") from None
-
-    return encode, lambda tokens: "".join(chars[i] for i in tokens), len(chars), [ids[c] for c in "\n\n" if c in ids]
 
 
 def train_sentencepiece(docs, vocab_size):
@@ -665,53 +637,6 @@ def token_dtype(vocab_size):
 
 
 # ---- writing
-
-def write(path, save):
-    """save(file) into a temporary file, then rename: path is there whole or not at all. SystemExit if the disk says no."""
-    tmp = f"{path}.tmp"
-    try:
-        with open(tmp, "wb") as f:
-            save(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise SystemExit(f"{path} cannot be written ({getattr(error, 'strerror', None) or 'the disk is full?'}): "
-                         "make room or choose another folder; what was there before is whole") from None
-    finally:
-        with suppress(OSError):  # of a whole one the name is gone
-            os.remove(tmp)
-
-
-def seal(data):
-    """data with the hash of its content: unseal() then tells a changed file from the one that was written."""
-    return {**data, "sha256": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()}
-
-
-def unseal(data, path):
-    """data without its seal; SystemExit if it is no object or the seal is wrong. A file without one is taken as written by hand."""
-    if not isinstance(data, dict):
-        raise SystemExit(f"{path} is damaged: it holds {str(data)[:40]!r} where a JSON object is expected")
-    content = {key: value for key, value in data.items() if key != "sha256"}
-    renamed = any(re.fullmatch("[0-9a-f]{64}", str(value)) and not key.endswith("_sha256") for key, value in content.items())
-    if renamed or ("sha256" in data and seal(content) != data):
-        raise SystemExit(f"{path} is not what was written: take an undamaged copy, or remove its \"sha256\" if you changed it yourself")
-    return content
-
-
-def write_json(path, data):
-    write(path, lambda f: f.write(json.dumps(seal(data), indent=2).encode()))
-
-
-def read_json(path):
-    """The object in a file of write_json(), or one written by hand. SystemExit if it is missing or damaged."""
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise SystemExit(f"{path} is damaged, it is not JSON: {error}") from None
-    return unseal(data, path)
 
 
 def batches(docs, max_docs=1024, max_chars=2**24):
@@ -763,7 +688,7 @@ def start(folder, settings, splits):
     if tokenizer == "sentencepiece":
         docs, n_docs = splits[0]
         docs = tqdm(docs(), desc="sentencepiece", total=n_docs, unit=" documents")
-        write(model, lambda f: f.write(train_sentencepiece(docs, settings["vocab_size"])))
+        atomic_write(model, lambda f: f.write(train_sentencepiece(docs, settings["vocab_size"])))
     *_, vocab_size, joint = codec(tokenizer, chars, model)
     meta = {**settings, "vocab_size": vocab_size, "dtype": token_dtype(vocab_size), "eot": None if chars else joint[0],
             "train_tokens": 0, "val_tokens": 0, "train_documents": 0, "val_documents": 0, "chars": chars}
@@ -857,7 +782,7 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
         for split, (docs, n_docs) in zip(("train", "val"), splits, strict=True):
             write_split(folder, split, docs(), n_docs, encode, joint, meta)
         for split in ("train", "val"):
-            meta[f"{split}_sha256"] = hash_of(np.memmap(folder / f"{split}.bin", mode="r"))
+            meta[f"{split}_sha256"] = bytes_hash(np.memmap(folder / f"{split}.bin", mode="r"))
     if not finished.exists():
         write_json(progress, meta)
         os.replace(progress, finished)
@@ -911,9 +836,9 @@ def cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size):
         shard = {"dataset": f"{name}/{shards}/{i:02d}", "entries": size, "mode": i % 2 + 1}
         (folder / f"{i:02d}").mkdir(parents=True, exist_ok=True)
         for split, tokens in parts.items():
-            write(folder / f"{i:02d}" / f"{split}.bin", lambda f, tokens=tokens: f.write(tokens.tobytes()))
+            atomic_write(folder / f"{i:02d}" / f"{split}.bin", lambda f, tokens=tokens: f.write(tokens.tobytes()))
         counts = {f"{split}_tokens": len(tokens) for split, tokens in parts.items()}
-        hashes = {f"{split}_sha256": hash_of(tokens) for split, tokens in parts.items()}
+        hashes = {f"{split}_sha256": bytes_hash(tokens) for split, tokens in parts.items()}
         write_json(folder / f"{i:02d}" / "meta.json", {**meta, **shard, **counts, **hashes})
         listed.append(shard)
     write_json(folder / "shards.json", settings | {"shards": listed})
@@ -921,297 +846,22 @@ def cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size):
 
 # ---- reading, for the trainers
 
-def data_dir_option(data_dir):
-    return "" if data_dir == "data" else f" --data_dir={data_dir}"
-
-
-def load_meta(data_dir, dataset, kind=""):
-    """
-    meta.json of the folder data_dir/dataset; its "kind" is "images" or "pairs", or missing for text. SystemExit if it is not prepared,
-    or not whole, or of another kind than "text", "images" or "pairs" where one is asked for.
-    """
-    folder = Path(data_dir) / dataset
-    known = dataset in TOKENIZER | IMAGE_SETS
-    command = f"python prepare.py --dataset={dataset if known else kind or 'text'}"
-    if not known or dataset in ("text", "images", "imagenet16_120"):
-        command += f" --path=FILE_OR_FOLDER --name={dataset}"
-    if kind == "pairs":
-        name, _, scale = dataset.rpartition("_x")
-        path = "" if name == "sr_samples" else f" --path=FOLDER{'' if name in PAIR_SETS else f' --name={name}'}"
-        command = f"python prepare.py --dataset={name if name in PAIR_SETS else 'pairs'} --scale={scale}{path}"
-    command += data_dir_option(data_dir)
-    if not (folder / "meta.json").exists():
-        raise SystemExit(f"{folder} is not prepared: run {command}")
-    meta = read_json(folder / "meta.json")
-    found = meta.get("kind", "text")
-    if kind and found != kind:
-        raise SystemExit(f"{folder} holds {found}, where {kind} should be: choose another --dataset")
-    if found == "images":
-        try:
-            for split in ("train", "val"):
-                shape = (meta[f"{split}_images"], meta["img_size"], meta["img_size"], meta["in_channels"])
-                assert np.load(folder / f"{split}.npy", mmap_mode="r").shape == shape
-                assert np.load(folder / f"{split}_labels.npy", mmap_mode="r").shape == shape[:1]
-        except (AssertionError, KeyError, OSError, ValueError):
-            raise SystemExit(f"{folder} is damaged, its files are not those of its meta.json: delete it and prepare it again") from None
-        return meta
-    if found == "pairs":
-        try:
-            for split in ("train", "val"):
-                size = sum(3 * h * w * (1 + meta["scale"] ** 2) for h, w in meta[f"{split}_shapes"])
-                assert (folder / f"{split}.bin").stat().st_size == size and len(meta[f"{split}_offsets"]) == len(meta[f"{split}_shapes"])
-        except (AssertionError, KeyError, OSError, TypeError, ValueError):
-            raise SystemExit(f"{folder} is damaged, its files are not those of its meta.json: delete it and prepare it again") from None
-        return meta
-    for split in ("train", "val"):
-        try:
-            size = meta[f"{split}_tokens"] * np.dtype(meta["dtype"]).itemsize
-            assert meta[f"{split}_sha256"] and meta["vocab_size"] and meta["tokenizer"]
-        except (AssertionError, KeyError, TypeError):
-            raise SystemExit(f"{folder / 'meta.json'} is damaged: delete {folder} and run {command}") from None
-        file = folder / f"{split}.bin"
-        found = file.stat().st_size if file.exists() else 0
-        if found != size:
-            raise SystemExit(f"{file} has {found:,} bytes and not the {size:,} of meta.json: delete {folder} and run {command}")
-    return meta
-
-
-def load_shards(data_dir, dataset, shards, mode=0):
-    """[{"dataset", "entries", "mode"}] of data_dir/dataset/<shards>, in order of size; mode=0: all. SystemExit if they are not prepared."""
-    file = Path(data_dir) / dataset / str(shards) / "shards.json"
-    if not file.exists():
-        raise SystemExit(f"{file} is missing: run python prepare.py --dataset={dataset} --shards={shards}{data_dir_option(data_dir)}")
-    if mode not in (0, 1, 2):
-        raise SystemExit(f"mode={mode} is not 1 or 2, the two halves of the shards, or 0 for all.")
-    return [shard for shard in read_json(file)["shards"] if mode in (0, shard["mode"])]
-
-
-def hash_of(tokens):
-    return hashlib.sha256(tokens).hexdigest()  # about a second a gigabyte
-
-
-def check_hash(data, file, sha256):
-    if hash_of(data) != sha256:
-        raise SystemExit(f"{file} is damaged, its bytes are not those that were written: delete {file.parent} and prepare it again")
-
-
-def load_tokens(data_dir, dataset, split):
-    """Token ids of "train" or "val", read-only and left on the disk: np.memmap (tokens,) of uint16 or uint32. SystemExit if they
-    are not the bytes that were written."""
-    meta, file = load_meta(data_dir, dataset, "text"), Path(data_dir) / dataset / f"{split}.bin"
-    tokens = np.memmap(file, dtype=meta["dtype"], mode="r")
-    check_hash(tokens, file, meta[f"{split}_sha256"])
-    return tokens
-
-
-def load_tokenizer(data_dir, dataset):
-    """-> encode (text -> list of ids), decode (list of ids -> text); decode skips ids beyond the vocabulary."""
-    meta = load_meta(data_dir, dataset, "text")
-    encode, decode, n, _ = codec(meta["tokenizer"], meta["chars"], Path(data_dir) / dataset / "tokenizer.model")
-    return lambda text: encode([text])[0], lambda ids: decode([i for i in ids if i < n])
-
-
-def check_length(tokens, block_size, what):
-    """SystemExit unless tokens hold at least one block and the token after it; what names them in the message."""
-    if len(tokens) < block_size + 1:
-        raise SystemExit(f"{what} has {len(tokens):,} tokens, and block_size={block_size} needs {block_size + 1:,}: "
-                         "give more text or a smaller block_size")
-
-
-def get_batch(tokens, batch_size, block_size, generator, device="cpu"):
-    """
-    A random batch: x, y of int64, both (batch_size, block_size), y one token further than x.
-
-    Every window of block_size + 1 tokens is equally likely; generator, a torch.Generator on the CPU, draws them.
-    """
-    offsets = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
-    window = tokens[offsets.numpy() + np.arange(block_size + 1)]  # (batch_size, block_size + 1)
-    x, y = (torch.from_numpy(w.astype(np.int64)) for w in (window[:, :-1], window[:, 1:]))
-    if "cuda" in str(device):
-        x, y = x.pin_memory(), y.pin_memory()
-    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-
-
-def blocks(tokens, batch_size, block_size, device="cpu"):
-    """
-    Walks all tokens once, in order: yields x, y of int64, both (up to batch_size, block_size).
-
-    Each of the len(tokens) - 1 predictions counts once; the rest of the last block is x = 0, y = -1 (ignore_index).
-    """
-    step = batch_size * block_size
-    for i in range(0, len(tokens) - 1, step):
-        part = torch.from_numpy(tokens[i:i + step + 1].astype(np.int64))
-        n = len(part) - 1
-        rows = -(-n // block_size)
-        x, y = torch.zeros(rows * block_size, dtype=torch.int64), torch.full((rows * block_size,), -1)
-        x[:n], y[:n] = part[:-1], part[1:]
-        yield x.view(rows, block_size).to(device), y.view(rows, block_size).to(device)
-
 
 # ---- batches of images
-
-@dataclass(frozen=True)
-class Images:
-    """A split of images: pixels uint8 (N, H, W, C), labels int64 (N,), mean and std float32 (C,) of the pixels of train, 0 to 255."""
-    pixels: np.ndarray
-    labels: np.ndarray
-    mean: np.ndarray
-    std: np.ndarray
-    num_classes: int
-
-    def __len__(self):
-        return len(self.labels)
-
-    def part(self, start, stop):
-        """Images start to stop as a view of these."""
-        return replace(self, pixels=self.pixels[start:stop], labels=self.labels[start:stop])
-
-
-def load_images(data_dir, dataset, split):
-    """Images of "train" or "val", their pixels read-only and left on the disk. SystemExit if they are not prepared, or not the bytes
-    that were written."""
-    meta, arrays = load_meta(data_dir, dataset, "images"), []
-    for part in (split, f"{split}_labels"):
-        file = Path(data_dir) / dataset / f"{part}.npy"
-        check_hash(np.memmap(file, mode="r"), file, meta[f"{part}_sha256"])
-        arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
-    return Images(*arrays, np.float32(meta["mean"]), np.float32(meta["std"]), meta["num_classes"])
-
-
-def get_images(images, index, device="cpu", generator=None, crop=0, flip=False, cutout=0, change_pixels=None):
-    """
-    The images of these numbers: x float32 (B, C, H, W), (pixel - mean) / std, and y int64 (B,). index: int64 (B,).
-
-    With a generator, a torch.Generator on the CPU, each image is augmented on its own: shifted by up to crop pixels in both
-    directions, zeros coming in; mirrored with probability 1/2 if flip; and a square of side cutout around a random pixel, clipped at
-    the border, set to zero (DeVries and Taylor 2017, Improved Regularization of Convolutional Neural Networks with Cutout).
-    change_pixels: what is done before all this, a function (x of 0 to 1, mean of 0 to 1) -> x.
-    """
-    index = index.numpy()
-    x, y = torch.from_numpy(images.pixels[index]), torch.from_numpy(images.labels[index])
-    if "cuda" in str(device):
-        x, y = x.pin_memory(), y.pin_memory()
-    x = x.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    mean, std = (torch.from_numpy(a).to(device, non_blocking=True).view(-1, 1, 1) for a in (images.mean, images.std))
-    if change_pixels:
-        x = 255 * change_pixels(x / 255, mean / 255)
-    x = (x - mean).div_(std).contiguous()
-    if generator is not None:
-        x = augment(x, generator, crop, flip, cutout)
-    return x, y.to(device, non_blocking=True)
-
-
-def augment(x, generator, crop, flip, cutout):
-    """x (B, C, H, W) cropped, flipped and cut out; see get_images."""
-    B, C, H, W = x.shape
-
-    def draw(n, *shape):
-        return torch.randint(n, (*shape, B, 1), generator=generator).to(x.device, non_blocking=True)
-
-    rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
-    if crop:
-        top, left = draw(2 * crop + 1, 2)  # (B, 1)
-        batch, channel = torch.arange(B, device=x.device).view(-1, 1, 1, 1), torch.arange(C, device=x.device).view(-1, 1, 1)
-        x = F.pad(x, [crop] * 4)[batch, channel, (top + rows).view(B, 1, H, 1), (left + columns).view(B, 1, 1, W)]
-    if flip:
-        x = torch.where(draw(2).view(B, 1, 1, 1) == 1, x.flip(3), x)
-    if cutout:
-        top, left = draw(H) - cutout // 2, draw(W) - cutout // 2  # (B, 1)
-        hidden = ((rows >= top) & (rows < top + cutout)).view(B, 1, H, 1) & ((columns >= left) & (columns < left + cutout)).view(B, 1, 1, W)
-        x = x.masked_fill(hidden, 0)
-    return x
-
-
-def rng(*keys):
-    """A generator that the keys alone decide, such as rng(seed, "train", step): nothing needs saving for an exact resume."""
-    digest = hashlib.sha256(repr(keys).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-@lru_cache(maxsize=4, typed=True)  # a search walks through two parts at a time
-def permutation(n, *keys):
-    return torch.randperm(n, generator=rng(*keys))
-
-
-def draw_index(n, batch_size, number, *keys):
-    """
-    The number-th batch of an endless walk through n images: int64 (batch_size,), which the arguments alone decide.
-
-    Every epoch is a new permutation, of which n // batch_size batches are used. SystemExit if batch_size is larger than n.
-    """
-    if batch_size > n:
-        raise SystemExit(f"batch_size={batch_size} is more than the {n:,} images to draw from: choose a smaller batch_size")
-    epoch, i = divmod(number, n // batch_size)
-    return permutation(n, *keys, epoch)[i * batch_size:(i + 1) * batch_size].clone()
-
-
-def image_batches(images, batch_size, device="cpu"):
-    """Walks all images once, in order and as they are: yields x, y as get_images() does, up to batch_size at a time."""
-    for i in range(0, len(images), batch_size):
-        yield get_images(images, torch.arange(i, min(i + batch_size, len(images))), device)
 
 
 # ---- batches of pairs
 
-@dataclass(frozen=True)
-class Pairs:
-    """A split of images in low and high resolution: their bytes, uint8, the low shapes (h, w), int64 (N, 2), and offsets, int64 (N,)."""
-    pixels: np.ndarray
-    shapes: np.ndarray
-    offsets: np.ndarray
-    scale: int
 
-    def __len__(self):
-        return len(self.shapes)
-
-    def part(self, start, stop):
-        """Pairs start to stop as a view of these."""
-        return replace(self, shapes=self.shapes[start:stop], offsets=self.offsets[start:stop])
-
-    def pair(self, i):
-        """low (h, w, 3), high (scale h, scale w, 3)"""
-        (h, w), start, s = self.shapes[i].tolist(), int(self.offsets[i]), self.scale
-        low, high = np.split(self.pixels[start:start + 3 * h * w * (1 + s * s)], [3 * h * w])
-        return low.reshape(h, w, 3), high.reshape(s * h, s * w, 3)
-
-
-def load_pairs(data_dir, dataset, split, scale):
-    """Pairs of "train" or "val", left on the disk. SystemExit if they are not prepared, none, or not the bytes that were written."""
-    folder = Path(data_dir) / f"{dataset}_x{scale}"
-    meta = load_meta(data_dir, folder.name, "pairs")
-    if not meta[f"{split}_shapes"]:
-        raise SystemExit(f"{folder} holds no images of {split}: choose another --dataset")
-    pixels = np.memmap(folder / f"{split}.bin", np.uint8, "r")
-    check_hash(pixels, folder / f"{split}.bin", meta[f"{split}_sha256"])
-    return Pairs(pixels, np.array(meta[f"{split}_shapes"]), np.array(meta[f"{split}_offsets"]), meta["scale"])
-
-
-def as_batch(images, device="cpu"):
-    """uint8 (H, W, 3) each, of one shape -> float32 (B, 3, H, W) of 0 to 1."""
-    return torch.from_numpy(np.stack(images)).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
-
-
-def pair_batches(pairs, index, device="cpu"):
-    """Whole images, one at a time: yields x (1, 3, h, w), y (1, 3, scale h, scale w)."""
-    for i in index:
-        yield tuple(as_batch([image], device) for image in pairs.pair(i))
-
-
-def get_patches(pairs, batch_size, patch, generator, device="cpu", flip=False):
-    """
-    Crops at random places, every pixel about as likely: x (batch_size, 3, patch, patch), y (batch_size, 3, scale patch, scale patch).
-
-    flip: each is turned and mirrored, one of the 8 ways at random. generator: a torch.Generator on the CPU.
-    """
-    s, lows, highs = pairs.scale, [], []
-    index = torch.multinomial(torch.from_numpy(pairs.shapes.prod(1)).double(), batch_size, replacement=True, generator=generator)
-    for i in index.tolist():
-        top, left = (torch.randint(int(n) - patch + 1, (), generator=generator).item() for n in pairs.shapes[i])
-        turns = torch.randint(8, (), generator=generator).item() if flip else 0
-        for images, image, k in zip((lows, highs), pairs.pair(i), (1, s), strict=True):
-            image = np.rot90(image[k * top:k * (top + patch), k * left:k * (left + patch)], turns % 4)
-            images.append(image[:, ::-1] if turns > 3 else image)
-    return as_batch(lows, device), as_batch(highs, device)
+def prepare_own(config, run):
+    """Makes the data sets that need no network, at their first use."""
+    scale = vars(config).get("scale")
+    own = {"pydocs", "this_python", "digits", "sr_samples"} & {config.dataset}
+    folder = f"{config.dataset}_x{scale}" if scale else config.dataset
+    if own and run.master and not os.path.exists(os.path.join(config.data_dir, folder, "meta.json")):
+        prepare(dataset=config.dataset, data_dir=config.data_dir, **{"scale": scale} if scale else {})
+    if run.world > 1:
+        dist.barrier()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """
 Trains what a search found and its rivals of equal budget, and says whether the search paid.
 
-    python analyze.py report out/search                          # a laptop, about half an hour; it prints its estimate first
-    python analyze.py report out/search_pydocs_drnas config/base_pydocs.py --seeds=[1,2,3,4,5]     # longer, hence surer
-    python analyze.py report --help                              # every key with its default
+    python report.py out/search                          # a laptop, about half an hour; it prints its estimate first
+    python report.py out/search_pydocs_drnas config/base_pydocs.py --seeds=[1,2,3,4,5]     # longer, hence surer
+    python report.py --help                              # every key with its default
 
 OUT_DIR is that of a finished train_search.py. The rivals: the largest network that fits, nanoGPT's shape that fits (of GPTs), random
 ones, and the best of more random ones by the supernet's inherited weights. Equal budget: the search's targets, or else the
@@ -29,15 +29,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analyze import BLUE, GREY, RED, describe, read_lines, save_figure, search_figure
+from analyze import BLUE, GREY, RED, save_figure, search_figure
+from budget import Budget, load_latency, make_budget, with_latency
 from configurator import as_list, check_range, check_whole, configure, given
-from optim_nas import Budget, best_of, key_of, random_search, uniform
-from prepare import read_json, rng, seal, unseal, write, write_json
-from supernet import check_arch, extremes, use_fused_ops
+from fused_ops import use_fused_ops
+from optim_nas import best_of, arch_key, random_search, uniform
+from run import append, silenced, content_hash, load_checkpoint, load_model, read_json, read_lines
+from run import resumes, rng, add_checksum, setup, verify_checksum, atomic_write, write_json
+from search_spaces import build, describe, space_module, with_space
+from supernet import check_arch, extremes
+from train_base import read_arch, train_found
+from train_search import read_phases, score, split_data
 from train_base import * # noqa: F403 (every key of train_base.py)
-from train_base import aside, build, read_arch, space_module, train_found, with_space
-from train import append, fingerprint, load_checkpoint, load_model, resumes, setup
-from train_search import load_latency, make_budget, read_phases, score, split_data, with_latency
+from run import main
+from train import check_run
 
 # -----------------------------------------------------------------------------
 # the keys of train_base.py but four, and:
@@ -83,6 +88,7 @@ def load_supernet(config):
     own = {key: config[key] for key in ("device", "data_dir", "latency_table") if config[key]}
     own |= dict(out_dir=config["out_dir"], init_from="resume", zero_stage=0) # with the vocabulary that the run has
     search = SimpleNamespace(**checkpoint["config"] | own)
+    check_run(search)
     run = setup(search)
     if run.world > 1:
         raise SystemExit(f"A report is made by one process, not by {run.world}: start it by python, without torchrun.")
@@ -93,17 +99,17 @@ def load_supernet(config):
         net.prune(checkpoint["chooser"]["mask"])
     load_model(net, checkpoint, path)
 
-    supernet, memory = fingerprint(checkpoint["model"])[:12], os.path.join(config["out_dir"], "report", "inherited.jsonl")
-    lines = [unseal(line, memory) for line in read_lines(memory)] if os.path.exists(memory) else []
+    supernet, memory = content_hash(checkpoint["model"])[:12], os.path.join(config["out_dir"], "report", "inherited.jsonl")
+    lines = [verify_checksum(line, memory) for line in read_lines(memory)] if os.path.exists(memory) else []
     if lines:
-        write(memory, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
-    known = {key_of(line["arch"]): line["loss"] for line in lines if line["supernet"] == supernet}
+        atomic_write(memory, lambda f: f.write("".join(json.dumps(add_checksum(line)) + "\n" for line in lines).encode())) # without a line cut off
+    known = {arch_key(line["arch"]): line["loss"] for line in lines if line["supernet"] == supernet}
 
     def score_of(arch):
-        if key_of(arch) not in known:
-            known[key_of(arch)] = score(net, net, arch, splits, search, run)["loss"]
-            append(memory, seal({"supernet": supernet, "arch": arch, "loss": known[key_of(arch)]}))
-        return known[key_of(arch)]
+        if arch_key(arch) not in known:
+            known[arch_key(arch)] = score(net, net, arch, splits, search, run)["loss"]
+            append(memory, add_checksum({"supernet": supernet, "arch": arch, "loss": known[arch_key(arch)]}))
+        return known[arch_key(arch)]
     return search, net, splits, score_of
 
 
@@ -112,13 +118,13 @@ def text_of(arch, space):
     return getattr(space_module(space), "genotype", describe)(arch)
 
 
-def largest(choices, budget, generator, text=key_of, other_than=None):
+def largest(choices, budget, generator, text=arch_key, other_than=None):
     """The architecture that uses most of the budget, of those that climbs from random ones end at. other_than: one that it is not to be,
     under the name that text() gives; None if all of them are that one."""
-    def used(arch, cost):
-        share = budget.used(cost)
+    def utilization(arch, cost):
+        share = budget.utilization(cost)
         return share if share <= 1 else -share
-    ends = [check_arch(choices, budget.climb(budget.whole(uniform(choices, generator)), used, generator)) for _ in range(20)]
+    ends = [check_arch(choices, budget.hill_climb(budget.whole(uniform(choices, generator)), used, generator)) for _ in range(20)]
     taken = [text(arch) for arch in (other_than,) if arch]
     return max((arch for arch in ends if text(arch) not in taken), key=lambda arch: used(arch, budget.of(arch)), default=None)
 
@@ -132,7 +138,7 @@ def standard(choices, budget, head_size=0):
     for depth, width in itertools.product(choices["n_layer"].options, choices["n_embd"].options):
         rows = {"n_head": nearest("n_head", width / (head_size or 64)), "mlp_ratio": nearest("mlp_ratio", 4)}
         arch = {"n_layer": depth, "n_embd": width, **{name: [value] * depth for name, value in rows.items()}}
-        found.append((budget.used(budget.of(arch)), abs(math.log(width / depth / 64)), {name: arch[name] for name in choices}))
+        found.append((budget.utilization(budget.of(arch)), abs(math.log(width / depth / 64)), {name: arch[name] for name in choices}))
     fitting = [entry for entry in found if entry[0] <= 1]
     most = max((used for used, *_ in fitting), default=0)
     return min((entry[1:] for entry in fitting if entry[0] >= 0.9 * most), key=lambda entry: entry[0], default=(0, None))[1]
@@ -158,7 +164,7 @@ def networks_of(net, found, budget, score_of, config, own=False):
 def run_folder(arch, seed, found, config):
     """Where this training is: the name tells every setting, so that none is taken for another."""
     settings = {key: value for key, value in config.items() if key not in OWN}
-    name = fingerprint([key_of(arch), found["model"], found["dataset"], found["data_dir"], settings, seed])[:12]
+    name = content_hash([arch_key(arch), found["model"], found["dataset"], found["data_dir"], settings, seed])[:12]
     return os.path.join(config["out_dir"], "report", "runs", name)
 
 
@@ -168,7 +174,7 @@ def train_one(folder, arch, seed, found, config):
         write_json(f"{folder}.json", {key: found[key] for key in ("space", "model", "dataset", "data_dir")} | {"arch": arch})
         job = dict(arch=f"{folder}.json", arch_traj="", genotype="", table="", seed=seed, out_dir=folder, overwrite=False)
         job["init_from"] = "resume" if os.path.exists(os.path.join(folder, "run.json")) else config["init_from"]
-        with aside():
+        with silenced():
             train_found(config | job)
         for name in ("ckpt.pt", "ckpt.prev.pt"): # best.pt stays
             with contextlib.suppress(FileNotFoundError):
@@ -417,7 +423,7 @@ def report(config):
     net = build(vars(search)) if search.prune_keep else net # rivals may have any operation
     os.makedirs(os.path.join(folder, "runs"), exist_ok=True)
     predict = load_latency(net, search)
-    given = make_budget(net, search, lambda arch: with_latency(net, arch, predict))
+    given = make_budget(net, search, lambda arch: with_latency(net, arch, predict), read_phases(net.choices, search)[-1].choices)
     budget = given or Budget(net.choices, net.cost, {"params": net.cost(found["arch"])["params"]},
                              drawn=read_phases(net.choices, search)[-1].choices)
     with tqdm(desc="inherited weights", unit=" networks", total=config["n_pick"] + config["n_rank"]) as bar:
@@ -436,16 +442,16 @@ def report(config):
     minutes = 60 * cost["search_hours"] * flops / cost["search_flops"]
     print(f"{len(jobs)} trainings of {config['max_iters']} steps, of which {len(left)} are left: about {minutes:.0f} minutes at the "
           "speed of the search")
-    results = {(key_of(arch), seed): train_one(path, arch, seed, found, config)
+    results = {(arch_key(arch), seed): train_one(path, arch, seed, found, config)
                for path, (arch, seed) in tqdm(jobs.items(), desc="report", unit=" trainings")}
 
     key = next((key for key in ("acc", "psnr") if f"test_{key}" in next(iter(results.values()))), "loss")
     sign, what = 1 if key == "loss" else -1, {"acc": "test accuracy in %", "psnr": "test PSNR in dB", "loss": "test loss"}[key]
     nets = {}
     for name, arch in archs.items():
-        runs = [results[key_of(arch), seed] for seed in seeds]
+        runs = [results[arch_key(arch), seed] for seed in seeds]
         val, test = ([r[part] for r in runs] for part in (f"best_val_{key}", f"test_{key}"))
-        nets[name] = {"arch": arch, "params": runs[0]["params"], "flops": runs[0]["flops"], "used": budget.used(budget.of(arch)),
+        nets[name] = {"arch": arch, "params": runs[0]["params"], "flops": runs[0]["flops"], "used": budget.utilization(budget.of(arch)),
                       "hours": np.mean([r["seconds"] for r in runs]) / 3600, "val": val, "test": test,
                       **(compare(nets["found"]["test"], test, sign) if nets else {})}
     draws = [n for name, n in nets.items() if name.startswith("random")] or list(nets.values())
@@ -453,7 +459,7 @@ def report(config):
         cost |= {f"{name}_hours": np.mean([n["hours"] for n in group]),
                  f"{name}_flops": training_flops(np.mean([n["flops"] for n in group]), config)}
     cost["bought"] = cost["search_flops"] / cost["random_flops"]
-    trained, params = ([results[key_of(arch), seeds[0]][name] for arch in ranked] for name in (f"test_{key}", "params"))
+    trained, params = ([results[arch_key(arch), seeds[0]][name] for arch in ranked] for name in (f"test_{key}", "params"))
     said, strongest = verdict(nets, cost["bought"], sign, what)
     units = {"params": "{:,} parameters", "flops": "{:,} FLOPs", "latency": "{:.3g} ms"}
     bounds = " and ".join(units[name].format(target) for name, target in budget.targets.items())
@@ -471,7 +477,7 @@ def report(config):
             figure, inherited, trained, params, what), 5)
     blocks = pages(numbers, figures)
     for name, content in (("report.md", to_markdown(blocks, folder)), ("report.html", to_html(blocks))):
-        write(os.path.join(folder, name), lambda f, content=content: f.write(content.encode()))
+        atomic_write(os.path.join(folder, name), lambda f, content=content: f.write(content.encode()))
     print(f"{said}\nreport: {os.path.join(folder, 'report.html')}")
     return numbers
 
@@ -485,3 +491,7 @@ def keys(argv):
         return configure(globals(), argv)
     found = read_arch(os.path.join(given("out_dir", argv) or out_dir, "arch.json"), "")
     return configure(with_space(globals(), found["space"], found["model"]), argv)
+
+
+if __name__ == "__main__":
+    main(report, keys(sys.argv[1:]))

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import torch
 
 from configurator import check_range
-from prepare import load_meta, load_tokenizer
-from train import DTYPES, build, load_checkpoint, load_model, pick_device, pick_dtype
+from data import load_meta, load_tokenizer
+from run import DTYPES, load_checkpoint, load_model, pick_device, pick_dtype
+from search_spaces import build
 
 # -----------------------------------------------------------------------------
 out_dir = 'out/train'

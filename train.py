@@ -15,34 +15,29 @@ processes. With --init_from=gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder 
 with the weights of that GPT-2.
 """
 import contextlib
-import hashlib
 import importlib.util
-import io
-import json
 import math
 import os
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
 import time
-from dataclasses import fields
-from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import model
-from configurator import as_list, check_range, defaults, given
-from prepare import Images, Pairs, blocks, check_length, draw_index, get_batch, get_images, get_patches, image_batches, load_images
-from prepare import load_meta, load_pairs, load_tokens, pair_batches, prepare, read_json, rng, write, write_json
-from recipes import change_batch, change_pixels, check_recipe, sides
-from supernet import batch_norms, measure_norms, use_fused_ops
+from configurator import as_list, check_range
+from data import sides, Images, Pairs, sequential_batches, check_recipe, check_split, cut, draw, fidelity
+from data import get_images, image_batches, load_data, micro_batches, pair_batches, quality
+from fused_ops import use_fused_ops
+from prepare import prepare_own
+from pretrained import check_init_from
+from run import Log, all_reduce_mean, init_out_dir, fault, finite, load_checkpoint, load_model, main, origin
+from run import pretrained, resume, resumes, rng, save, setup, all_gather_scalar, signals, stop_if_signaled
+from run import write_json
+from search_spaces import build, network_keys, with_space
+from search_spaces.convs import batch_norms, measure_norms
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -125,41 +120,12 @@ fused = True # on a CPU: mixtures and depthwise convolutions in the kernels of f
 compile = False # torch.compile: a minute or two at the start, faster from then on
 # -----------------------------------------------------------------------------
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOGS = ("log.jsonl", "arch_traj.jsonl")
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12, "V100": 112e12} # dense 16 bit
 
-
-def space_module(space):
-    """The file of a search space, with its build(); of the GPT model.py. SystemExit if there is none of that name."""
-    there = sorted(path.stem for path in Path(__file__).parent.glob("search_spaces/*.py"))
-    if space != "gpt" and space not in there:
-        raise SystemExit(f"space='{space}' is not gpt or a file of search_spaces/: {', '.join(there)}.")
-    return model if space == "gpt" else importlib.import_module(f"search_spaces.{space}")
-
-
-def with_space(namespace, space=None, found=None):
-    """A script's globals(), where the keys of another space than the GPT stand in the place of the GPT's, and found in that of defaults.
-    space: None for the one that the command line names."""
-    space = space or given("space") or namespace["space"]
-    if space == "gpt":
-        return namespace
-    module, gpt = space_module(space), {field.name for field in fields(model.GPTConfig)}
-    keys = {name: value for name, value in namespace.items() if name not in gpt} | {"space": space, "__space__": module}
-    if keys["dataset"] == "pydocs":
-        keys["dataset"] = own_data(module)
-    return keys | defaults(vars(module)) | (found or {})
-
-
-def own_data(module):
-    """The data set of a space that needs no network."""
-    return "sr_samples" if hasattr(module, "scale") else "digits"
-
-
-def build(config, arch=None):
-    """The network of a config (a dict) in its space, or of one of the space's architectures."""
-    net = space_module(config["space"]).build(config, arch)
-    return net.to(memory_format=torch.channels_last) # in which convolutions are fastest
+def check_run(config):
+    """SystemExit for keys that no run can have."""
+    check_numbers(config)
+    check_recipe(config)
+    check_init_from(config)
 
 
 def check_numbers(config):
@@ -177,192 +143,11 @@ def check_numbers(config):
         raise SystemExit("nesterov=True needs a momentum above 0, and momentum=0: raise it, such as --momentum=0.9, or leave nesterov out.")
 
 
-def setup(config):
-    """Joins torchrun's processes, seeds, and checks the numbers and out_dir.
-
-    Returns the run: rank, world, master (rank 0), device, device_type, dtype, amp (a context), scaler, control, signal (that arrived).
-    """
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    check_numbers(config)
-    check_recipe(config)
-    if config.gradient_accumulation_steps % world:
-        raise SystemExit(f"gradient_accumulation_steps={config.gradient_accumulation_steps} does not divide over {world} processes: "
-                         f"make it a multiple of {world}.")
-    device = pick_device(config.device)
-    device_type = device.split(":")[0]
-    timeout = timedelta(minutes=config.timeout_minutes)
-    if world > 1:
-        if device_type == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        if not dist.is_initialized(): # by an earlier run in this process
-            dist.init_process_group(config.backend or ("nccl" if device_type == "cuda" else "gloo"), timeout=timeout)
-    torch.manual_seed(config.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    dtype = pick_dtype(config.dtype, device_type)
-    amp = contextlib.nullcontext() if dtype == "float32" else torch.amp.autocast(device_type, DTYPES[dtype])
-    scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-    if config.zero_stage not in (0, 1) or (config.zero_stage and world == 1):
-        raise SystemExit(f"zero_stage={config.zero_stage} is not 0, or 1 with several processes (here: {world}), started by torchrun.")
-    control = dist.new_group(backend="gloo", timeout=timeout) if world > 1 else None # flags go between the CPUs, and no GPU waits for them
-    run = SimpleNamespace(rank=rank, world=world, master=rank == 0, device=device, device_type=device_type, dtype=dtype, amp=amp,
-                          scaler=scaler, control=control, signal=0)
-    check_out_dir(config, run)
-    return run
-
-
-def pick_device(device):
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    cards = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
-    there = ["cpu", *cards, *["mps"] * torch.backends.mps.is_available()]
-    if device not in there:
-        raise SystemExit(f"device='{device}' is not on this machine: use one of {', '.join(there)}, or auto.")
-    return device
-
-
-def pick_dtype(dtype, device_type):
-    if dtype == "auto":
-        return "float32" if device_type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    if dtype not in DTYPES:
-        raise SystemExit(f"dtype='{dtype}' is not one of {', '.join(DTYPES)} or auto.")
-    return dtype
-
-
-def resumes(config):
-    return config.init_from in ("resume", "previous")
-
-
-def pretrained(init_from):
-    """Whether it names weights to start with."""
-    return init_from not in ("scratch", "resume", "previous")
-
-
-def origin(config):
-    """init_from, or that with which a run began that goes on before its first checkpoint: it starts with the same weights again."""
-    if config.init_from != "resume" or os.path.exists(os.path.join(config.out_dir, "ckpt.pt")):
-        return config.init_from
-    return read_json(os.path.join(config.out_dir, "run.json"))["config"]["init_from"]
-
-
-def check_out_dir(config, run):
-    """SystemExit if out_dir holds a run that would be lost, or none to go on with."""
-    if pretrained(config.init_from) and config.init_from not in model.GPT2 and not os.path.isdir(config.init_from):
-        raise SystemExit(f"init_from='{config.init_from}' is not 'scratch', 'resume' or 'previous', nor a pretrained network: "
-                         f"{', '.join(model.GPT2)}, or a folder with such a config.json and model.safetensors.")
-    if pretrained(config.init_from) and vars(config).get("space") != "gpt":
-        raise SystemExit(f"init_from='{config.init_from}' is for the GPT alone.")
-    held = os.path.exists(os.path.join(config.out_dir, "run.json"))
-    if resumes(config) and not held:
-        raise SystemExit(f"out_dir={config.out_dir} holds no run to resume: leave out --init_from, or name the run's --out_dir.")
-    if not resumes(config) and held and not config.overwrite:
-        raise SystemExit(f"out_dir={config.out_dir} holds another run: choose another --out_dir, go on with it by "
-                         "--init_from=resume, or replace it by --overwrite=True.")
-    if run.world > 1:
-        dist.barrier() # every rank has looked before rank 0 writes
-
-
-def begin(config, run):
-    """Makes out_dir and writes run.json: the data and the network are there, what follows is work that must not be lost."""
-    if not run.master or resumes(config):
-        return
-    try:
-        os.makedirs(config.out_dir, exist_ok=True)
-    except OSError as e:
-        raise SystemExit(f"out_dir={config.out_dir} cannot be made ({e.strerror}): choose another --out_dir.") from None
-    for name in (*LOGS, "arch_search.jsonl", "pareto.json", "arch.json", "result.json", "ckpt.pt", "ckpt.prev.pt", "best.pt"):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(config.out_dir, name))
-    here, commit = os.path.dirname(os.path.abspath(__file__)), ""
-    with contextlib.suppress(FileNotFoundError): # no git
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
-    write_json(os.path.join(config.out_dir, "run.json"), {
-        "argv": sys.argv, "config": vars(config), "commit": commit, "seed": config.seed, "world": run.world,
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-        "device": torch.cuda.get_device_name(run.device) if run.device_type == "cuda" else run.device, "dtype": run.dtype})
-
-
-def append(path, data):
-    """One more line of JSON at the end of a log."""
-    try:
-        with open(path, "a") as f:
-            f.write(json.dumps(data) + "\n")
-    except OSError as e:
-        raise SystemExit(f"{path} cannot be written ({e.strerror}): make room; the run goes on from its last checkpoint by "
-                         "--init_from=resume.") from None
-
-
-def fingerprint(value):
-    """The hash of nested dicts, lists, tensors and plain values."""
-    digest = hashlib.sha256()
-    def feed(v):
-        digest.update(type(v).__name__.encode())
-        if isinstance(v, torch.Tensor):
-            digest.update(f"{v.dtype}{tuple(v.shape)}".encode())
-            digest.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(v, dict):
-            feed(list(v.items()))
-        elif isinstance(v, list | tuple):
-            digest.update(str(len(v)).encode())
-            for part in v:
-                feed(part)
-        else:
-            digest.update(repr(v).encode())
-    feed(value)
-    return digest.hexdigest()
-
-
-def load_checkpoint(path, device):
-    """The dict in a checkpoint. Nothing is unpickled that could run code; SystemExit if it is missing or damaged."""
-    previous = os.path.join(os.path.dirname(path), "ckpt.prev.pt")
-    other = "take another"
-    if path.endswith("ckpt.pt") and os.path.exists(previous):
-        other = "go on from the one before it by --init_from=previous"
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        whole = checkpoint.pop("sha256") == fingerprint(checkpoint)
-    except FileNotFoundError:
-        raise SystemExit(f"There is no checkpoint {path}: name the out_dir of a run that has saved one.") from None
-    except Exception as e: # torch.load raises whatever the damaged bytes lead it to
-        raise SystemExit(f"The checkpoint {path} is damaged or not one of ours ({type(e).__name__}): {other}.") from None
-    if not whole:
-        raise SystemExit(f"The checkpoint {path} is damaged, its content does not have the hash that it was saved with: {other}.")
-    return checkpoint
-
-
-def load_model(net, checkpoint, path):
-    """net with the checkpoint's weights; SystemExit, with the first difference, if their shapes differ."""
-    own, other = net.state_dict(), checkpoint["model"]
-    for name in [*own, *other]:
-        a, b = (tuple(state[name].shape) if name in state else None for state in (own, other))
-        if a != b:
-            raise SystemExit(f"The checkpoint {path} is of another shape: its {name} is {b}, this network's is {a}. "
-                             "Use the sizes that it was trained with.")
-    net.load_state_dict(other)
-    return net
-
-
-def check_same(config, checkpoint, path, *keys):
-    """SystemExit where a run would go on as another network, of which the shapes need not tell: a forgotten --norm or --n_head has the
-    same. keys: others of config that must be what they were."""
-    if config.space == "gpt":
-        own = {field.name for field in fields(model.GPTConfig)}
-        own -= {"block_size", "vocab_size", "dropout", "router_aux_loss_coef", "loss_chunk"} # what may change, or shapes tell
-    else: # partial_channels changes within a progressive search
-        own = set(defaults(vars(space_module(config.space))))
-        own -= {"dropout", "drop_path", "auxiliary", "patch", "tile", "partial_channels"}
-    for key in (*keys, *sorted(own & vars(config).keys())): # agents have a few of them
-        ours = getattr(config, key)
-        theirs = checkpoint["config"].get(key, None if key in keys else ours) # older runs had fewer
-        if as_list(theirs) != as_list(ours):
-            raise SystemExit(f"{path} is of a run with {key}={theirs}, and this one has {key}={ours}: it goes on with what it began with.")
-
-
 def load_pretrained(net, arch, source, run):
     """Fills net from what init_from names: a GPT-2, or the out_dir of a search, whose supernet has weights for this architecture."""
     path = os.path.join(source, "ckpt.pt")
     if not os.path.exists(path):
-        return model.load_gpt2(net, source, arch)
+        return pretrained.load_gpt2(net, source, arch)
     checkpoint = load_checkpoint(path, run.device)
     kind, of = ("search", source) if "chooser" in checkpoint else ("training", "OUT_DIR")
     if kind == "training" or arch is None:
@@ -370,65 +155,6 @@ def load_pretrained(net, arch, source, run):
                          f"those of one of its architectures: python train_base.py --arch={of}/arch.json --init_from={of}.")
     whole = load_model(build(checkpoint["config"]).to(run.device), checkpoint, path)
     return load_model(net, {"model": whole.extract(arch).state_dict()}, path)
-
-
-class Log:
-    """Lines to the terminal below a progress bar, the same as objects to log.jsonl, and to wandb and TensorBoard if asked for."""
-    def __init__(self, config, run, start=0):
-        self.config, self.run, self.wandb, self.board = config, run, None, None
-        self.bar = tqdm(total=config.max_iters, initial=start, unit="step", leave=False, disable=not run.master or not sys.stderr.isatty())
-        if run.master and config.wandb_log:
-            import wandb
-            self.wandb = wandb.init(project=config.wandb_project, name=config.out_dir, config=vars(config))
-        if run.master and config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(config.out_dir)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        """Waits until all is written: both writers have threads of their own, that might write into a folder that is gone."""
-        if self.wandb:
-            self.wandb.finish()
-        if self.board:
-            self.board.close()
-
-    def __call__(self, line, **values):
-        if not self.run.master:
-            return
-        if line:
-            tqdm.write(line)
-        append(os.path.join(self.config.out_dir, "log.jsonl"), values)
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-        if self.wandb:
-            self.wandb.log(numbers)
-        if self.board:
-            for k, v in numbers.items():
-                self.board.add_scalar(k, v, values.get("step", 0))
-
-    def step(self, step, loss, lr, clock, steps, flops, **extra):
-        """The line of a training step. loss: this process's, a tensor; clock: when the last `steps` steps began; flops: forward,
-        of one sample. extra: more values of the line."""
-        loss = loss.detach().clone().reshape(1)
-        average([loss], self.run)
-        loss = loss.item() # not finite only in a step that was passed over
-        ms = (time.perf_counter() - clock) / steps * 1000
-        samples, text = self.config.batch_size * self.config.gradient_accumulation_steps, self.config.space == "gpt"
-        speed = samples * (self.config.block_size if text else 1) / ms * 1000
-        values = {"step": step, "loss": loss, "lr": lr, "ms": ms, "tokens_per_s" if text else "images_per_s": speed}
-        line = f"step {step}/{self.config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {ms:.1f} ms | {speed:,.0f} "
-        line += "tok/s" if text else "img/s"
-        if peak := peak_flops(self.run):
-            values["mfu"] = 3 * flops * samples / ms * 1000 / peak / self.run.world # backward costs two forwards
-            line += f" | mfu {100 * values['mfu']:.1f}%"
-        self(line + "".join(f" | {key} {value}" for key, value in extra.items()), **values)
-
-
-def peak_flops(run):
-    """What the card can do in 16 bit, FLOPs a second; 0 where it is not known."""
-    name = torch.cuda.get_device_name(run.device) if run.device_type == "cuda" else ""
-    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), 0)
 
 
 def get_lr(step, config):
@@ -465,54 +191,6 @@ def configure_optimizer(net, config, run):
     return kinds[config.weight_optimizer](groups, **options)
 
 
-def load_data(config, run):
-    """The data of train and of val, and what the network must know of it: {"vocab_size"} of tokens, or of images {"img_size",
-    "in_channels", "num_classes"}. A space with a scale has pairs of images."""
-    scale = vars(config).get("scale")
-    # they need no network: made at first use
-    own = {"pydocs", "this_python", "digits", "sr_samples"} & {config.dataset}
-    folder = f"{config.dataset}_x{scale}" if scale else config.dataset
-    if own and run.master and not os.path.exists(os.path.join(config.data_dir, folder, "meta.json")):
-        prepare(dataset=config.dataset, data_dir=config.data_dir, **{"scale": scale} if scale else {})
-    if run.world > 1:
-        dist.barrier()
-    if scale:
-        return *(load_pairs(config.data_dir, config.dataset, split, scale) for split in ("train", "val")), {}
-    if config.space != "gpt":
-        train, val = (load_images(config.data_dir, config.dataset, split) for split in ("train", "val"))
-        return train, val, {"img_size": train.pixels.shape[1], "in_channels": train.pixels.shape[3], "num_classes": train.num_classes}
-    train, val = (load_tokens(config.data_dir, config.dataset, split) for split in ("train", "val"))
-    return train, val, {"vocab_size": vocabulary(load_meta(config.data_dir, config.dataset)["vocab_size"], config)}
-
-
-def vocabulary(size, config):
-    """The vocab_size of the network for so many tokens: large ones in multiples of 64, for speed, but where it began as a pretrained
-    one, whose logits are those of its tokens."""
-    padded = size if size < 1000 else -(-size // 64) * 64
-    path = os.path.join(config.out_dir if resumes(config) else config.init_from, "run.json")
-    if os.path.exists(path): # of the run that goes on, or that the weights are from
-        return size if read_json(path)["config"].get("vocab_size") == size else padded
-    return size if pretrained(config.init_from) else padded
-
-
-def cut(data, start, stop):
-    """A part of the tokens or of the images of a split."""
-    return data.part(start, stop) if isinstance(data, Images | Pairs) else data[start:stop]
-
-
-def check_split(data, config, name):
-    """SystemExit unless the data holds a batch."""
-    if isinstance(data, Images):
-        draw_index(len(data), config.batch_size, 0)
-    elif isinstance(data, Pairs):
-        least = min(data.shapes.min(1).tolist(), default=0)
-        if least < (3 if name in ("val", "test") else config.patch): # PSNR leaves out a border of one pixel
-            raise SystemExit(f"The {name} split of {config.dataset} has {len(data)} images or regions, the smallest of {least} pixels, and "
-                             f"patch={config.patch}: choose a smaller patch, or prepare more images, or larger regions by --img_size.")
-    else:
-        check_length(data, config.block_size, f"the {name} split of {config.dataset}")
-
-
 def check_resolutions(net, config, run, *arch):
     """SystemExit unless the network, or this architecture of it, takes images of every size that it is to be trained on."""
     training = net.training
@@ -524,45 +202,6 @@ def check_resolutions(net, config, run, *arch):
             raise SystemExit(f"resolutions={config.resolutions}: a network of {config.space} for images of {config.img_size} pixels takes "
                              f"none of {side}: leave it out, or the key.") from None
     net.train(training)
-
-
-def draw(data, config, run, name, step, micro=0, recipe=True):
-    """x, y of a micro-batch: random windows of tokens; images in random order, those of the train split augmented, and changed by the
-    keys of recipes.py if recipe; crops of pairs."""
-    if isinstance(data, Pairs):
-        return get_patches(data, config.batch_size, config.patch, rng(config.seed, name, step, micro), run.device, config.flip)
-    if not isinstance(data, Images):
-        return get_batch(data, config.batch_size, config.block_size, rng(config.seed, name, step, micro), run.device)
-    copies = config.repeated_augmentation if name == "train" and recipe else 1
-    number = step * config.gradient_accumulation_steps + micro
-    index = draw_index(len(data), config.batch_size // copies, number, config.seed, name).repeat_interleave(copies)
-    if name != "train":
-        return get_images(data, index, run.device)
-    change = dict(generator=rng(config.seed, "augment", step, micro), crop=config.crop, flip=config.flip, cutout=config.cutout)
-    if not recipe:
-        return get_images(data, index, run.device, **change)
-    generator = rng(config.seed, "recipe", step, micro)
-    if config.resized_crop or config.rand_augment or config.color_jitter:
-        change["change_pixels"] = lambda x, mean: change_pixels(x, mean, config, generator)
-    x, y = get_images(data, index, run.device, **change)
-    return change_batch(x, y, data.num_classes, config, generator)
-
-
-def micro_batches(data, config, run, name, step):
-    """This process's (x, y) of the step's gradient_accumulation_steps micro-batches; the same data for any world."""
-    for micro in range(run.rank, config.gradient_accumulation_steps, run.world):
-        yield draw(data, config, run, name, step, micro)
-
-
-def average(tensors, run):
-    """The mean of each tensor over all processes, in place; one message."""
-    if run.world == 1 or not tensors:
-        return
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    dist.all_reduce(flat)
-    flat /= run.world
-    for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        t.copy_(mean.view_as(t))
 
 
 def backward(net, batches, run, arch=()):
@@ -584,13 +223,13 @@ def update(net, optimizer, loss, config, run, state):
     norm = torch.nn.utils.get_total_norm(grads)
     # float16 has infinite gradients now and then, which its scaler sees to
     healthy = loss.isfinite() and (norm.isfinite() or run.scaler.is_enabled())
-    sick = [rank for rank, flag in enumerate(share(not healthy, run)) if flag]
+    sick = [rank for rank, flag in enumerate(all_gather_scalar(not healthy, run)) if flag]
     if sick:
         names = [name for name, p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()][:3]
         optimizer.zero_grad(set_to_none=True)
         return fault(f"on rank {', '.join(map(str, sick))} (on rank {run.rank} the loss is {loss.item()}, and the first gradients that are "
                      f"not finite are those of {', '.join(names) or 'none'})", config, state)
-    average(grads, run)
+    all_reduce_mean(grads, run)
     run.scaler.unscale_(optimizer)
     if config.grad_clip:
         if run.world > 1 or run.scaler.is_enabled(): # else it is the norm from above
@@ -599,14 +238,6 @@ def update(net, optimizer, loss, config, run, state):
     run.scaler.step(optimizer)
     run.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-
-
-def fault(what, config, state):
-    """Counts a step that is passed over; FloatingPointError if there were too many."""
-    state.skipped += 1
-    if state.skipped > config.skip_nonfinite:
-        raise FloatingPointError(f"step {state.step}: not finite {what}; try a lower learning_rate or dtype=float32, or pass over up to N "
-                                 "such steps by --skip_nonfinite=N")
 
 
 def train_step(net, forward, optimizer, tokens, config, run, state, lr, arch=()):
@@ -618,15 +249,6 @@ def train_step(net, forward, optimizer, tokens, config, run, state, lr, arch=())
     loss = backward(forward, batches, run)
     update(net, optimizer, loss, config, run, state)
     return loss
-
-
-def share(number, run):
-    """[the number of every process], the same list on all of them."""
-    numbers = torch.zeros(run.world, dtype=torch.float64)
-    numbers[run.rank] = number
-    if run.world > 1:
-        dist.all_reduce(numbers, group=run.control)
-    return numbers.tolist()
 
 
 def calibrate(net, forward, data, config, run, arch=()):
@@ -654,45 +276,6 @@ def tally(net, batches, run):
     return total
 
 
-def luma(image):
-    """Y of YCbCr as in ITU-R BT.601: (B, 3, H, W) of 0 to 255 -> (B, 1, H, W) of 16 to 235."""
-    weights = image.new_tensor([65.481, 128.553, 24.966]).view(3, 1, 1)
-    return 16 + (image * weights).sum(1, keepdim=True) / 255
-
-
-def psnr(a, b):
-    """10 log10(255^2 / mean squared error) of images of 0 to 255, in dB; at most 148, for no error."""
-    return (20 * math.log10(255) - 10 * (a - b).square().mean().clamp_min(1e-10).log10()).item()
-
-
-def ssim(a, b):
-    """Structural similarity of images (B, C, H, W) of 0 to 255: eq. 13 of Wang et al. 2004 in windows of 11 x 11 that lie inside the
-    image, weighted by a Gaussian of deviation 1.5, averaged."""
-    t = torch.arange(-5, 6, dtype=a.dtype, device=a.device)
-    window = torch.exp(-t.square() / 4.5)
-    window = (window / window.sum()).view(1, 1, 11, 1)
-    a, b = (x.flatten(0, 1).unsqueeze(1) for x in (a, b)) # (B * C, 1, H, W)
-    mean_a, mean_b, aa, bb, ab = (torch.conv2d(torch.conv2d(x, window), window.mT) for x in (a, b, a * a, b * b, a * b))
-    c_1, c_2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    likeness = (2 * mean_a * mean_b + c_1) * (2 * (ab - mean_a * mean_b) + c_2)
-    return (likeness / ((mean_a ** 2 + mean_b ** 2 + c_1) * (aa - mean_a ** 2 + bb - mean_b ** 2 + c_2))).mean().item()
-
-
-def fidelity(image, target, border, structure=False):
-    """{"psnr_y", "psnr_rgb"} of images (B, 3, H, W) of 0 to 1, in dB, as papers of super-resolution measure it: rounded to 8 bits, without
-    `border` pixels at the edges; with structure also {"ssim_y", "ssim_rgb"}."""
-    a, b = ((255 * t.cpu().double()).round().clamp(0, 255)[:, :, border:-border, border:-border] for t in (image, target))
-    found = {}
-    for kind, (c, d) in {"y": (luma(a), luma(b)), "rgb": (a, b)}.items():
-        found |= {f"psnr_{kind}": psnr(c, d)} | ({f"ssim_{kind}": ssim(c, d)} if structure else {})
-    return found
-
-
-def quality(data, right):
-    """What estimates say besides the loss, from the right answers, or summed PSNR, of one answer in the mean."""
-    return {"acc": 100 * right} if isinstance(data, Images) else {"psnr": right} if isinstance(data, Pairs) else {}
-
-
 @torch.no_grad()
 def estimate(net, data, config, run, name, arch_of=None, own_norms=False):
     """{"loss"} over eval_iters batches of data, always the same ones, shared between the processes; of images also {"acc"}, in %; of
@@ -715,7 +298,7 @@ def estimate(net, data, config, run, name, arch_of=None, own_norms=False):
         count = min(count, max(1, -(-rest // (config.batch_size if images else 1))))
     net.eval()
     with batch_norms(net) if own_norms else contextlib.nullcontext():
-        total, right, n = (sum(share(t, run)) for t in tally(net, batches(), run))
+        total, right, n = (sum(all_gather_scalar(t, run)) for t in tally(net, batches(), run))
     net.train(training)
     return {"loss": finite(total / n, f"the {name} loss"), **quality(data, right / n)}
 
@@ -729,16 +312,10 @@ def estimate_all(net, data, config, run):
     else:
         images = isinstance(data, Images)
         shape = (config.batch_size,) if images else (config.batch_size, config.block_size)
-        batches, size = (image_batches if images else blocks)(data, *shape, run.device), math.prod(shape)
+        batches, size = (image_batches if images else sequential_batches)(data, *shape, run.device), math.prod(shape)
     total, right, n = tally(net, tqdm(batches, desc="test", unit="batch", leave=False, total=-(-len(data) // size),
                                       disable=not sys.stderr.isatty()), run).tolist()
     return {"loss": finite(total / n, "the test loss"), **quality(data, right / n)}
-
-
-def finite(value, what):
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{what} is {value}: try a lower learning_rate or dtype=float32")
-    return value
 
 
 def split_data(config, run, test):
@@ -747,6 +324,7 @@ def split_data(config, run, test):
     check_range(config, 0, "early_stopping")
     if config.early_stopping and test and not config.val_portion:
         raise SystemExit("early_stopping needs a validation loss: set val_portion, such as --val_portion=0.1.")
+    prepare_own(config, run)
     train, val, facts = load_data(config, run)
     vars(config).update(facts)
     middle = len(train) - int(config.val_portion * len(train))
@@ -760,85 +338,6 @@ def split_data(config, run, test):
     for name, data in splits.items():
         check_split(data, config, name)
     return splits
-
-
-def save(config, run, name, net, optimizer=None, **rest):
-    """A checkpoint, with its hash and how long the logs are at this moment. The one before it becomes ckpt.prev.pt."""
-    if optimizer and config.zero_stage:
-        optimizer.consolidate_state_dict(to=0)
-    if not run.master:
-        return
-    sizes = {log: os.path.getsize(path) for log in LOGS if os.path.exists(path := os.path.join(config.out_dir, log))}
-    checkpoint = {"model": net.state_dict(), "config": vars(config), "logs": sizes, **rest}
-    if optimizer:
-        checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict()}
-    checkpoint["sha256"] = fingerprint(checkpoint)
-    path = os.path.join(config.out_dir, name)
-    if name == "ckpt.pt" and os.path.exists(path):
-        link = os.path.join(config.out_dir, "ckpt.prev.pt")
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(link + ".tmp")
-        os.link(path, link + ".tmp") # the new name first, so that there is a ckpt.pt at every moment
-        os.replace(link + ".tmp", link)
-    write(path, lambda f: torch.save(checkpoint, f))
-
-
-def resume(config, run, net, optimizer, state, arch=None):
-    """Puts everything back to the moment of the checkpoint, the logs too; returns the checkpoint. A run that was stopped before
-    its first one starts from the beginning, which is the same; then it returns None. arch: that of a training."""
-    path = os.path.join(config.out_dir, "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt")
-    checkpoint = {"logs": {}}
-    if os.path.exists(path) or config.init_from == "previous":
-        checkpoint = load_checkpoint(path, run.device)
-        load_model(net, checkpoint, path)
-        check_same(config, checkpoint, path, "weight_optimizer")
-        if checkpoint.get("arch") != arch:
-            raise SystemExit(f"{path} is of a run of the architecture {checkpoint.get('arch')}, and not of {arch}: name that, or another "
-                             "--out_dir.")
-        saved = checkpoint["optimizer"] # of its settings, such as the weight decay, those of this command count; every step sets its lr
-        groups = [theirs | {key: value for key, value in ours.items() if key not in ("params", "lr")}
-                  for theirs, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True)]
-        optimizer.load_state_dict(saved | {"param_groups": groups})
-        if checkpoint["scaler"]: # of dtype=float16
-            run.scaler.load_state_dict(checkpoint["scaler"])
-        vars(state).update(checkpoint["state"])
-    if run.world > 1:
-        dist.barrier()
-    if run.master and config.init_from == "previous": # else the next save would put the damaged one in its place
-        with open(path, "rb") as whole:
-            write(os.path.join(config.out_dir, "ckpt.pt"), lambda f: shutil.copyfileobj(whole, f))
-    for log in LOGS if run.master else ():
-        if os.path.exists(path := os.path.join(config.out_dir, log)):
-            os.truncate(path, checkpoint["logs"].get(log, 0))
-    return checkpoint if "model" in checkpoint else None
-
-
-@contextlib.contextmanager
-def signals(run):
-    """SIGTERM and SIGINT are noted in run.signal; the same one again ends the process at once."""
-    def note(signum, frame):
-        if run.signal == signum:
-            os._exit(128 + signum)
-        run.signal = signum
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def stop_if_told(run, checkpoint, due=False):
-    """checkpoint() if it is due on any process; if one got a signal, checkpoint() and the end of all, with 128 + the signal's number."""
-    words = [int(word) for word in share(256 * bool(due) + run.signal, run)]
-    signum = max(word % 256 for word in words)
-    if signum or max(words) >= 256:
-        checkpoint()
-    if signum:
-        if run.master:
-            tqdm.write(f"stopped by {signal.Signals(signum).name}, all is saved: go on by --init_from=resume")
-        raise SystemExit(128 + signum)
-    return max(words) >= 256
 
 
 def loop(config, run, state, log, flops, step, evaluate, checkpoint, line=dict, schedule=get_lr):
@@ -872,7 +371,7 @@ def loop(config, run, state, log, flops, step, evaluate, checkpoint, line=dict, 
             clock, timed = time.perf_counter(), 0
         due = config.save_interval and state.step % config.save_interval == 0
         due = due or (config.save_minutes and time.perf_counter() - saved > 60 * config.save_minutes)
-        if stop_if_told(run, checkpoint, due):
+        if stop_if_signaled(run, checkpoint, due):
             saved = time.perf_counter()
     log.bar.close()
 
@@ -883,6 +382,7 @@ def train(config, arch=None, test=False):
     test: val.bin is kept for one pass at the end, with the best weights, and val_portion of train.bin validates.
     """
     config = SimpleNamespace(**config)
+    check_run(config)
     run = setup(config)
     splits = split_data(config, run, test)
     use_fused_ops(config.fused and run.device_type == "cpu" and config.space != "gpt")
@@ -893,14 +393,14 @@ def train(config, arch=None, test=False):
     if pretrained(origin(config)):
         load_pretrained(net, arch, origin(config), run)
     cost, optimizer = net.cost(), configure_optimizer(net, config, run)
-    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best=math.inf, strikes=0)
+    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, losses={}, best_step=0, best=math.inf, bad_evals=0)
     if resumes(config):
-        resume(config, run, net, optimizer, state, arch)
+        resume(config, run, net, optimizer, state, network_keys(config.space), arch)
         path = os.path.join(config.out_dir, "best.pt")
         if os.path.exists(path) and load_checkpoint(path, "cpu")["step"] > state.step: # of steps that are made anew, perhaps otherwise
             state.best, state.evaluated = math.inf, min(state.evaluated, config.max_iters - 1)
-        state.stop = bool(config.early_stopping) and state.strikes >= config.early_stopping
-    begin(config, run)
+        state.stop = bool(config.early_stopping) and state.bad_evals >= config.early_stopping
+    init_out_dir(config, run)
     forward = torch.compile(net) if config.compile else net
     sample = "a sequence" if config.space == "gpt" else "an image"
 
@@ -912,7 +412,7 @@ def train(config, arch=None, test=False):
         evaluate(net, forward, splits, config, run, state, log)
         if state.best_step == state.step:
             save(config, run, "best.pt", net, arch=arch, step=state.step, losses=state.losses)
-        return config.early_stopping and state.strikes >= config.early_stopping
+        return config.early_stopping and state.bad_evals >= config.early_stopping
 
     def checkpoint():
         save(config, run, "ckpt.pt", net, optimizer, arch=arch, state=vars(state))
@@ -924,15 +424,6 @@ def train(config, arch=None, test=False):
         return finish(net, splits, config, run, state, cost, arch, log)
 
 
-@contextlib.contextmanager
-def aside():
-    """For a training inside an evaluation: nothing printed, and PyTorch's generator, which it seeds, put back. An agent that draws
-    its actions from the same generator would repeat itself."""
-    quiet = io.StringIO()
-    with torch.random.fork_rng(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-        yield
-
-
 def evaluate(net, forward, splits, config, run, state, log):
     """Logs the loss, and of images the accuracy or PSNR, of train and val, and counts in state how long the best of val has stood.
     Without validation data the newest weights are the best that can be told."""
@@ -941,7 +432,7 @@ def evaluate(net, forward, splits, config, run, state, log):
               for key, value in estimate(forward, data, config, run, name).items()}
     best = best_key(losses)
     score = -losses[best] if best else losses.get("val_loss", -state.step)
-    state.losses, state.strikes = losses, 0 if score < state.best else state.strikes + 1
+    state.losses, state.bad_evals = losses, 0 if score < state.best else state.bad_evals + 1
     if score < state.best:
         state.best, state.best_step = score, state.step
     log(" | ".join([f"step {state.step}/{config.max_iters}", *(f"{key} {value:.4f}" for key, value in losses.items())]),
@@ -975,24 +466,6 @@ def finish(net, splits, config, run, state, cost, arch, log):
         if config.space == "gpt":
             print("next: python sample.py " + shlex.quote(f"--out_dir={config.out_dir}"))
     return result
-
-
-def main(function, config):
-    """Runs a script's function; a number that is not finite, or the end of another process, ends it with a sentence, and Ctrl-C without
-    one."""
-    try:
-        function(config)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except FloatingPointError as e:
-        raise SystemExit(str(e)) from None
-    except RuntimeError as e:
-        if "gloo" not in str(e): # which has no error of its own
-            raise
-        raise SystemExit("Another process has ended, or not answered for timeout_minutes; if it has ended, it has said why.") from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from analyze import read_lines, read_table
+from budget import read_table
 from configurator import as_list, check, check_whole, defaults, given
-from model import OPTIONS, GPTConfig
-from prepare import read_json, unseal
-from train import * # noqa: F403 (every key of train.py)
+from model import GPTConfig, OPTIONS
 from optim_nas import architectures, space_size
-from train import aside, build, main, own_data, space_module, train, with_space
+from run import silenced, main, read_json, read_lines, verify_checksum
+from search_spaces import build, own_data, space_module, with_space
+from train import train
+from train import * # noqa: F403 (every key of train.py)
 
 # -----------------------------------------------------------------------------
 # the keys of train.py, and:
@@ -68,7 +69,7 @@ def read_arch(arch, arch_traj, genotype="", space="gpt"):
     lines = [read_json(arch)] if arch else read_lines(arch_traj)
     if not lines:
         raise SystemExit(f"The trajectory {path} is empty: its search has not evaluated an architecture yet.")
-    found = unseal(lines[-1], path)
+    found = verify_checksum(lines[-1], path)
     space = found.get("space", "gpt")
     parts = {"arch": (dict, {**dict.fromkeys(NUMBERS, int), **dict.fromkeys(LISTS, list)}),
              "model": (dict, {"head_size": int, "bias": bool, "block_size": int, **OPTIONAL}), "dataset": (str, {}), "data_dir": (str, {})}
@@ -128,7 +129,7 @@ def train_table(config):
             continue
         job = {**config, "seed": seed, "out_dir": f"{path}.{os.getpid()}.run", "overwrite": True, "eval_interval": config["max_iters"] or 1}
         try:
-            with aside():
+            with silenced():
                 result = train({**job, "data_dir": config["data_dir"] or "data"}, arch, test=True)
         finally:
             shutil.rmtree(job["out_dir"], ignore_errors=True)

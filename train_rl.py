@@ -26,13 +26,15 @@ from stable_baselines3.common.torch_layers import create_mlp
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy
 
-from analyze import rl_figures
 from configurator import as_list, check_range
+from env import ArchEnv, EVALUATORS, N, REWARDS, arch_of, check as check_env, check_known, regret
+from env import reward_table, shards_of
+from run import Log, init_out_dir, main, read_json, resume, resumes, rng, save, setup, signals
+from run import stop_if_signaled, write_json
 from env import * # noqa: F403 (every key of env.py)
-from env import EVALUATORS, N, REWARDS, ArchEnv, arch_of, check_known, regret, reward_table, shards_of
-from env import check as check_env
-from prepare import read_json, write_json
-from train import Log, begin, main, resume, resumes, rng, save, setup, signals, stop_if_told
+from run import draw_figures
+from search_spaces import network_keys
+from train import check_run
 
 # -----------------------------------------------------------------------------
 # the keys of env.py, and:
@@ -174,7 +176,7 @@ class Recorder(BaseCallback):
             self.episodes[i] += self.config.n_envs * int(self.locals["dones"][i])
         if before // self.config.eval_interval < self.state.step // self.config.eval_interval:
             look(self.config, self.log, self.state, partial(greedy, self.model), self.env, self.rewards)
-        stop_if_told(self.run, lambda: None) # the last iteration's checkpoint counts
+        stop_if_signaled(self.run, lambda: None) # the last iteration's checkpoint counts
         return True
 
 
@@ -221,7 +223,7 @@ def iterate_random(config, run, log, state, env, rewards):
             episode += 1
         if state.step % config.eval_interval == 0:
             look(config, log, state, lambda _: best_observed(env.shards, state.seen, first), env, rewards)
-        stop_if_told(run, lambda: None)
+        stop_if_signaled(run, lambda: None)
 
 
 def best_observed(shards, seen, first):
@@ -288,6 +290,7 @@ def learn(config):
     """Runs the iterations of config (a dict); returns what it writes to result.json."""
     config = SimpleNamespace(**config | {"seeds": as_list(config["seeds"])})
     check(config)
+    check_run(config)
     run, state, model = setup(config), SimpleNamespace(step=0, iteration=0, seen=[]), None
     env, rewards = build_env(config), None
     if config.evaluator == "table":
@@ -297,20 +300,20 @@ def learn(config):
     if resumes(config):
         if (algo := read_json(os.path.join(config.out_dir, "run.json"))["config"]["algo"]) != config.algo:
             raise SystemExit(f"algo='{config.algo}' cannot go on with what {algo} has learned: give --algo={algo}, or another --out_dir.")
-        checkpoint = resume(config, run, model and model.policy, model and model.policy.optimizer, state)
+        checkpoint = resume(config, run, model and model.policy, model and model.policy.optimizer, state, network_keys(config.space))
         if state.iteration > config.n_iterations:
             raise SystemExit(f"n_iterations={config.n_iterations} is below the {state.iteration} that this run has made: give "
                              f"--n_iterations={state.iteration} or more, or start anew with --overwrite=True.")
         if checkpoint:
             load_agent(model, checkpoint["agent"])
-    begin(config, run)
+    init_out_dir(config, run)
     with Log(SimpleNamespace(**vars(config) | {"max_iters": config.budget * config.n_iterations}), run, state.step) as log, signals(run):
         while state.iteration < config.n_iterations:
             if model:
                 try:
                     iterate(config, run, log, state, model, env, rewards)
                 except (EOFError, ConnectionError):
-                    stop_if_told(run, lambda: None) # Ctrl-C reaches all processes
+                    stop_if_signaled(run, lambda: None) # Ctrl-C reaches all processes
                     raise SystemExit("The process of an environment has ended; why, it has said above.") from None
             else:
                 iterate_random(config, run, log, state, env, rewards)
@@ -345,11 +348,9 @@ def finish(config, state, policy, env, rewards, updates):
     write_json(os.path.join(config.out_dir, "result.json"), result)
     print(f"{updates} updates, mean regret {100 * result['regret']:.1f}% of the range of the rewards, against "
           f"{'the best seen' if rewards is None else 'the best of the table'}")
-    for path in rl_figures(config.out_dir):
-        print(f"figure: {path}")
     return result
 
 
 if __name__ == "__main__":
     from configurator import configure
-    main(learn, configure(globals()))
+    draw_figures(main(learn, configure(globals()))["out_dir"])

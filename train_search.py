@@ -34,18 +34,28 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from analyze import Benchmark, describe, read_lines, search_figure
+from budget import Benchmark
 from configurator import check_range, defaults
-from model import GPT, OPTIONS, load_gpt2
-from optim_nas import ArchOptimizer, Budget, best_of, by_front, entropy, evolutionary_search, fronts, key_of, picked, random_search
-from optim_nas import rowwise, uniform, unrolled_gradient
-from prepare import read_json, rng, seal, unseal, write, write_json
-from supernet import extremes, one_hot, use_fused_ops, widen
+from data import check_split, cut, load_data, micro_batches
+from fused_ops import use_fused_ops
+from model import OPTIONS
+from optim_nas import ArchOptimizer, best_of, by_front, entropy, evolutionary_search, nondominated_sort
+from optim_nas import arch_key, picked, random_search, argmax_arch, uniform, unrolled_gradient
+from pretrained import load_gpt2
+from run import Log, append, all_reduce_mean, init_out_dir, check_same_network, fault, content_hash, load_checkpoint
+from run import load_model, main, origin, pretrained, read_lines, resume, resumes, rng, save
+from run import add_checksum, setup, all_gather_scalar, signals, stop_if_signaled, verify_checksum, atomic_write, write_json
+from search_spaces import build, describe, space_module, with_space
+from search_spaces.cells import widen
+from supernet import extremes
+from train import backward, calibrate, check_resolutions, configure_optimizer, estimate, get_lr
+from train import loop, train_step
 from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from train import Log, append, average, backward, begin, build, calibrate, check_resolutions, check_same, check_split
-from train import configure_optimizer, cut, estimate, fault, fingerprint, get_lr, load_checkpoint, load_data, load_model, loop, main
-from train import micro_batches, origin, pretrained, resume, resumes, save, setup, share, signals, space_module, stop_if_told
-from train import train_step, with_space
+from budget import load_latency, make_budget, with_latency
+from prepare import prepare_own
+from run import draw_figures
+from search_spaces import network_keys
+from train import check_run
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -109,6 +119,7 @@ def split_data(config, run):
     network must know of the data."""
     if not 0 < config.train_portion < 1:
         raise SystemExit(f"train_portion={config.train_portion} must be above 0 and below 1: both the weights and the alphas need data.")
+    prepare_own(config, run)
     train, val, facts = load_data(config, run)
     vars(config).update(facts)
     middle = int(config.train_portion * len(train))
@@ -118,10 +129,10 @@ def split_data(config, run):
     return splits
 
 
-def arch_step(net, forward, chooser, splits, config, run, state):
+def arch_step(net, forward, arch_optimizer, splits, config, run, state):
     """One step of the alphas on the search split, the weights frozen (or, for order 2, unrolled and put back)."""
     step = state.step
-    weights = chooser.sample(step / config.max_iters, rng(config.seed, "sample", "arch", step))
+    weights = arch_optimizer.sample(step / config.max_iters, rng(config.seed, "sample", "arch", step))
     leaves = to_device(weights, run, requires_grad=True)
 
     def grad_of(split, tensors):
@@ -132,7 +143,7 @@ def arch_step(net, forward, chooser, splits, config, run, state):
         grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
         for t in [*leaves.values(), *net.parameters()]:
             t.grad = None
-        average(grads, run)
+        all_reduce_mean(grads, run)
         return grads
 
     if config.order == 2:
@@ -145,31 +156,31 @@ def arch_step(net, forward, chooser, splits, config, run, state):
     grads = {name: g.cpu() / run.scaler.get_scale() for name, g in zip(leaves, grads, strict=True)}
     sick = [name for name, g in grads.items() if not g.isfinite().all()]
     if not sick:
-        chooser.step(weights, grads)
+        arch_optimizer.step(weights, grads)
     elif not run.scaler.is_enabled(): # float16 overflows now and then, and the weight step of this iteration lowers its scale
         fault(f"in the gradient to the weights of {', '.join(sick)}", config, state)
 
 
-def bilevel_step(net, forward, chooser, optimizer, splits, config, run, state, lr, teacher=None):
+def bilevel_step(net, forward, arch_optimizer, optimizer, splits, config, run, state, lr, teacher=None):
     """One iteration: the alphas on the search split, then the weights on the train split. Returns the weights' loss."""
-    if chooser.alphas and state.step >= state.began + config.arch_warmup_iters:
-        arch_step(net, forward, chooser, splits, config, run, state)
+    if arch_optimizer.alphas and state.step >= state.began + config.arch_warmup_iters:
+        arch_step(net, forward, arch_optimizer, splits, config, run, state)
     generator = rng(config.seed, "sample", "weights", state.step)
-    archs = [weight_arch(net, chooser, config, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
+    archs = [weight_arch(net, arch_optimizer, config, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
     if config.sandwich:
-        archs[-1], archs[0] = extremes(chooser.open)
-    forward = distilled(forward) if config.inplace_distill else forward
-    forward = taught(forward, teacher, config.distill) if teacher else forward
+        archs[-1], archs[0] = extremes(arch_optimizer.open)
+    forward = with_inplace_distillation(forward) if config.inplace_distill else forward
+    forward = with_teacher(forward, teacher, config.distill) if teacher else forward
     return train_step(net, forward, optimizer, splits["train"], config, run, state, lr, archs)
 
 
-def weight_arch(net, chooser, config, run, progress, generator):
+def weight_arch(net, arch_optimizer, config, run, progress, generator):
     """What the weights are trained as in a step: the weights of a mixture; for gdas and spos the architecture drawn."""
-    sampled = chooser.sample(progress, generator)
-    return rowwise(net.choices, sampled) if config.optimizer == "gdas" else to_device(sampled, run)
+    sampled = arch_optimizer.sample(progress, generator)
+    return argmax_arch(net.choices, sampled) if config.optimizer == "gdas" else to_device(sampled, run)
 
 
-def taught(forward, teacher, distill):
+def with_teacher(forward, teacher, distill):
     """forward(x, y, arch), to whose loss distill * cross-entropy to the teacher's answers is added (Hinton et al. 2015)."""
     known, answers = None, None # the teacher answers once for all architectures of a batch
 
@@ -183,7 +194,7 @@ def taught(forward, teacher, distill):
     return loss_of
 
 
-def distilled(forward):
+def with_inplace_distillation(forward):
     """forward(x, y, arch), whose first architecture of a batch learns from y, and all others from its answers alone: their loss is the
     cross-entropy to its softmax, which has no gradient (in-place distillation, Yu & Huang 2019)."""
     known, answers = None, None
@@ -205,7 +216,7 @@ def importance(net, data, config, run):
     net.eval() # no dropout
     for step in range(IMPORTANCE_STEPS):
         backward(net, micro_batches(data, config, run, "train", step), run, (largest,))
-        average([p.grad for p in total], run)
+        all_reduce_mean([p.grad for p in total], run)
         for p, score in total.items():
             score += (p.detach() * p.grad).square()
             p.grad = None
@@ -225,7 +236,7 @@ def trained(out_dir, key, config, run):
     return load_model(build(checkpoint["config"], checkpoint["arch"]).to(run.device), checkpoint, path).eval()
 
 
-def inherit_weights(net, config, run):
+def init_supernet(net, config, run):
     """Fills the supernet from config.inherit; what that does not have, such as matrices between kernels, stays."""
     theirs, own = trained(config.inherit, "inherit", config, run).state_dict(), net.state_dict()
     wrong = [name for name, t in theirs.items() if name not in own or own[name].shape != t.shape]
@@ -282,13 +293,13 @@ def to_device(weights, run, requires_grad=False):
             for name, w in weights.items()}
 
 
-def supernet_arch(chooser, config, run, i):
+def supernet_arch(arch_optimizer, config, run, i):
     """What the supernet is trained as, for evaluation batch i: the mean weights, or for gdas and spos an architecture drawn."""
     if config.optimizer == "spos":
-        return chooser.sample(1.0, rng(config.seed, "eval", i))
+        return arch_optimizer.sample(1.0, rng(config.seed, "eval", i))
     if config.optimizer == "gdas":
-        return rowwise(chooser.choices, chooser.sample(1.0, rng(config.seed, "eval", i)))
-    return to_device(chooser.mean(), run)
+        return argmax_arch(arch_optimizer.choices, arch_optimizer.sample(1.0, rng(config.seed, "eval", i)))
+    return to_device(arch_optimizer.mean(), run)
 
 
 def score(net, forward, arch, splits, config, run, names=("search",)):
@@ -298,18 +309,18 @@ def score(net, forward, arch, splits, config, run, names=("search",)):
     return found if len(found) > 1 else found[0]
 
 
-def evaluate(net, forward, chooser, cost, splits, config, run, state, log, table):
+def evaluate(net, forward, arch_optimizer, cost, splits, config, run, state, log, table):
     """The losses of the supernet and of the architecture read off it, with inherited weights; logs, and keeps the best."""
     if config.optimizer == "spos": # no alphas to read: the best of a few draws
-        history = random_search(chooser.open, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
-                                rng(config.seed, "spos", state.step), chooser.budget)
+        history = random_search(arch_optimizer.open, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
+                                rng(config.seed, "spos", state.step), arch_optimizer.budget)
         arch = best_of(history)[1]
     else:
-        arch = chooser.arch()
-    mixture = estimate(forward, splits["search"], config, run, "search", lambda i: supernet_arch(chooser, config, run, i),
+        arch = arch_optimizer.arch()
+    mixture = estimate(forward, splits["search"], config, run, "search", lambda i: supernet_arch(arch_optimizer, config, run, i),
                        own_norms=True) # the architectures of a mixture have no statistics in common
-    entropies = {name: h.tolist() for name, h in entropy(chooser.mean()).items()}
-    weights = {name: w.tolist() for name, w in chooser.mean().items()}
+    entropies = {name: h.tolist() for name, h in entropy(arch_optimizer.mean()).items()}
+    weights = {name: w.tolist() for name, w in arch_optimizer.mean().items()}
     found, val = score(net, forward, arch, splits, config, run, ("search", "val"))
     record(net, cost(arch), arch, found, mixture["loss"], val, config, run, state, log, table, entropy=entropies, weights=weights,
            options={name: list(choice.options) for name, choice in net.choices.items()})
@@ -328,7 +339,7 @@ def record(net, cost, arch, found, mixture_loss, val, config, run, state, log, t
             "seed": config.seed, "model": {key: getattr(config, key) for key in keys}, "dataset": config.dataset,
             "data_dir": config.data_dir}
     if run.master:
-        append(os.path.join(config.out_dir, "arch_traj.jsonl"), seal(line))
+        append(os.path.join(config.out_dir, "arch_traj.jsonl"), add_checksum(line))
     if loss < state.best_loss:
         state.best_loss, state.best_arch = loss, arch
         if run.master:
@@ -366,31 +377,31 @@ def check_stages(net, config):
             build(vars(config) | {"partial_channels": config.widen_to}) # what it does not divide is told now, not after half of the steps
 
 
-def second_stage(net, optimizer, chooser, config, run):
+def second_stage(net, optimizer, arch_optimizer, config, run):
     """The network of a progressive search's second half: without the operations that chooser pruned, and widened; and its optimizer."""
     if not config.widen_to:
-        net.prune(chooser.mask)
+        net.prune(arch_optimizer.mask)
         return net, optimizer
     config.partial_channels = config.widen_to
     wide = build(vars(config)).to(run.device)
-    wide.prune(chooser.mask)
+    wide.prune(arch_optimizer.mask)
     wide_optimizer = configure_optimizer(wide, config, run)
     return widen(net, wide, rng(config.seed, "widen"), (optimizer, wide_optimizer)), wide_optimizer
 
 
-def resume_search(net, optimizer, chooser, config, run, state):
+def resume_search(net, optimizer, arch_optimizer, config, run, state):
     """Goes back to the checkpoint, of whichever stage; returns the network and the optimizer of that stage."""
     path = os.path.join(config.out_dir, "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt")
     if os.path.exists(path):
         checkpoint = load_checkpoint(path, run.device)
-        check_same(config, checkpoint, path, "optimizer")
-        chooser.load_state_dict(checkpoint["chooser"])
+        check_same_network(config, checkpoint, path, network_keys(config.space), ("optimizer",))
+        arch_optimizer.load_state_dict(checkpoint["chooser"])
         if checkpoint["state"].get("stage", 1) == 2:
-            net, optimizer = second_stage(net, optimizer, chooser, config, run)
-    resume(config, run, net, optimizer, state)
+            net, optimizer = second_stage(net, optimizer, arch_optimizer, config, run)
+    resume(config, run, net, optimizer, state, network_keys(config.space))
     if run.master and state.best_loss < math.inf: # arch.json may be of steps, or of a search, that are made anew, perhaps otherwise
         path = os.path.join(config.out_dir, "arch_traj.jsonl")
-        for line in (unseal(line, path) for line in read_lines(path)):
+        for line in (verify_checksum(line, path) for line in read_lines(path)):
             if line["arch_loss"] == state.best_loss:
                 write_json(os.path.join(config.out_dir, "arch.json"), line)
                 break # of equal ones the first was kept
@@ -407,76 +418,6 @@ def load_table(net, config):
     for i in range(8):
         table(uniform(net.choices, rng("benchmark", i)))
     return table
-
-
-def network_of(net, config):
-    """What two runs agree in whose networks are the same: the space, its choices, and what some of its architectures cost."""
-    return {"space": config.space, "choices": {name: list(c.options) for name, c in net.choices.items()},
-            "costs": [net.cost(uniform(net.choices, rng("network", i))) for i in range(3)]}
-
-
-def latency_key(config, of, batch_size, length):
-    """What is measured, in words that are its key in a latency table; length 0 is block_size. An image has no length."""
-    return f"{of} {batch_size} x {length or config.block_size}" if config.space == "gpt" else f"{of} {batch_size}"
-
-
-def latency_features(net, weights):
-    """What the latency of a network is a linear function of, {name: float64 tensor}, itself linear in each row of the weights: of a GPT how
-    often it has each part, (n_embd, options); of others params, flops and how often each option is there, in all
-    rows and in each."""
-    weights = {name: w.double().cpu() for name, w in weights.items()}
-    shares = dict(weights)
-    for name, c in net.choices.items():
-        if c.depth: # what a layer chooses counts with the chance that it runs
-            runs = torch.tensor(net.choices[c.depth].options) > torch.arange(c.repeat).unsqueeze(-1) # (repeat, depths)
-            shares[name] = (runs.double() @ weights[c.depth]).unsqueeze(-1) * weights[name]
-    if isinstance(net, GPT):
-        parts = {"rest": shares["n_layer"], "attention": shares["n_head"].sum(0), "mlp": shares["mlp_ratio"].sum(0)}
-        return {name: torch.outer(shares["n_embd"], share) for name, share in parts.items()}
-    cost = net.cost(weights)
-    counts = {f"all {name}": share.sum(0) for name, share in shares.items() if share.dim() == 2}
-    return {"constant": torch.ones(()).double(), "params": cost["params"], "flops": cost["flops"], **counts, **shares}
-
-
-def latency(net, ms):
-    """A function from weights, or an architecture, to milliseconds: float64 and linear in each row of the weights. ms: {name of a feature:
-    the milliseconds of each}."""
-    ms = {name: torch.tensor(values, dtype=torch.float64) for name, values in ms.items()}
-
-    def predict(arch):
-        mixed = all(torch.is_tensor(w) for w in arch.values())
-        found = latency_features(net, arch if mixed else one_hot(net.choices, arch))
-        total = sum((ms[name] * feature).sum() for name, feature in found.items())
-        return total if mixed else total.item()
-    return predict
-
-
-def load_latency(net, config):
-    """The latency() that config's table predicts, or None. SystemExit if the table is of another space or lacks what config asks for."""
-    path, key = config.latency_table, latency_key(config, config.latency_of, config.latency_batch_size, config.latency_length)
-    if not path:
-        if config.target_latency or (config.arch_search == "pareto" and config.pareto_cost == "latency"):
-            raise SystemExit("A target or a front of latency needs a --latency_table: measure it by python bench.py latency.")
-        return None
-    table = read_json(path)
-    if table.get("network") != network_of(net, config):
-        raise SystemExit(f"latency_table='{path}' is of another space, or of other sizes in it: run python bench.py "
-                         "latency with this search's config.")
-    if key not in table["latencies"]:
-        raise SystemExit(f"latency_table='{path}' has no {key}, but {', '.join(table['latencies'])}: choose one of these by latency_of, "
-                         "latency_batch_size and latency_length, or measure it by python bench.py latency.")
-    return latency(net, table["latencies"][key]["ms"])
-
-
-def with_latency(net, arch, predict):
-    """net.cost(), with the latency in milliseconds where there is a load_latency() that predicts it."""
-    return net.cost(arch) | ({"latency": predict(arch)} if predict else {})
-
-
-def make_budget(net, config, cost):
-    """The Budget that config's targets say, of what a progressive shrinking draws in the end; or None."""
-    targets = {name: getattr(config, f"target_{name}") for name in ("params", "flops", "latency") if getattr(config, f"target_{name}")}
-    return Budget(net.choices, cost, targets, config.budget_penalty, read_phases(net.choices, config)[-1].choices) if targets else None
 
 
 def check(config):
@@ -521,6 +462,7 @@ def search(config):
     """Runs the search of config (a dict); returns what it writes to result.json."""
     config = SimpleNamespace(**config)
     check(config)
+    check_run(config)
     run = setup(config)
     if config.order == 2 and run.scaler.is_enabled():
         raise SystemExit("order=2 differentiates through the gradient, which dtype=float16 scales: use --dtype=bfloat16 or float32.")
@@ -533,97 +475,97 @@ def search(config):
 
     def cost(arch): # of the network of this stage
         return with_latency(net, arch, predict)
-    chooser = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
+    arch_optimizer = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
                             tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
-                            budget=make_budget(net, config, cost))
+                            budget=make_budget(net, config, cost, read_phases(net.choices, config)[-1].choices))
     phases, teacher = read_phases(net.choices, config), None
     check_sandwich(net.choices, phases, config)
     if pretrained(origin(config)):
         load_gpt2(net, origin(config))
         net.sort(importance(net, splits["train"], config, run).__getitem__)
     if config.inherit and origin(config) == "scratch":
-        inherit_weights(net, config, run)
+        init_supernet(net, config, run)
     if config.teacher:
         teacher = trained(config.teacher, "teacher", config, run)
     optimizer = configure_optimizer(net, config, run)
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1, began=0)
     if resumes(config):
-        net, optimizer = resume_search(net, optimizer, chooser, config, run, state)
-        if chooser.budget and state.best_arch and chooser.budget.used(chooser.budget.of(state.best_arch)) > 1: # of a search without it
+        net, optimizer = resume_search(net, optimizer, arch_optimizer, config, run, state)
+        if arch_optimizer.budget and state.best_arch and arch_optimizer.budget.utilization(arch_optimizer.budget.of(state.best_arch)) > 1: # of a search without it
             state.best_loss, state.evaluated = math.inf, -1
-    begin(config, run)
-    chooser.open = phase_of(phases, max(0, state.step - 1)).choices
+    init_out_dir(config, run)
+    arch_optimizer.open = phase_of(phases, max(0, state.step - 1)).choices
     forward = (net.compile_parts() if config.space == "gpt" else torch.compile(net)) if config.compile else net
 
     def step(lr):
         nonlocal net, forward, optimizer
         if config.prune_keep and state.stage == 1 and state.step >= config.max_iters // 2:
-            chooser.prune(config.prune_keep)
+            arch_optimizer.prune(config.prune_keep)
             state.stage, state.began, state.best_loss = 2, state.step, math.inf # the architectures of before may be out of reach
-            net, optimizer = second_stage(net, optimizer, chooser, config, run)
+            net, optimizer = second_stage(net, optimizer, arch_optimizer, config, run)
             forward = torch.compile(net) if config.compile else net
         phase = phase_of(phases, state.step)
-        chooser.open = phase.choices
+        arch_optimizer.open = phase.choices
         if config.shrink and state.step == phase.start:
             if hasattr(net, "unlock"):
                 net.unlock(phase.old, phase.choices)
             optimizer = configure_optimizer(net, config, run)
-        return bilevel_step(net, forward, chooser, optimizer, splits, phase.config, run, state, lr, teacher)
+        return bilevel_step(net, forward, arch_optimizer, optimizer, splits, phase.config, run, state, lr, teacher)
 
     def schedule(step, config):
         phase = phase_of(phases, step)
         return get_lr(step - phase.start, phase.config)
 
-    def undecided():
-        rows = torch.cat([h.reshape(-1) for h in entropy(chooser.mean()).values()] or [torch.zeros(1)])
+    def mean_entropy():
+        rows = torch.cat([h.reshape(-1) for h in entropy(arch_optimizer.mean()).values()] or [torch.zeros(1)])
         return {"H": round(rows.mean().item(), 4)}
 
     def checkpoint():
-        save(config, run, "ckpt.pt", net, optimizer, chooser=chooser.state_dict(), state=vars(state))
+        save(config, run, "ckpt.pt", net, optimizer, arch_optimizer=arch_optimizer.state_dict(), state=vars(state))
 
     with Log(config, run, state.step) as log, signals(run):
         log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +
             " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
-        loop(config, run, state, log, net.cost(chooser.mean())["flops"].item(), step,
-             lambda: evaluate(net, forward, chooser, cost, splits, config, run, state, log, table), checkpoint, undecided, schedule)
+        loop(config, run, state, log, net.cost(arch_optimizer.mean())["flops"].item(), step,
+             lambda: evaluate(net, forward, arch_optimizer, cost, splits, config, run, state, log, table), checkpoint, mean_entropy, schedule)
         if config.optimizer == "spos":
             start = time.perf_counter()
-            search_inherited(net, forward, cost, chooser, splits, config, run, state, log, table)
+            search_inherited(net, forward, cost, arch_optimizer, splits, config, run, state, log, table)
             state.seconds += time.perf_counter() - start
     return finish(cost, config, run, state, table)
 
 
-def search_inherited(net, forward, cost, chooser, splits, config, run, state, log, table):
+def search_inherited(net, forward, cost, arch_optimizer, splits, config, run, state, log, table):
     """Evolutionary or random search among what was trained, by the loss on the search split with the supernet's weights; for both loss
     and cost, pareto.json is what no other architecture is better than in both.
 
     arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
-    path, lines, losses, weights = os.path.join(config.out_dir, "arch_search.jsonl"), [], [], fingerprint(net.state_dict())[:12]
+    path, lines, losses, weights = os.path.join(config.out_dir, "arch_search.jsonl"), [], [], content_hash(net.state_dict())[:12]
     costs = {} # of a search for both
 
     def cost_of(arch):
-        if key_of(arch) not in costs:
-            costs[key_of(arch)] = cost(arch)[config.pareto_cost]
-        return costs[key_of(arch)]
+        if arch_key(arch) not in costs:
+            costs[arch_key(arch)] = cost(arch)[config.pareto_cost]
+        return costs[arch_key(arch)]
 
     if run.master:
         if resumes(config) and os.path.exists(path):
-            lines = [line for line in (unseal(line, path) for line in read_lines(path)) if line.get("supernet") == weights]
+            lines = [line for line in (verify_checksum(line, path) for line in read_lines(path)) if line.get("supernet") == weights]
             if config.arch_search == "pareto": # perhaps with another pareto_cost than before
                 lines = [line | {"cost": cost_of(line["arch"])} for line in lines]
-        write(path, lambda f: f.write("".join(json.dumps(seal(line)) + "\n" for line in lines).encode())) # without a line cut off
+        atomic_write(path, lambda f: f.write("".join(json.dumps(add_checksum(line)) + "\n" for line in lines).encode())) # without a line cut off
         state.seconds += sum(line["seconds"] for line in lines)
-    known = {key_of(line["arch"]): line["loss"] for line in lines}
+    known = {arch_key(line["arch"]): line["loss"] for line in lines}
 
     def evaluate(arch):
-        stop_if_told(run, lambda: None)
-        loss = share(known.get(key_of(arch), math.nan), run)[0] # rank 0 knows
+        stop_if_signaled(run, lambda: None)
+        loss = all_gather_scalar(known.get(arch_key(arch), math.nan), run)[0] # rank 0 knows
         if math.isnan(loss):
             start = time.perf_counter()
             loss = score(net, forward, arch, splits, config, run)["loss"]
             if run.master:
                 both = {"cost": cost_of(arch)} if config.arch_search == "pareto" else {}
-                append(path, seal({"evaluation": len(losses) + 1, "step": state.step, "supernet": weights, "arch": arch, "loss": loss,
+                append(path, add_checksum({"evaluation": len(losses) + 1, "step": state.step, "supernet": weights, "arch": arch, "loss": loss,
                                    **both, "seconds": time.perf_counter() - start}))
         losses.append(loss)
         if run.master and (loss == min(losses) or len(losses) % 25 == 0):
@@ -633,13 +575,13 @@ def search_inherited(net, forward, cost, chooser, splits, config, run, state, lo
 
     generator = rng(config.seed, "arch_search")
     if config.arch_search == "random":
-        history = random_search(chooser.open, evaluate, config.arch_evals, generator, chooser.budget)
+        history = random_search(arch_optimizer.open, evaluate, config.arch_evals, generator, arch_optimizer.budget)
     else:
         rank = (lambda history: by_front(history, cost_of)) if config.arch_search == "pareto" else None
-        history = evolutionary_search(chooser.open, evaluate, config.arch_evals, generator, config.population, config.parents,
-                                      config.mutate_prob, config.depth_mutate_prob, chooser.budget, rank)
+        history = evolutionary_search(arch_optimizer.open, evaluate, config.arch_evals, generator, config.population, config.parents,
+                                      config.mutate_prob, config.depth_mutate_prob, arch_optimizer.budget, rank)
         if rank and run.master:
-            front = [history[i] for i in fronts([(loss, cost_of(arch)) for loss, arch in history])[0]]
+            front = [history[i] for i in nondominated_sort([(loss, cost_of(arch)) for loss, arch in history])[0]]
             front = sorted(({"arch": arch, "loss": loss, **cost(arch)} for loss, arch in front), key=lambda point: point["loss"])
             write_json(os.path.join(config.out_dir, "pareto.json"), {"space": config.space, "cost": config.pareto_cost, "front": front})
     found, val = score(net, forward, best_of(history)[1], splits, config, run, ("search", "val"))
@@ -661,11 +603,10 @@ def finish(cost, config, run, state, table):
             draws = ", ".join(f"of {n} {table.random_best(n):.2f}%" for n in (1, 10, 100))
             print(f"in the table: {result['table_accuracy']:.2f}%, rank {result['table_rank']} of {result['table_of']}; the best of random "
                   f"draws, in the mean: {draws}")
-        print(f"figure: {search_figure(config.out_dir)}")
         print("next: python train_base.py " + shlex.quote(f"--arch={os.path.join(config.out_dir, 'arch.json')}"))
     return result
 
 
 if __name__ == "__main__":
     from configurator import configure
-    main(search, configure(with_space(globals())))
+    draw_figures(main(search, configure(with_space(globals())))["out_dir"])

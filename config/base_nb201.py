@@ -1,21 +1,8 @@
-# Trains a cell of NAS-Bench-201 on CIFAR-10 as its benchmark was: SGD with Nesterov's momentum, 200 epochs of 256 images.
+# Trains a cell of NAS-Bench-201 on CIFAR-10 as its benchmark was: like NATS-Bench, 200 epochs.
 # python train_base.py config/base_nb201.py --arch=out/search_nb201_drnas/arch.json
+include('base_nats_size.py')
 out_dir = 'out/base_nb201'
-dataset = 'cifar10'
 init_channels = 16
 n_cell = 5
-affine = True
 partial_channels = 1
-batch_size = 256
 max_iters = 39000
-eval_interval = 1950
-val_portion = 0.0
-crop = 4
-flip = True
-weight_optimizer = 'sgd'
-nesterov = True
-learning_rate = 0.1
-min_lr = 0.0
-warmup_iters = 0
-weight_decay = 5e-4
-grad_clip = 0.0

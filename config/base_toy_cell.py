@@ -1,4 +1,5 @@
-# Trains a toy cell on Fashion-MNIST as its table was: 200 epochs at a constant rate, no augmentation.
+# Trains a toy cell on Fashion-MNIST as those of its table were: 200 epochs at a constant rate,
+# no augmentation.
 # python train_base.py config/base_toy_cell.py --arch=out/search_toy_cell_drnas/arch.json
 out_dir = 'out/base_toy_cell'
 dataset = 'fashion_mnist'

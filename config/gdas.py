@@ -1,4 +1,5 @@
-# GDAS; after a search config: python train_search.py config/search_pydocs.py config/gdas.py
+# GDAS. It stands after a search config:
+# python train_search.py config/search_pydocs.py config/gdas.py
 optimizer = 'gdas'
 tau_max = 10.0
 tau_min = 0.1

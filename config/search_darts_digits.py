@@ -1,15 +1,8 @@
 # The DARTS cells, four of them on 8 x 8 digits, on a laptop: no download, no GPU.
 # python train_search.py config/search_darts_digits.py config/drnas.py
+include('shared/digits_search.py')
 space = 'darts'
 out_dir = 'out/search_darts_digits'
-dataset = 'digits'
 init_channels = 4
 n_layer = 4
 affine = False
-batch_size = 64
-max_iters = 500
-eval_interval = 100
-learning_rate = 2e-3
-min_lr = 2e-4
-warmup_iters = 50
-arch_learning_rate = 1e-2

@@ -1,6 +1,7 @@
-# GPT-2 (124 million parameters) cut to 80 million: its own weights, with what matters most in front, learn to be cut from the answers of
-# the whole, and evolution finds the best network within the budget. One GPU; --init_from=FOLDER takes a config.json and a
-# model.safetensors from there.
+# GPT-2 (124 million parameters) cut to 80 million. Its weights are sorted, what matters most in
+# front. Smaller networks learn from the answers of the whole. Evolution then finds the best
+# network within the budget. One GPU.
+# --init_from=FOLDER takes a config.json and a model.safetensors from there.
 # python prepare.py --dataset=openwebtext
 # python train_search.py config/search_gpt2.py --target_params=80_000_000
 out_dir = 'out/search_gpt2'

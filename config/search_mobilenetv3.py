@@ -1,9 +1,10 @@
-# Once-for-all's space on ImageNet as TangleNAS searched it: all choices at once, from scratch, 500 epochs and 5 of warmup; 8 GPUs.
+# Once-for-all's space on ImageNet as TangleNAS searched it: all choices at once, from scratch,
+# 500 epochs and 5 of warmup; 8 GPUs.
 # python prepare.py --dataset=imagenet
 # torchrun --standalone --nproc_per_node=8 train_search.py config/search_mobilenetv3.py config/drnas.py
+include('shared/mobilenetv3_imagenet.py')
 space = 'mobilenetv3'
 out_dir = 'out/search_mobilenetv3'
-dataset = 'imagenet'
 batch_size = 256
 gradient_accumulation_steps = 8 # 2,048 images a step
 train_portion = 0.9922 # 10,000 images for the alphas
@@ -11,16 +12,6 @@ max_iters = 313400
 eval_interval = 6206
 eval_iters = 40
 bn_batches = 8 # 2,048 images
-flip = True
-resized_crop = 0.08
-color_jitter = 0.125 # published: brightness 32/255, saturation 0.5
-label_smoothing = 0.1
 resolutions = [128, 144, 160, 176, 192, 208, 224] # published: every fourth number between
-weight_optimizer = 'sgd'
-nesterov = True
 learning_rate = 0.24 # 3e-2 a GPU
-min_lr = 0.0
-weight_decay = 3e-5
-warmup_iters = 3103
-grad_clip = 0.0
 arch_learning_rate = 3e-4

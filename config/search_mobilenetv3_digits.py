@@ -22,4 +22,3 @@ learning_rate = 0.1
 min_lr = 0.0
 weight_decay = 3e-4
 warmup_iters = 50
-arch_learning_rate = 1e-2

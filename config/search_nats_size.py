@@ -1,23 +1,11 @@
-# The size space of NATS-Bench on CIFAR-10 with the published settings of DrNAS, 100 epochs of the half that trains the weights; one GPU.
+# The size space of NATS-Bench on CIFAR-10 with the published settings of DrNAS; one GPU.
 # python prepare.py --dataset=cifar10
 # python train_search.py config/search_nats_size.py config/drnas.py
+# On 4 GPUs:
 # torchrun --standalone --nproc_per_node=4 train_search.py config/search_nats_size.py --gradient_accumulation_steps=4 --batch_size=16
 # Of all 32,768 architectures the mean test accuracy after 90 epochs is 91.085% (NATS-Bench).
+include('shared/cifar10.py')
+include('shared/drnas_settings.py')
 space = 'nats_size'
 out_dir = 'out/search_nats_size'
-dataset = 'cifar10'
 affine = False
-batch_size = 64
-train_portion = 0.5
-max_iters = 39000
-eval_interval = 1950
-eval_iters = 200
-crop = 4
-flip = True
-weight_optimizer = 'sgd'
-learning_rate = 0.025
-min_lr = 1e-3
-weight_decay = 3e-4
-warmup_iters = 0
-grad_clip = 5.0
-arch_learning_rate = 3e-4

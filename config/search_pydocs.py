@@ -1,7 +1,9 @@
-# The quick search: a GPT for the characters of Python's own documentation, on two CPU cores in about 4 minutes.
+# The quick search: a GPT for the characters of Python's own documentation, on two CPU cores in
+# about 4 minutes.
 # python train_search.py config/search_pydocs.py config/drnas.py
 # Any other method: config/darts.py, darts2.py, gdas.py or spos.py in the place of drnas.py.
-# Retrain what it found: python train_base.py config/base_pydocs.py --arch=out/search_pydocs_drnas/arch.json
+# Retrain what it found:
+# python train_base.py config/base_pydocs.py --arch=out/search_pydocs_drnas/arch.json
 out_dir = 'out/search_pydocs'
 dataset = 'pydocs'
 n_layer = [2, 3, 4]

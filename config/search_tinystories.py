@@ -1,6 +1,8 @@
-# TinyStories with GPT-2's tokens: 16,120,377 architectures of 25 to 88 million parameters, for one to four GPUs.
+# TinyStories with GPT-2's tokens: 16,120,377 architectures of 25 to 88 million parameters, for
+# one to four GPUs.
 # python prepare.py --dataset=tinystories
 # torchrun --standalone --nproc_per_node=4 train_search.py config/search_tinystories.py config/drnas.py
+include('shared/tinystories.py')
 out_dir = 'out/search_tinystories'
 dataset = 'tinystories'
 n_layer = [5, 6, 7]
@@ -8,18 +10,8 @@ n_head = [6, 8, 12]
 n_embd = [384, 576, 768]
 mlp_ratio = [2, 3, 4]
 bias = False
-dropout = 0.2
 
 train_portion = 0.8
-batch_size = 12
 block_size = 224
-gradient_accumulation_steps = 20 # 12 * 20 * 224 = 53,760 tokens a step
 max_iters = 6000
-eval_interval = 100
-eval_iters = 100
-learning_rate = 5e-4
-min_lr = 5e-5
-warmup_iters = 100
-beta2 = 0.99
-compile = True
 arch_learning_rate = 3e-4

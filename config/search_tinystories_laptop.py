@@ -1,7 +1,8 @@
 # TinyStories with GPT-2's tokens, small enough for two CPU cores: about 10 minutes.
 # python prepare.py --dataset=tinystories
 # python train_search.py config/search_tinystories_laptop.py config/drnas.py
-# Retrain what it found: python train_base.py config/base_tinystories_laptop.py --arch=out/search_tinystories_laptop_drnas/arch.json
+# Retrain what it found:
+# python train_base.py config/base_tinystories_laptop.py --arch=out/search_tinystories_laptop_drnas/arch.json
 out_dir = 'out/search_tinystories_laptop'
 dataset = 'tinystories'
 n_layer = [2, 3, 4]

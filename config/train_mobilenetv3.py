@@ -1,27 +1,10 @@
-# The largest network of once-for-all's space, 7,664,760 parameters, on ImageNet for 180 epochs: where progressive shrinking starts.
+# The largest network of once-for-all's space, 7,664,760 parameters, on ImageNet for 180 epochs:
+# where progressive shrinking starts (config/shrink_mobilenetv3.py).
 # torchrun --standalone --nproc_per_node=8 train.py config/train_mobilenetv3.py
+include('base_mobilenetv3.py')
 space = 'mobilenetv3'
 out_dir = 'out/train_mobilenetv3'
-dataset = 'imagenet'
 depth = 4
 kernel_size = 7
 expand = 6
-batch_size = 64
-gradient_accumulation_steps = 32 # 2,048 images a step
-val_portion = 0.0079 # what the search keeps for itself
-max_iters = 111700
-eval_interval = 3103
-eval_iters = 150
-bn_batches = 32 # 2,048 images
-flip = True
-resized_crop = 0.08
-color_jitter = 0.125 # published: brightness 32/255, saturation 0.5
-label_smoothing = 0.1
 resolutions = [128, 144, 160, 176, 192, 208, 224] # published: every fourth number between
-weight_optimizer = 'sgd'
-nesterov = True
-learning_rate = 0.96 # 3e-2 a GPU of 32
-min_lr = 0.0
-weight_decay = 3e-5
-warmup_iters = 3103
-grad_clip = 0.0

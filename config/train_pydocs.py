@@ -1,4 +1,5 @@
-# A GPT of fixed sizes for the characters of Python's own documentation, on two CPU cores in some minutes.
+# A GPT of fixed sizes for the characters of Python's own documentation, on two CPU cores in some
+# minutes.
 # python train.py config/train_pydocs.py
 out_dir = 'out/train_pydocs'
 dataset = 'pydocs'

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from configurator import check_range, defaults
 from model import MLP, mixture_sizes, run_blocks, transformer_choices
-from supernet import Conv2d, ImageNetwork, LayerNorm, Linear, Size, options_of, prefixes, straight, take
-from supernet import drop_path as drop
+from search_spaces.convs import Conv2d, ImageNetwork, drop_path as drop
+from supernet import LayerNorm, Linear, Size, options_of, prefix_masks, straight_through, take
 
 # -----------------------------------------------------------------------------
 n_embd = [192, 216, 240] # of all layers
@@ -58,7 +58,7 @@ class PatchEmbedding(nn.Module):
         part = e and e.unweighted # one product with the weights behind the sum
         slices, x = self.take(part), self.proj(x, None, part).flatten(2).transpose(1, 2)
         x = torch.cat((slices["cls_token"].expand(len(x), -1, -1).to(x.dtype), x), 1) + slices["pos_embed"]
-        return x * e.S if e is not None and e.mixed else straight(x, e and e.p)
+        return x * e.coverage if e is not None and e.mixed else straight_through(x, e and e.p)
 
 
 def offsets(side, clip):
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         index, one_hot = offsets(side, c.rel_pos_clip)
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("one_hot", one_hot, persistent=False)
-        self.register_buffer("share", prefixes([h * c.head_size for h in n_head], inner), persistent=False) # (n_head, inner)
+        self.register_buffer("mask", prefix_masks([h * c.head_size for h in n_head], inner), persistent=False) # (n_head, inner)
         self.resid_dropout = nn.Dropout(c.dropout)
 
     def take(self, e=None, n_head=None):
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         n, every = h * self.head_size, mixed or n_head is None
         q, k, v = self.qkv(x, e, None if every else Size(3 * n, 3)).unflatten(2, (3, h, -1)).permute(2, 0, 3, 1, 4) # (B, h, N, head_size)
         y = self.attend(q, k, v).transpose(1, 2).flatten(2) # (B, N, n)
-        y = y * (n_head @ self.share).to(y.dtype) if mixed else straight(y, a)
+        y = y * (n_head @ self.mask).to(y.dtype) if mixed else straight_through(y, a)
         return self.resid_dropout(self.proj(y, None if every else Size(n), e))
 
     def attend(self, q, k, v):
@@ -154,7 +154,7 @@ class AutoFormer(ImageNetwork):
         self.embed, self.dropout = PatchEmbedding(c, E, side * side + 1), nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList([Block(c, self.n_embd, *layer, side, drops[i]) for i, layer in enumerate(layers)])
         self.ln_f, self.classifier = LayerNorm(E, bias=True), Linear(E, c.num_classes)
-        self.register_buffer("share", prefixes(self.n_embd, E), persistent=False) # (n_embd, E)
+        self.register_buffer("mask", prefix_masks(self.n_embd, E), persistent=False) # (n_embd, E)
         self.register_buffer("last", torch.tensor(self.n_embd) - 1, persistent=False)
         for name, p in self.named_parameters():
             if name.endswith(self.no_weight_decay):

@@ -12,8 +12,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import check_range, defaults
-from supernet import (BatchNorm2d, CellNetwork, Choice, Conv2d, DilConv, Edge, FactorizedReduce, Linear, Pool, ReLUConvBN, SepConv, Skip,
-                      check_arch, check_names, nodes, partial, read_genotype, write_genotype)
+from search_spaces.cells import CellNetwork, DilConv, Edge, FactorizedReduce, Pool, ReLUConvBN
+from search_spaces.cells import SepConv, Skip, nodes, partial, from_genotype, to_genotype
+from search_spaces.convs import BatchNorm2d, Conv2d
+from supernet import Choice, Linear, check_arch, check_names
 
 # -----------------------------------------------------------------------------
 init_channels = 16 # of a node in the first third; 36 in the published networks
@@ -149,7 +151,7 @@ def genotype(arch):
             if len(pairs) != 2:
                 raise SystemExit(f"A genotype of darts has two operations a node, and this {name} has {len(pairs)} at node {n}: {rows}.")
             cells[name] += pairs
-    return write_genotype(cells, CONCAT)
+    return to_genotype(cells, CONCAT)
 
 
 def columns(arch):
@@ -160,7 +162,7 @@ def columns(arch):
 def arch_of(text):
     """The architecture of a genotype, or of the name of one in GENOTYPES; SystemExit if it is none."""
     arch = {}
-    for name, pairs in read_genotype("darts", GENOTYPES.get(text, text), CONCAT, PRIMITIVES).items():
+    for name, pairs in from_genotype("darts", GENOTYPES.get(text, text), CONCAT, PRIMITIVES).items():
         arch[name] = ["none"] * 14
         for n, first in zip(INPUTS, (0, 2, 5, 9), strict=True):
             node = pairs[2 * n - 4:2 * n - 2]

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from configurator import as_list, check_range, check_whole, defaults
 from model import run_blocks
-from supernet import BatchNorm2d, Choice, Conv2d, ImageNetwork, Linear, Size, check_arch, one_hot, options_of, prefixes, ranking
-from supernet import reorder, straight
+from search_spaces.convs import BatchNorm2d, Conv2d, ImageNetwork
+from supernet import Choice, Linear, Size, check_arch, one_hot, options_of, prefix_masks, ranking
+from supernet import reorder, straight_through
 
 # -----------------------------------------------------------------------------
 depth = [2, 3, 4] # blocks of each stage
@@ -99,8 +100,8 @@ class Block(nn.Module):
         self.mid = tuple(divisible(round(i * e)) for e in expands) # channels of each option
         self.reduced = tuple(divisible(n // 4) for n in self.mid) # and of its squeeze
         n = self.mid[-1]
-        self.register_buffer("share", prefixes(self.mid, n), persistent=False) # (expands, n)
-        self.register_buffer("share_of_reduced", prefixes(self.reduced, self.reduced[-1]), persistent=False)
+        self.register_buffer("mask", prefix_masks(self.mid, n), persistent=False) # (expands, n)
+        self.register_buffer("mask_of_reduced", prefix_masks(self.reduced, self.reduced[-1]), persistent=False)
         wide = expands[-1] != 1 # else there is nothing to expand
         self.expand, self.expand_norm = (Conv2d(i, n, 1), BatchNorm2d(n)) if wide else (None, None)
         self.depthwise, self.depthwise_norm = Depthwise(n, kernels, stride, transform), BatchNorm2d(n)
@@ -110,7 +111,7 @@ class Block(nn.Module):
     def sizes(self, e):
         """The Sizes of the middle and of its squeeze."""
         if isinstance(e, torch.Tensor):
-            return Size(self.mid, share=self.share, p=e), Size(self.reduced, share=self.share_of_reduced, p=e)
+            return Size(self.mid, mask=self.mask, p=e), Size(self.reduced, mask=self.mask_of_reduced, p=e)
         option, p = e if isinstance(e, tuple) else (e, None)
         place = None if option is None else self.expands.index(option)
         return (None, None) if place is None else (Size(self.mid[place], p=p), Size(self.reduced[place], p=p))
@@ -123,7 +124,7 @@ class Block(nn.Module):
         if self.expand is not None:
             y = self.act(self.expand_norm(self.expand(y, None, part), part))
         y = self.depthwise_norm(self.depthwise(y, None, part, k), mid, k.sum() if isinstance(k, torch.Tensor) else None)
-        y = self.act(straight(y, k[1] if isinstance(k, tuple) else None))
+        y = self.act(straight_through(y, k[1] if isinstance(k, tuple) else None))
         y = y if self.se is None else self.se(y, part, reduced)
         y = self.project_norm(self.project(y, part))
         return x + y if self.skip else y

@@ -14,8 +14,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import defaults
-from supernet import BatchNorm2d, Choice, Conv2d, Entangled, ImageNetwork, check_arch, check_entanglement, options_of, prefixes, size_of
-from supernet import straight
+from search_spaces.convs import BatchNorm2d, Conv2d, Entangled, ImageNetwork, check_entanglement
+from supernet import Choice, check_arch, options_of, prefix_masks, size_of, straight_through
 
 # -----------------------------------------------------------------------------
 channels = [8, 16, 24, 32, 40, 48, 56, 64] # of each stage
@@ -49,11 +49,11 @@ class Skip(nn.Module):
         if self.change is None or i is None:
             return x if self.change is None else self.change(x)
         if not o.mixed and i.n == o.n:
-            return straight(x, i.p * o.p if o.weighted else None)
+            return straight_through(x, i.p * o.p if o.weighted else None)
         if self.entanglement == "weights": # one convolution for all pairs: the weight of out is that of its pairs
             different = o._replace(p=o.p * (i.p.sum() - i.p) if o.mixed else i.p * o.p if o.weighted else None)
         y = self.change(x, i, different if self.entanglement == "weights" else o)
-        return x * ((i.p * o.p) @ o.share)[:, None, None].to(x.dtype) + y if o.mixed else y
+        return x * ((i.p * o.p) @ o.mask)[:, None, None].to(x.dtype) + y if o.mixed else y
 
 
 class Cell(nn.Module):
@@ -97,7 +97,7 @@ class NATSSize(ImageNetwork):
         check_entanglement(c.entanglement)
         self.n = options_of(c.channels, "channels")
         self.choices = {"channels": Choice(self.n, repeat=5)}
-        self.register_buffer("share", prefixes(self.n, self.n[-1]), persistent=False) # (options, channels)
+        self.register_buffer("mask", prefix_masks(self.n, self.n[-1]), persistent=False) # (options, channels)
         n = [self.n] * 5
         if arch is not None: # nothing is left to choose
             n, self.choices = [(o,) for o in check_arch(self.choices, arch)["channels"]], {}
@@ -112,7 +112,7 @@ class NATSSize(ImageNetwork):
         network without choices, else an architecture, or weights for a mixture."""
         open_choices = any(len(c.options) > 1 for c in self.choices.values())
         assert arch is not None or not open_choices, "a supernet needs weights or an architecture as its third argument"
-        sizes = [size_of(value, self.n, self.share) for value in ([None] * 5 if arch is None else arch["channels"])]
+        sizes = [size_of(value, self.n, self.mask) for value in ([None] * 5 if arch is None else arch["channels"])]
         x = self.stem(x, None, sizes[0])
         for stage, (i, o) in zip(self.stages, STAGES, strict=True):
             x = stage(x, sizes[i], sizes[o])

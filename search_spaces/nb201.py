@@ -14,8 +14,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import check_range, defaults
-from supernet import (BatchNorm2d, CellNetwork, Choice, Conv2d, Edge, Linear, Pool, ReLUConvBN, Skip, check_arch, check_names, nodes,
-                      partial)
+from search_spaces.cells import CellNetwork, Edge, Pool, ReLUConvBN, Skip, nodes, partial
+from search_spaces.convs import BatchNorm2d, Conv2d
+from supernet import Choice, Linear, check_arch, check_names
 
 # -----------------------------------------------------------------------------
 init_channels = 16 # of the first third of the cells; doubled twice

@@ -19,9 +19,11 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import check_range, defaults
-from model import MLP, CausalSelfAttention, run_blocks
-from supernet import Choice, Conv2d, Embedding, ImageNetwork, LayerNorm, Size, check_arch, drop_path as drop_samples, options_of, prefixes
-from supernet import size_of, straight, window_attention
+from fused_ops import window_attention
+from model import CausalSelfAttention, MLP, run_blocks
+from search_spaces.convs import Conv2d, ImageNetwork, drop_path as drop_samples
+from supernet import Choice, Embedding, LayerNorm, Size, check_arch, options_of, prefix_masks
+from supernet import size_of, straight_through
 
 # -----------------------------------------------------------------------------
 n_embd = [36, 48, 60] # width
@@ -83,7 +85,7 @@ class WindowAttention(CausalSelfAttention):
         """x: (B * windows, window_size^2, n_embd), mask: (windows, window_size^2, window_size^2) or None"""
         bias = self.bias(self.index, self.heads(n_head)).permute(2, 0, 1) # (heads, T, T)
         if isinstance(n_head, torch.Tensor): # as in model.py: every head count in its own layout, with the first of the biases
-            S, scale = e.p @ self.share, e.p @ self.scale # (n_head, n_embd)
+            S, scale = e.p @ self.mask, e.p @ self.scale # (n_head, n_embd)
             y = window_attention(self.c_attn(x, e), S * scale, n_head.unsqueeze(-1) * S * S, self.n_head, bias, mask)
             return self.c_proj(y, None, e)
         h, a = n_head if isinstance(n_head, tuple) else (n_head or self.n_head[-1], None)
@@ -91,7 +93,7 @@ class WindowAttention(CausalSelfAttention):
         qkv, ones = self.c_attn(x, e, e and Size(3 * n, 3 * h)), x.new_ones(1, n)
         y_scale = ones
         if a is not None: # the weights as in the mixture
-            qkv, y_scale = torch.cat((straight(qkv[..., :n], e.p * e.p), qkv[..., n:]), -1), a * e.p * e.p * ones
+            qkv, y_scale = torch.cat((straight_through(qkv[..., :n], e.p * e.p), qkv[..., n:]), -1), a * e.p * e.p * ones
         y = window_attention(qkv, ones * (n / h) ** -0.5, y_scale, (h,), bias, mask)
         return self.c_proj(y, e and Size(n, h), e)
 
@@ -177,7 +179,7 @@ class SwinIR(ImageNetwork):
         self.ln_f, self.conv_last = LayerNorm(E, bias=True), Conv2d(E, E, 3, bias=True)
         self.up = Conv2d(E, 3 * c.scale ** 2, 3, bias=True)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("share", prefixes(self.n_embd, E), persistent=False) # (n_embd, E)
+        self.register_buffer("mask", prefix_masks(self.n_embd, E), persistent=False) # (n_embd, E)
         self.register_buffer("last", torch.tensor(self.n_embd) - 1, persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -190,7 +192,7 @@ class SwinIR(ImageNetwork):
         if arch is None:
             assert all(len(c.options) == 1 for c in self.choices.values()), "a supernet needs weights or an architecture as third argument"
             return None, len(self.rstb), [(None, len(block.layers), [(None, None)] * len(block.layers)) for block in self.rstb]
-        e = size_of(arch["n_embd"], self.n_embd, self.share, self.last)
+        e = size_of(arch["n_embd"], self.n_embd, self.mask, self.last)
         return e, arch["n_rstb"], [(e, arch[f"n_layer_{r}"], list(zip(arch[f"n_head_{r}"], arch[f"mlp_ratio_{r}"], strict=True)))
                                    for r in range(1, len(self.rstb) + 1)]
 

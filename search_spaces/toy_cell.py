@@ -11,8 +11,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import check_range, defaults
-from supernet import (CellNetwork, Choice, DilConv, Edge, Linear, ReLUConvBN, SepConv, check_arch, check_names, nodes, read_genotype,
-                      write_genotype)
+from search_spaces.cells import CellNetwork, DilConv, Edge, ReLUConvBN, SepConv, nodes
+from search_spaces.cells import from_genotype, to_genotype
+from supernet import Choice, Linear, check_arch, check_names
 
 # -----------------------------------------------------------------------------
 init_channels = 32 # of a node in the first two cells; doubled in the third
@@ -79,7 +80,7 @@ class ToyCell(CellNetwork):
 
 def genotype(arch):
     """The published text of an architecture."""
-    return write_genotype({name: zip(ops, SOURCES, strict=True) for name, ops in arch.items()}, CONCAT)
+    return to_genotype({name: zip(ops, SOURCES, strict=True) for name, ops in arch.items()}, CONCAT)
 
 
 def columns(arch):
@@ -89,7 +90,7 @@ def columns(arch):
 
 def arch_of(text):
     """The architecture of a genotype; SystemExit if it is none."""
-    cells = read_genotype("toy_cell", text, CONCAT, PRIMITIVES)
+    cells = from_genotype("toy_cell", text, CONCAT, PRIMITIVES)
     if any(tuple(source for _, source in pairs) != SOURCES for pairs in cells.values()):
         raise SystemExit(f"'{text}' is no genotype of toy_cell: the sources of both cells are {', '.join(map(str, SOURCES))}.")
     return {name: [op for op, _ in pairs] for name, pairs in cells.items()}

@@ -16,7 +16,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import check_range, defaults
-from supernet import Choice, Conv2d, Entangled, ImageNetwork, Linear, check_arch, check_entanglement, options_of, prefixes, size_of
+from search_spaces.convs import Conv2d, Entangled, ImageNetwork, check_entanglement
+from supernet import Choice, Linear, check_arch, options_of, prefix_masks, size_of
 
 # -----------------------------------------------------------------------------
 channels_1 = [8, 16, 32] # of the first convolution
@@ -56,7 +57,7 @@ class ConvMacro(ImageNetwork):
             options, kernels, self.choices = {name: (arch[name],) for name in CHANNELS}, [(k,) for k in arch["kernel_size"]], {}
         self.n = [options[name] for name in CHANNELS]
         for name, n in zip(CHANNELS, self.n, strict=True):
-            self.register_buffer(f"share_of_{name}", prefixes(n, n[-1]), persistent=False) # (options, channels)
+            self.register_buffer(f"mask_of_{name}", prefix_masks(n, n[-1]), persistent=False) # (options, channels)
         side = c.img_size // 4 + 2 * c.last_padding - c.last_kernel_size + 1
         if c.img_size < 4 or side < 1:
             raise SystemExit(f"img_size={c.img_size} is too small for last_kernel_size={c.last_kernel_size} with last_padding="
@@ -81,7 +82,7 @@ class ConvMacro(ImageNetwork):
         if arch is None:
             assert all(len(c.options) == 1 for c in self.choices.values()), "a supernet needs weights or an architecture as third argument"
             return [None] * 4, [None] * 4
-        shares = [getattr(self, f"share_of_{name}") for name in CHANNELS]
+        shares = [getattr(self, f"mask_of_{name}") for name in CHANNELS]
         return [size_of(arch[name], n, s) for name, n, s in zip(CHANNELS, self.n, shares, strict=True)], arch["kernel_size"]
 
     def forward(self, x, targets=None, arch=None):

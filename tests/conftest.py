@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import supernet
+import fused_ops
 from prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,16 +103,16 @@ def digits_dir(tmp_path_factory):
 def no_kernels():
     """A search in this process turns them on, and PyTorch's counter of FLOPs does not know them."""
     yield
-    supernet.use_fused_ops(False)
+    fused_ops.use_fused_ops(False)
 
 
 def turn_kernels_on():
     """fused_ops.cpp in use from here on; the test is skipped where there is no compiler, and fails where it does not compile."""
-    supernet.use_fused_ops()
+    fused_ops.use_fused_ops()
     compiler = os.environ.get("CXX", "c++")
-    if not supernet.fused and shutil.which(compiler) is None:
+    if not fused_ops.fused and shutil.which(compiler) is None:
         pytest.skip(f"there is no compiler {compiler} for fused_ops.cpp")
-    assert supernet.fused, "fused_ops.cpp does not compile here"
+    assert fused_ops.fused, "fused_ops.cpp does not compile here"
 
 
 @pytest.fixture(params=[False, True], ids=["pytorch", "kernels"])
@@ -121,4 +121,4 @@ def implementation(request):
     if request.param:
         turn_kernels_on()
     yield
-    supernet.use_fused_ops(False)
+    fused_ops.use_fused_ops(False)

@@ -12,8 +12,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from analyze import describe, heat_map, main, read_lines, search_figure, train_figure
-from prepare import seal, write_json
+from analyze import heat_map, main, search_figure, train_figure
+from run import read_lines, add_checksum, write_json
+from search_spaces import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACES = { # lists of different lengths, numbers, and a choice that the config does not list
@@ -277,7 +278,7 @@ def test_the_script_redraws_real_runs(tmp_path):
 def test_the_best_of_a_progressive_search_is_what_it_keeps(tmp_path, drawn, capsys):
     """The best of its second half, though the first had a lower loss with operations that have been pruned since."""
     traj = [line | {"arch_loss": loss} for line, loss in zip(search_run(tmp_path, n=4), (3.0, 1.0, 2.5, 2.0), strict=True)]
-    jsonl(tmp_path / "arch_traj.jsonl", map(seal, traj))
+    jsonl(tmp_path / "arch_traj.jsonl", map(add_checksum, traj))
     write_json(tmp_path / "arch.json", traj[3])
     main(str(tmp_path))
     said = capsys.readouterr().out

@@ -11,10 +11,10 @@ import train_base
 import train_search
 from configurator import configure
 from optim_nas import space_size, uniform
-from prepare import read_json
-from search_spaces import autoformer
+from run import read_json
+from search_spaces import autoformer, with_space
 from supernet import extremes, one_hot
-from train import configure_optimizer, with_space
+from train import configure_optimizer
 
 TINY = TINY_SPACES["autoformer"] | dict(img_size=8, in_channels=1, num_classes=10)
 

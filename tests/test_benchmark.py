@@ -1,4 +1,4 @@
-"""analyze.Benchmark, tables of trained architectures: in every form, by hand on small ones, and the facts of the published ones."""
+"""budget.Benchmark, tables of trained architectures: in every form, by hand on small ones, and the facts of the published ones."""
 import gzip
 import itertools
 import json
@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT, TINY_IMAGES, TINY_SPACES, flags
 from test_vision import sentence
 
-import analyze
-from analyze import Benchmark
+from budget import Benchmark
 from search_spaces import nats_size, nb201, toy_cell, toy_conv_macro
+import budget
 
 SHARED = Path(os.environ.get("NAS_DATA") or ROOT.parent / "shared/data") / "bench"
 OPS = ["none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3"]
@@ -165,5 +165,5 @@ def test_a_mistake_is_one_sentence_of_the_script(case, digits_dir, tmp_path):
 def test_a_missing_package_is_one_sentence(space, name, package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None) # as if it were not installed
     with pytest.raises(SystemExit) as e:
-        analyze.Benchmark(str(tmp_path / name), space, {}, "cifar10")
+        budget.Benchmark(str(tmp_path / name), space, {}, "cifar10")
     assert re.search(f"needs the package.*{package}.*pip install", e.value.code) and "\n" not in e.value.code

@@ -11,10 +11,14 @@ from conftest import TINY_EVALS, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, f
 
 import analyze
 import train_search
+from budget import Budget, likelihood
 from model import build
-from optim_nas import ArchOptimizer, Budget, architectures, by_front, fronts, likelihood, likeliest, one_hot, random_search, uniform
+from optim_nas import ArchOptimizer, architectures, by_front, nondominated_sort, discretize, random_search
+from optim_nas import uniform
+from search_spaces import space_module
+from supernet import one_hot
 from test_train import search_config
-from train import space_module
+import budget
 
 CHARS = build(dict(n_layer=[4, 5, 6], n_head=[2, 4, 6], n_embd=[96, 192, 384], mlp_ratio=[2, 3, 4], bias=False, vocab_size=65,
                    block_size=256))
@@ -35,7 +39,7 @@ def test_five_targets_of_each_kind(name, targets):
     for target in targets:
         budget = Budget(CHARS.choices, CHARS.cost, {name: target})
         for seed in range(3):
-            for arch in (budget.project(drawn(CHARS.choices, seed)), budget.fit(uniform(CHARS.choices, generator(seed)), generator(seed))):
+            for arch in (budget.project(drawn(CHARS.choices, seed)), budget.repair(uniform(CHARS.choices, generator(seed)), generator(seed))):
                 assert 0.95 * target <= CHARS.cost(arch)[name] <= target, (target, arch)
 
 
@@ -58,23 +62,23 @@ def test_the_projection_is_likely_among_all_that_fit():
 
 def test_what_is_in_the_budget_anyway_stays():
     weights = drawn(CHARS.choices, 0)
-    arch = likeliest(CHARS.choices, weights)
+    arch = discretize(CHARS.choices, weights)
     budget = Budget(CHARS.choices, CHARS.cost, {"params": 1.02 * CHARS.cost(arch)["params"]})
-    assert budget.project(weights) == arch and budget.fit(arch, generator()) == arch
+    assert budget.project(weights) == arch and budget.repair(arch, generator()) == arch
 
 
 def test_what_a_shrinking_never_draws_is_not_in_the_budget():
     """mlp_ratio 2 and 4 layers stay locked: no architecture has them, and the budget that only they would meet is out of reach."""
     config = SimpleNamespace(target_params=2_500_000, target_flops=0, target_latency=0, budget_penalty=1.0, optimizer="spos", max_iters=10,
                              shrink="n_layer=6 mlp_ratio=4 n_embd=384 n_head=6, n_layer=5 mlp_ratio=3 n_embd=96 n_head=2")
-    budget = train_search.make_budget(CHARS, config, CHARS.cost)
+    budget = budget.make_budget(CHARS, config, CHARS.cost)
     for seed in range(5):
-        arch = budget.fit(uniform(budget.drawn, generator(seed)), generator(seed))
+        arch = budget.repair(uniform(budget.drawn, generator(seed)), generator(seed))
         assert arch["n_layer"] >= 5 and min(arch["mlp_ratio"]) >= 3 and CHARS.cost(arch)["params"] <= config.target_params
     smallest = CHARS.cost({"n_layer": 5, "n_embd": 96, "n_head": [2] * 5, "mlp_ratio": [3] * 5})["params"]
     config.target_params = smallest - 1
     with pytest.raises(SystemExit, match=f"{smallest:,} to"):
-        train_search.make_budget(CHARS, config, CHARS.cost)
+        budget.make_budget(CHARS, config, CHARS.cost)
 
 
 def test_several_targets_hold_together():
@@ -121,11 +125,11 @@ def test_the_penaltys_gradient_by_finite_differences():
 
 def test_the_penalty_alone_leads_the_alphas_to_the_target():
     for target in (1e6, 8e6):
-        chooser = ArchOptimizer("darts", CHARS.choices, generator(), 0.1, 0.0, budget=Budget(CHARS.choices, CHARS.cost, {"params": target}))
+        arch_optimizer = ArchOptimizer("darts", CHARS.choices, generator(), 0.1, 0.0, budget=Budget(CHARS.choices, CHARS.cost, {"params": target}))
         for _ in range(150):
-            weights = chooser.sample(0.0, generator())
-            chooser.step(weights, {name: torch.full_like(w, 1e-12) for name, w in weights.items()})
-        assert CHARS.cost(chooser.mean())["params"].item() == pytest.approx(target, rel=0.1)
+            weights = arch_optimizer.sample(0.0, generator())
+            arch_optimizer.step(weights, {name: torch.full_like(w, 1e-12) for name, w in weights.items()})
+        assert CHARS.cost(arch_optimizer.mean())["params"].item() == pytest.approx(target, rel=0.1)
 
 
 def test_fronts_by_exhaustion():
@@ -133,7 +137,7 @@ def test_fronts_by_exhaustion():
 
     def beaten(i, by):
         return any(points[j] != points[i] and all(a <= b for a, b in zip(points[j], points[i], strict=True)) for j in by)
-    layers = fronts(points)
+    layers = nondominated_sort(points)
     assert sorted(itertools.chain(*layers)) == list(range(60))
     for n, layer in enumerate(layers):
         assert not any(beaten(i, list(itertools.chain(*layers[n:]))) for i in layer)

@@ -19,12 +19,13 @@ import configurator
 import train
 import train_base
 import train_search
+from data import load_meta
 from optim_nas import space_size, uniform
-from prepare import load_meta, rng
-from train import build, with_space
+from run import rng
+from search_spaces import build, with_space
 
 SCRIPTS = ("train.py", "train_search.py", "train_base.py", "bench.py", "sample.py", "export.py", "analyze.py", "prepare.py", "env.py",
-           "train_rl.py")
+           "train_rl.py", "report.py")
 TINY_RL = dict(budget=12, updates=12, eval_interval=4, learning_starts=4, shards=3, entries=[5, 40], test_entries=10, block_size=16,
                head_size=2, batch_size=2, max_iters=1, supernet_iters=2, seeds=[1])
 OPTIMIZERS = ("darts", "darts2", "drnas", "gdas", "spos")
@@ -38,7 +39,7 @@ def commands(text):
 
 def shown():
     """(where, command) of every command shown anywhere, once."""
-    places = [ROOT / "README.md", *(ROOT / name for name in (*SCRIPTS, "report.py")), *sorted((ROOT / "config").glob("*.py"))]
+    places = [ROOT / "README.md", *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "config").glob("*.py"))]
     seen = {}
     for place in places:
         text = place.read_text()
@@ -131,7 +132,7 @@ def shrink(command, data_dir, digits_dir, finished, out):
         sizes = {key: value for key, value in TINY_IMAGES.items() if key != "dataset"}
         succeeds("train_base.py", f"--arch={out.parent}/s/arch.json", f"--out_dir={out}", *flags(sizes))
         words, extra = ["python", "analyze.py"], [f"--out_dir={out}", "--images=sr_samples"]
-    elif script == "analyze.py" and "report" in words:
+    elif script == "report.py":
         words = [f"{finished}/s" if word.startswith("out/") else word for word in words]
         extra = [*flags(TINY | dict(n_pick=3, n_rank=3)), f"--data_dir={data_dir}"]
     elif script == "analyze.py":

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import configure, defaults
+from configurator import configure, defaults, given
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,6 +145,38 @@ n_embd.append(768)
 """
     config = configure(script(), [config_file(tmp_path, text)])
     assert config == defaults(script()) | {"n_layer": 3, "learning_rate": math.pi, "n_embd": [192, 384, 768]}
+
+
+def test_an_included_file_runs_at_its_line(tmp_path, monkeypatch):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "recipe.py").write_text("include('sizes.py')\nmin_lr = learning_rate / 10\nout_dir += '_recipe'\n")
+    (tmp_path / "parts" / "sizes.py").write_text("from math import pi\n_half = 3\nn_layer = _half\nn_embd.append(768)\n")
+    file = config_file(tmp_path, "learning_rate = 0.5\ninclude('parts/recipe.py') # found from here, wherever the script runs\n"
+                                 "out_dir += '_small'\nn_layer += 1\n")
+    monkeypatch.chdir(tmp_path.parent)
+    changed = {"learning_rate": 0.5, "min_lr": 0.05, "n_layer": 4, "n_embd": [192, 384, 768], "out_dir": "o_recipe_small"}
+    assert configure(script(), ["--out_dir=o", file]) == defaults(script()) | changed
+    assert configure(script(), ["--out_dir=o", file, "--n_layer=2"])["n_layer"] == 2
+
+
+def test_a_mistake_in_an_included_file_names_that_file(tmp_path):
+    file = config_file(tmp_path, "include('part.py')")
+    assert refused([file]).startswith((tmp_path / "part.py").as_posix())
+    (tmp_path / "part.py").write_text("n_layer = 3\nmin_lr = 1 / 0\n")
+    assert refused([file]).startswith(f"{(tmp_path / 'part.py').as_posix()}, line 2: ZeroDivisionError")
+    (tmp_path / "part.py").write_text("learnig_rate = 0.1")
+    assert "learnig_rate" in refused([file])
+    (tmp_path / "part.py").write_text("include('small.py')")
+    assert "RecursionError" in refused([file]) and given("n_layer", [file]) is None
+
+
+def test_given_reads_included_files(tmp_path):
+    """What a script must know before it configures, such as the space, may stand in an included file."""
+    (tmp_path / "part.py").write_text("n_layer = 3\nout_dir = 'part'\n")
+    file = config_file(tmp_path, "include('part.py') # the sizes\nout_dir = 'small'\n")
+    assert (given("n_layer", [file]), given("out_dir", [file]), given("min_lr", [file])) == ("3", "small", None)
+    file = config_file(tmp_path, "out_dir = 'small'\ninclude('part.py')\ninclude('missing.py')\n")
+    assert given("out_dir", [file]) == "part" and given("out_dir", [file, "--out_dir=o"]) == "o"
 
 
 def test_a_file_that_is_refused_does_not_reach_a_list_of_the_script(tmp_path):

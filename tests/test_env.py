@@ -1,4 +1,5 @@
 """The environment, its rewards and evaluators, and the shards: laws on real data."""
+import data
 import json
 import math
 import subprocess
@@ -61,6 +62,8 @@ import json, multiprocessing, sys
 sys.path[:0] = [{root!r}]
 import torch
 import env
+import data
+import data
 torch.set_num_threads(1)
 def evaluate(config, barrier):
     train, shards = env.train, env.shards_of(config)
@@ -133,7 +136,7 @@ def test_regret_is_0_for_the_best_and_1_for_the_worst():
 # ---- shards
 
 def tokens_of(data_dir, name, split):
-    return np.array(prepare.load_tokens(data_dir, name, split))
+    return np.array(data.load_tokens(data_dir, name, split))
 
 
 def test_shards_are_disjoint_parts_of_train_and_test_on_val(config, data_dir):

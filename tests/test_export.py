@@ -21,8 +21,9 @@ import export
 import sample
 import train
 from optim_nas import uniform
-from prepare import rng
-from train import build
+from run import rng
+from search_spaces import build
+import run as runs
 
 SPACES = ("gpt", *TINY_SPACES)
 TRACED = [(space, "onnx") for space in SPACES if space not in ("nats_size", "toy_cell")] + [("gpt", "torch")] # of those two see below
@@ -72,7 +73,7 @@ def saved(out, arch=None, **sizes):
     with torch.no_grad():
         for p in net.parameters():
             p.normal_(0, 0.4, generator=generator)
-    train.save(SimpleNamespace(**config), SimpleNamespace(master=True), "best.pt", net, arch=arch)
+    runs.save(SimpleNamespace(**config), SimpleNamespace(master=True), "best.pt", net, arch=arch)
     net.config.loss_chunk = 0
     return net, config
 

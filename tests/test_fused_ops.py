@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import ROOT, TINY_SEARCH, flags, succeeds, turn_kernels_on
 
+import fused_ops
 import supernet
+from fused_ops import depthwise, mixed_attention, mixed_linear, mixed_norm
 from model import build
-from optim_nas import ArchOptimizer, likeliest, picked, uniform
-from supernet import Conv2d, depthwise, mixed_attention, mixed_linear, mixed_norm
+from optim_nas import ArchOptimizer, discretize, picked, uniform
+from search_spaces.convs import Conv2d
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -21,7 +23,7 @@ TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_a
 def kernels():
     turn_kernels_on()
     yield
-    supernet.use_fused_ops(False)
+    fused_ops.use_fused_ops(False)
 
 
 def prefix_sizes(g, N):
@@ -64,7 +66,7 @@ def cases(seed, dtype):
 
 def run(function, inputs, fused):
     """[output, gradients to all inputs], for a random direction."""
-    supernet.use_fused_ops(fused)
+    fused_ops.use_fused_ops(fused)
     leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
     y = function(*inputs)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(y.dtype)
@@ -209,21 +211,21 @@ def test_memory_kept_for_backward(head_size):
     plain = build(dict(n_layer=4, n_embd=96, n_head=8, mlp_ratio=4) | sizes)
     x = torch.randint(65, (8, 64))
 
-    def kept(net, *third):
+    def top_edges(net, *third):
         storages, own = {}, {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers(), x)}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
             net(x, x, *third)
         return sum(t.untyped_storage().nbytes() for pointer, t in storages.items() if pointer not in own)
     weights = {name: torch.ones(c.shape) / len(c.options) for name, c in net.choices.items()}
-    limit = (1.3 if head_size else 1.5) * kept(plain)
-    assert kept(net, weights) <= limit
-    assert kept(net.requires_grad_(False), {name: w.requires_grad_() for name, w in weights.items()}) <= limit
+    limit = (1.3 if head_size else 1.5) * top_edges(plain)
+    assert top_edges(net, weights) <= limit
+    assert top_edges(net.requires_grad_(False), {name: w.requires_grad_() for name, w in weights.items()}) <= limit
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_frozen_weights_get_no_gradient_and_cost_less(fused):
     """The arch step of a mixture multiplies no more than forward and the gradient to activations ask for: two thirds of all."""
-    supernet.use_fused_ops(fused)
+    fused_ops.use_fused_ops(fused)
     net = build(dict(block_size=64, vocab_size=65, n_layer=2, n_embd=[32, 64], n_head=4, mlp_ratio=[2, 4], bias=False))
     x, weights = torch.randint(65, (4, 64)), {name: torch.ones(c.shape) / len(c.options) for name, c in net.choices.items()}
     leaves = {name: w.requires_grad_() for name, w in weights.items()}
@@ -246,7 +248,7 @@ def test_without_a_compiler_the_search_says_so_and_runs(data_dir, tmp_path):
 
 
 def test_a_killed_compilation_does_not_hold_up_the_next(tmp_path):
-    command = [sys.executable, "-c", "import supernet; supernet.use_fused_ops(); print(supernet.fused)"]
+    command = [sys.executable, "-c", "import fused_ops; fused_ops.use_fused_ops(); print(fused_ops.fused)"]
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     killed = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert "compiling" in killed.stdout.readline()
@@ -275,7 +277,7 @@ def test_compiled_parts_do_not_recompile():
     def thirds():
         yield uniform(net.choices, generator)
         yield {name: w.detach() for name, w in drnas.sample(0.0, generator).items()}
-        yield likeliest(net.choices, gdas.sample(0.0, generator))
+        yield discretize(net.choices, gdas.sample(0.0, generator))
         yield picked(net.choices, {name: w.detach().requires_grad_() for name, w in gdas.sample(0.0, generator).items()})
 
     for i in range(58):

@@ -18,6 +18,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import prepare as p
+import data
+import run as runs
 
 SHARED = Path(os.environ.get("NAS_DATA") or ROOT.parent / "shared/data")
 CIFAR = SHARED / "cifar10/cifar10_jpeg_full.npz"
@@ -38,7 +40,7 @@ def colour(start, stop):
 def plain(pixels):
     """A set whose normalised images are its pixels."""
     C = pixels.shape[3]
-    return p.Images(pixels, np.arange(len(pixels)), np.zeros(C, np.float32), np.ones(C, np.float32), len(pixels))
+    return data.Images(pixels, np.arange(len(pixels)), np.zeros(C, np.float32), np.ones(C, np.float32), len(pixels))
 
 
 def contents(pixels, labels):
@@ -114,14 +116,14 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(digits):
-    return p.load_images(digits[0], "digits", "train")
+    return data.load_images(digits[0], "digits", "train")
 
 
 # ---- sources
 
 def test_digits_come_with_scikit_learn(digits):
     folder, out = digits
-    splits = [p.load_images(folder, "digits", split) for split in ("train", "val")]
+    splits = [data.load_images(folder, "digits", split) for split in ("train", "val")]
     assert [len(images) for images in splits] == [1438, 359]
     both = contents(np.concatenate([s.pixels for s in splits]), np.concatenate([s.labels for s in splits]))
     assert both == contents(*grey(0, 1797)), "every image is in one split, with its label"
@@ -131,7 +133,7 @@ def test_digits_come_with_scikit_learn(digits):
     pixels = splits[0].pixels.astype(np.float64)
     np.testing.assert_allclose(splits[1].mean, pixels.mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(splits[1].std, pixels.std((0, 1, 2)), rtol=1e-6)
-    meta = p.load_meta(folder, "digits")
+    meta = data.load_meta(folder, "digits")
     assert (meta["kind"], meta["img_size"], meta["in_channels"], meta["seed"]) == ("images", 8, 1, 1337)
     assert "1,438 images of train, 359 of val, 8x8 in 1 channel, 10 classes\n" in out
     assert out.rstrip().endswith(f"next: python train_search.py --space=toy_cell --dataset=digits --data_dir={folder}")
@@ -144,7 +146,7 @@ def test_digits_come_with_scikit_learn(digits):
 def test_every_form_of_path_gives_the_same_images(form, kind, tmp_path):
     splits = {"train": kind(0, 150), "test": kind(150, 200)}
     meta = p.prepare("images", str(form(tmp_path, splits)), data_dir=tmp_path)
-    train, val = (p.load_images(tmp_path, "images", split) for split in ("train", "val"))
+    train, val = (data.load_images(tmp_path, "images", split) for split in ("train", "val"))
     assert contents(train.pixels, train.labels) == contents(*splits["train"])
     assert contents(val.pixels, val.labels) == contents(*splits["test"])
     assert not np.array_equal(train.pixels, splits["train"][0]), "the order of train is shuffled"
@@ -160,7 +162,7 @@ def test_jpegs_are_what_pillow_decodes(tmp_path):
     splits = {"train": colour(0, 100), "test": colour(100, 120)}
     path = as_encoded_npz(tmp_path, splits, "jpeg")
     p.prepare("cifar10", str(path), data_dir=tmp_path, name="small")
-    val = p.load_images(tmp_path, "small", "val")
+    val = data.load_images(tmp_path, "small", "val")
     for i, image in enumerate(splits["test"][0]):
         assert np.array_equal(val.pixels[i], np.asarray(Image.open(io.BytesIO(encoded(image, "jpeg"))).convert("RGB")))
 
@@ -170,7 +172,7 @@ def test_a_folder_of_classes_is_cut_by_val_fraction(tmp_path):
     path = as_folders(tmp_path, {"train": (pixels, labels), "test": (pixels[:0], labels[:0])}) / "train"
     p.prepare("images", str(path), data_dir=tmp_path, name="a", val_fraction=0.25)
     p.prepare("images", str(path), data_dir=tmp_path, name="b", val_fraction=0.25, seed=7)
-    a, b = ([p.load_images(tmp_path, name, split) for split in ("train", "val")] for name in "ab")
+    a, b = ([data.load_images(tmp_path, name, split) for split in ("train", "val")] for name in "ab")
     assert [len(images) for images in a] == [150, 50]
     for splits in (a, b):
         assert contents(np.concatenate([s.pixels for s in splits]), np.concatenate([s.labels for s in splits])) == contents(pixels, labels)
@@ -186,7 +188,7 @@ def test_img_size_takes_the_square_in_the_centre_and_grey_joins_colour(tmp_path)
         save(tmp_path / f"in/tall/{i}.png", encoded(tall))
     meta = p.prepare("images", str(tmp_path / "in"), data_dir=tmp_path, img_size=8, val_fraction=0.5)
     assert (meta["img_size"], meta["in_channels"], meta["classes"]) == (8, 3, ["tall", "wide"])
-    images = p.load_images(tmp_path, "images", "train")
+    images = data.load_images(tmp_path, "images", "train")
     for image, label in zip(images.pixels, images.labels, strict=True):
         assert (image == ((200, 100, 50) if label else (77, 77, 77))).all()
 
@@ -204,7 +206,7 @@ def test_hugging_face_sets(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name, classes in {"fashion_mnist": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}.items():
         meta = p.prepare(name, data_dir=tmp_path)
-        train, val = (p.load_images(tmp_path, name, split) for split in ("train", "val"))
+        train, val = (data.load_images(tmp_path, name, split) for split in ("train", "val"))
         kind = grey if name == "fashion_mnist" else colour
         assert contents(train.pixels, train.labels) == contents(*kind(0, 60)) and np.array_equal(val.pixels, kind(60, 80)[0])
         assert meta["classes"] == [f"class {i}" for i in range(classes)] and train.num_classes == classes
@@ -223,7 +225,7 @@ def test_real_jpegs(tmp_path):
     assert meta["classes"][:2] == ["airplane", "automobile"]
     known = np.array([[0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]]) * 255  # of all of CIFAR-10
     np.testing.assert_allclose([meta["mean"], meta["std"]], known, atol=5)
-    val, stream = p.load_images(tmp_path, "cifar10", "val"), cut["test_jpeg"].tobytes()
+    val, stream = data.load_images(tmp_path, "cifar10", "val"), cut["test_jpeg"].tobytes()
     image = Image.open(io.BytesIO(stream[cut["test_offsets"][7]:cut["test_offsets"][8]]))
     assert np.array_equal(val.pixels[7], np.asarray(image)) and np.array_equal(val.labels, cut["y_test"])
 
@@ -233,7 +235,7 @@ def test_fashion_mnist_has_the_known_size(tmp_path):
     meta = p.prepare("fashion_mnist", str(FASHION), data_dir=tmp_path)
     assert (meta["train_images"], meta["val_images"], meta["img_size"], meta["in_channels"]) == (60_000, 10_000, 28, 1)
     np.testing.assert_allclose([meta["mean"], meta["std"]], [[72.94], [90.02]], atol=0.01)
-    assert np.bincount(p.load_images(tmp_path, "fashion_mnist", "train").labels).tolist() == [6000] * 10
+    assert np.bincount(data.load_images(tmp_path, "fashion_mnist", "train").labels).tolist() == [6000] * 10
 
 
 # ---- interrupted, finished, changed
@@ -245,7 +247,7 @@ def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path, capsys):
     killed_in("update", f"any(map(os.path.getsize, glob({str(folder / 'train.npy.tmp')!r})))", *args)
     assert not (folder / "train.npy").exists() and not (folder / "meta.json").exists()
     with pytest.raises(SystemExit, match=r"not prepared: run python prepare.py --dataset=images --path=FILE_OR_FOLDER --name=killed"):
-        p.load_images(tmp_path, "killed", "train")
+        data.load_images(tmp_path, "killed", "train")
     for name in ("killed", "whole"):
         p.prepare("images", path, data_dir=tmp_path, name=name)
     whole, killed = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("whole", "killed"))
@@ -283,22 +285,22 @@ def test_damage_is_found_before_training(file, tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
     with pytest.raises(SystemExit, match=f"{file} is damaged"):
-        p.load_images(tmp_path, "digits", split)
+        data.load_images(tmp_path, "digits", split)
     path.write_bytes(data[:-1])
-    for use in (lambda: p.load_meta(tmp_path, "digits"), lambda: p.prepare("digits", data_dir=tmp_path)):
+    for use in (lambda: data.load_meta(tmp_path, "digits"), lambda: p.prepare("digits", data_dir=tmp_path)):
         with pytest.raises(SystemExit, match=r"digits is damaged.*prepare it again"):
             use()
     path.unlink()
     with pytest.raises(SystemExit, match="damaged"):
-        p.load_images(tmp_path, "digits", split)
+        data.load_images(tmp_path, "digits", split)
 
 
 def test_text_is_no_images_and_images_are_no_text(digits, data_dir):
-    for use in (p.load_tokens, lambda *args: p.load_tokenizer(*args[:2])):
+    for use in (data.load_tokens, lambda *args: data.load_tokenizer(*args[:2])):
         with pytest.raises(SystemExit, match="digits holds images, where text should be"):
             use(digits[0], "digits", "train")
     with pytest.raises(SystemExit, match="pydocs holds text, where images should be"):
-        p.load_images(data_dir, "pydocs", "train")
+        data.load_images(data_dir, "pydocs", "train")
 
 
 def test_not_all_images_are_in_memory(tmp_path):
@@ -405,20 +407,20 @@ def test_no_network_is_one_sentence(tmp_path):
 
 def test_validation_images_are_only_normalised(train):
     index = torch.tensor([5, 1437, 0, 5])
-    x, y = p.get_images(train, index, crop=2, flip=True, cutout=3)
+    x, y = data.get_images(train, index, crop=2, flip=True, cutout=3)
     plainly = (train.pixels[index].astype(np.float64) - train.mean) / train.std
     np.testing.assert_allclose(x, plainly.transpose(0, 3, 1, 2), atol=1e-5)
     assert x.dtype == torch.float32 and x.is_contiguous() and y.dtype == torch.int64 and y.tolist() == train.labels[index].tolist()
-    everything = p.get_images(train, torch.arange(len(train)))[0]
+    everything = data.get_images(train, torch.arange(len(train)))[0]
     assert everything.mean().abs() < 1e-4 and (everything.std() - 1).abs() < 1e-3
 
 
 def test_all_images_once_and_in_order(train):
     for batch_size in (1, 100, 5000):
         part = train.part(100, 350)
-        x, y = zip(*p.image_batches(part, batch_size), strict=True)
+        x, y = zip(*data.image_batches(part, batch_size), strict=True)
         assert max(map(len, x)) <= batch_size and torch.cat(y).tolist() == train.labels[100:350].tolist()
-        assert torch.equal(torch.cat(x), p.get_images(train, torch.arange(100, 350))[0])
+        assert torch.equal(torch.cat(x), data.get_images(train, torch.arange(100, 350))[0])
     assert np.shares_memory(part.pixels, train.pixels) and len(part) == 250 and part.num_classes == 10
 
 
@@ -426,13 +428,13 @@ def test_the_generator_alone_decides(train):
     index = torch.arange(64)
 
     def batch(seed, images=index):
-        return p.get_images(train, images, "cpu", p.rng(seed), crop=2, flip=True, cutout=4)[0]
+        return data.get_images(train, images, "cpu", runs.rng(seed), crop=2, flip=True, cutout=4)[0]
 
     assert torch.equal(batch(1), batch(1)) and not torch.equal(batch(1), batch(2))
     same = batch(1, torch.zeros(64, dtype=torch.int64))
     assert len({image.numpy().tobytes() for image in same}) > 50, "every image has its own shift"
-    nothing = p.get_images(train, index, "cpu", p.rng(1))[0]
-    assert torch.equal(nothing, p.get_images(train, index)[0])
+    nothing = data.get_images(train, index, "cpu", runs.rng(1))[0]
+    assert torch.equal(nothing, data.get_images(train, index)[0])
 
 
 def windows(image, crop):
@@ -451,8 +453,8 @@ def windows(image, crop):
 
 def test_a_crop_is_one_of_the_shifts_and_each_is_equally_likely():
     images = plain(colour(0, 1)[0])
-    shifts = windows(p.get_images(images, torch.zeros(1, dtype=torch.int64))[0][0], 2)
-    x, _ = p.get_images(images, torch.zeros(10_000, dtype=torch.int64), "cpu", p.rng(1), crop=2)
+    shifts = windows(data.get_images(images, torch.zeros(1, dtype=torch.int64))[0][0], 2)
+    x, _ = data.get_images(images, torch.zeros(10_000, dtype=torch.int64), "cpu", runs.rng(1), crop=2)
     is_shift = (x[:, None] == shifts).flatten(2).all(2)
     assert (is_shift.sum(1) == 1).all()
     counts = is_shift.sum(0)
@@ -462,8 +464,8 @@ def test_a_crop_is_one_of_the_shifts_and_each_is_equally_likely():
 def test_half_of_the_images_are_mirrored():
     images = plain(colour(0, 200)[0])
     index = torch.arange(10_000) % 200
-    x, y = p.get_images(images, index)
-    flipped = p.get_images(images, index, "cpu", p.rng(1), flip=True)[0]
+    x, y = data.get_images(images, index)
+    flipped = data.get_images(images, index, "cpu", runs.rng(1), flip=True)[0]
     assert x.is_contiguous() and flipped.is_contiguous()
     same, mirrored = ((flipped == other).flatten(1).all(1) for other in (x, x.flip(3)))
     assert (same ^ mirrored).all() and abs(mirrored.sum() - 5000) < 250, mirrored.sum()
@@ -474,7 +476,7 @@ def test_half_of_the_images_are_mirrored():
 def test_a_cutout_is_a_square_around_every_pixel_alike(cutout):
     H, n = 8, 20_000
     images = plain(np.full((1, H, H, 3), 7, np.uint8))
-    x, _ = p.get_images(images, torch.zeros(n, dtype=torch.int64), "cpu", p.rng(1), cutout=cutout)
+    x, _ = data.get_images(images, torch.zeros(n, dtype=torch.int64), "cpu", runs.rng(1), cutout=cutout)
     hidden = x == 0
     assert ((x == 7) | hidden).all() and torch.equal(hidden, hidden[:, :1].expand_as(hidden)), "all channels at once"
     hidden = hidden[:, 0]
@@ -491,11 +493,11 @@ def test_a_cutout_is_a_square_around_every_pixel_alike(cutout):
 def test_crop_then_flip_then_cutout():
     images = plain(255 - colour(0, 20)[0] // 2)  # no pixel is 0
     index = torch.arange(20).repeat(20)
-    x = p.get_images(images, index, "cpu", p.rng(3), crop=2, flip=True, cutout=4)[0]
-    whole = p.get_images(images, index, "cpu", p.rng(3), crop=2, flip=True)[0]  # the earlier draws are the same
+    x = data.get_images(images, index, "cpu", runs.rng(3), crop=2, flip=True, cutout=4)[0]
+    whole = data.get_images(images, index, "cpu", runs.rng(3), crop=2, flip=True)[0]  # the earlier draws are the same
     hidden = x != whole
     assert (x[hidden] == 0).all() and hidden.any() and (hidden.sum((2, 3)) <= 16).all()
-    for i, image in enumerate(p.get_images(images, torch.arange(20))[0]):
+    for i, image in enumerate(data.get_images(images, torch.arange(20))[0]):
         shifts = windows(image, 2)
         is_one = (whole[index == i][:, None] == torch.cat([shifts, shifts.flip(3)])).flatten(2).all(2)
         assert is_one.any(1).all()
@@ -503,7 +505,7 @@ def test_crop_then_flip_then_cutout():
 
 def test_an_epoch_shows_every_image_at_most_once_and_no_two_are_alike():
     n, batch_size = 103, 10
-    epochs = [[p.draw_index(n, batch_size, 10 * epoch + i, 1, "train") for i in range(10)] for epoch in range(30)]
+    epochs = [[data.batch_indices(n, batch_size, 10 * epoch + i, 1, "train") for i in range(10)] for epoch in range(30)]
     for epoch in epochs:
         assert all(index.shape == (batch_size,) and index.dtype == torch.int64 for index in epoch)
         assert len(set(torch.cat(epoch).tolist())) == 100 and 0 <= torch.cat(epoch).min() and torch.cat(epoch).max() < n
@@ -511,29 +513,29 @@ def test_an_epoch_shows_every_image_at_most_once_and_no_two_are_alike():
     assert len(orders) == 30
     missing = {i for order in orders for i in range(n) if i not in order}
     assert len(missing) > 30, "the rest that is dropped is another in every epoch"
-    assert torch.equal(p.draw_index(n, n, 3, 1).sort()[0], torch.arange(n))
+    assert torch.equal(data.batch_indices(n, n, 3, 1).sort()[0], torch.arange(n))
 
 
 def test_a_batch_is_the_same_for_any_order_of_calls():
     keys = [(1, "a"), (1, "b"), (2, "a"), (1.0, "a")]
-    walk = [(key, number, p.draw_index(50, 8, number, *key).tolist()) for key in keys for number in range(40)]
+    walk = [(key, number, data.batch_indices(50, 8, number, *key).tolist()) for key in keys for number in range(40)]
     assert len({tuple(index) for _, _, index in walk}) == len(walk), "every key has its own walk"
-    for i in torch.randperm(len(walk), generator=p.rng(5)).tolist():
+    for i in torch.randperm(len(walk), generator=runs.rng(5)).tolist():
         key, number, found = walk[i]
-        index = p.draw_index(50, 8, number, *key)
+        index = data.batch_indices(50, 8, number, *key)
         assert index.tolist() == found, (key, number)
         index += 100  # the caller's own
-        assert p.draw_index(50, 8, number, *key).tolist() == found
+        assert data.batch_indices(50, 8, number, *key).tolist() == found
 
 
 def test_a_batch_larger_than_the_set_is_one_sentence():
     with pytest.raises(SystemExit, match="batch_size=11 is more than the 10 images"):
-        p.draw_index(10, 11, 0)
+        data.batch_indices(10, 11, 0)
 
 
 def test_a_gpu_gets_the_same_batches(train):
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
     options = dict(crop=2, flip=True, cutout=3)
-    here, there = (p.get_images(train, torch.arange(64), device, p.rng(3), **options) for device in ("cpu", "cuda"))
+    here, there = (data.get_images(train, torch.arange(64), device, runs.rng(3), **options) for device in ("cpu", "cuda"))
     assert all(torch.allclose(a, b.cpu(), atol=1e-6) and b.is_cuda for a, b in zip(here, there, strict=True))

@@ -10,13 +10,14 @@ from test_budget import CHARS, drawn, generator
 
 import bench
 import train_search
+from budget import Budget, latency, latency_features, load_latency, network_of
 from configurator import defaults
+from data import load_meta
 from model import build
-from optim_nas import Budget, uniform
-from prepare import load_meta, write_json
+from optim_nas import uniform
+from run import write_json
+from search_spaces import space_module
 from supernet import one_hot
-from train import space_module
-from train_search import latency, latency_features, load_latency, network_of
 
 KEY = "prefill 1 x 16"
 PREFILL = {"rest": [[0.3] * 3, [0.4] * 3, [1.0] * 3], "attention": [[0.75, 0.85, 0.94], [1.84, 1.91, 1.97], [5.22, 5.24, 5.4]],

@@ -12,12 +12,15 @@ from test_vision import search_config, sentence, signalled, space_config
 
 import train
 import train_search
-from analyze import read_lines
-from optim_nas import one_hot, picked, space_size, uniform
-from prepare import rng
+from fused_ops import use_fused_ops
+from optim_nas import picked, space_size, uniform
+from run import read_lines, rng
 from search_spaces import mobilenetv3
-from supernet import check_arch, extremes, use_fused_ops
-from train_search import phase_of, read_phases, taught
+from supernet import check_arch, extremes, one_hot
+from train_search import phase_of, read_phases, with_teacher
+import run as runs
+import data
+import search_spaces
 
 SMALL = dict(depth=[1, 2, 3], kernel_size=[3, 5, 7], expand=[2, 3, 4], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[1, 2],
              se=[0, 1], hswish=[1, 0], last_channels=16, mix_channels=16, img_size=9, in_channels=2, num_classes=3)
@@ -226,18 +229,18 @@ def test_sorted_channels_leave_what_was_trained_as_it_was():
 
     def outputs(*expansions):
         return [net(x, None, arch)[0] for e in expansions for arch in archs[e]]
-    for old, new, kept, changed in ((first, second, (4,), (2, 3)), (second, {name: None for name in second}, (3, 4), (2,))):
+    for old, new, top_edges, changed in ((first, second, (4,), (2, 3)), (second, {name: None for name in second}, (3, 4), (2,))):
         for block in (block for blocks in net.stages for block in blocks): # trained since
             block.project.weight.data.normal_(0, 0.3)
-        before, small = outputs(*kept), outputs(*changed)
+        before, small = outputs(*top_edges), outputs(*changed)
         net.unlock(old, old)
-        assert all(torch.equal(a, b) for a, b in zip(outputs(*kept, *changed), before + small, strict=True)) # nothing to do
+        assert all(torch.equal(a, b) for a, b in zip(outputs(*top_edges, *changed), before + small, strict=True)) # nothing to do
         net.unlock(old, new)
-        for a, b in zip(outputs(*kept), before, strict=True):
+        for a, b in zip(outputs(*top_edges), before, strict=True):
             agree(a, b, 1e-5)
         assert all((a - b).abs().max() > 1e-3 for a, b in zip(outputs(*changed), small, strict=True))
         for block in (block for blocks in net.stages for block in blocks):
-            ends = [0, *(n for n, e in zip(block.mid, block.expands, strict=True) if e in kept)]
+            ends = [0, *(n for n, e in zip(block.mid, block.expands, strict=True) if e in top_edges)]
             for start, end in pairwise(ends):
                 norms = block.project.weight[:, start:end].abs().sum((0, 2, 3))
                 assert torch.equal(norms, norms.sort(descending=True).values)
@@ -324,12 +327,12 @@ def test_phases_that_cannot_be_are_one_sentence(shrink, message):
 def test_the_supernet_starts_as_the_largest_network(digits_dir, tmp_path, largest):
     """Before a step it has its loss, at the largest options."""
     config = shrink_config(digits_dir, tmp_path, largest)
-    run = train.setup(SimpleNamespace(**config))
+    run = runs.setup(SimpleNamespace(**config))
     config = SimpleNamespace(**config)
     splits = train_search.split_data(config, run)
-    net = train.build(vars(config))
-    train_search.inherit_weights(net, config, run)
-    alone, x = train_search.trained(largest, "teacher", config, run), train.draw(splits["val"], config, run, "val", 0)[0]
+    net = search_spaces.build(vars(config))
+    train_search.init_supernet(net, config, run)
+    alone, x = train_search.trained(largest, "teacher", config, run), data.draw(splits["val"], config, run, "val", 0)[0]
     torch.testing.assert_close(net.eval()(x, None, uniform_net(5, 3, 2, 2))[0], alone(x)[0])
 
 
@@ -337,7 +340,7 @@ def test_the_teacher_adds_the_cross_entropy_to_its_answers():
     """And answers once a batch, without a gradient of its own."""
     net, (x, y), calls = supernet().eval(), images(), []
     teacher = net.extract(extremes(net.choices)[1]).eval()
-    lesson = taught(net, lambda x: calls.append(x) or teacher(x), 0.7)
+    lesson = with_teacher(net, lambda x: calls.append(x) or teacher(x), 0.7)
     for arch in extremes(net.choices):
         logits, loss = lesson(x, y, arch)
         q, p = teacher(x)[0].softmax(-1), logits.softmax(-1)
@@ -348,12 +351,12 @@ def test_the_teacher_adds_the_cross_entropy_to_its_answers():
 
 def test_several_draws_average_their_gradients(digits_dir, tmp_path):
     config = SimpleNamespace(**search_config("mobilenetv3", digits_dir, tmp_path))
-    run, state = train.setup(config), SimpleNamespace(step=0, skipped=0)
+    run, state = runs.setup(config), SimpleNamespace(step=0, skipped=0)
     splits = train_search.split_data(config, run)
-    net = train.build(vars(config)).eval() # statistics that do not move
+    net = search_spaces.build(vars(config)).eval() # statistics that do not move
     archs, grads = extremes(net.choices), []
     for arch in archs:
-        train.backward(net, train.micro_batches(splits["train"], config, run, "train", 0), run, (arch,))
+        train.backward(net, data.micro_batches(splits["train"], config, run, "train", 0), run, (arch,))
         grads.append([torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()])
         net.zero_grad()
     before = [p.detach().clone() for p in net.parameters()]

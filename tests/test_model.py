@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import peak
 from model import MLP, build, mixture_sizes
 from optim_nas import picked, uniform
+from search_spaces import space_module
 from supernet import Size, extremes, one_hot
-from train import space_module
 
 SPACES = { # lists of lengths 1 to 4 that differ between choices, and sizes of no config
     "three": dict(n_layer=[1, 2, 3], n_embd=[12, 24, 36], n_head=[2, 3, 6], mlp_ratio=[1, 2.5, 4]),
@@ -144,7 +144,7 @@ def test_attention_mixture_is_its_padded_sum(head_size):
     attn, e_options, E = net.transformer.h[0].attn, (12, 24, 36), 36
     p, a = torch.tensor([0.2, 0.5, 0.3], requires_grad=True), torch.tensor([0.1, 0.6, 0.3], requires_grad=True)
     x = torch.randn(2, 5, E, requires_grad=True)
-    cheap = attn(x, Size(e_options, share=net.share, p=p, last=net.last), a)
+    cheap = attn(x, Size(e_options, mask=net.mask, p=p, last=net.last), a)
 
     width = sum(pk * (torch.arange(E) < k) for pk, k in zip(p, e_options, strict=True))
     q, k, v = F.linear(x * width, attn.c_attn.weight, attn.c_attn.bias).chunk(3, -1)
@@ -581,8 +581,8 @@ def test_sampling_follows_temperature_and_top_k():
     net.eval()
     logits = net(x)[0][0, -1].detach()
     drawn = net.generate(x.repeat(20_000, 1), 1, temperature=2.0, top_k=5, generator=torch.Generator().manual_seed(0))[:, -1]
-    kept = logits.topk(5)
-    p = torch.zeros(29).index_put((kept.indices,), (kept.values / 2.0).softmax(-1))
+    top_edges = logits.topk(5)
+    p = torch.zeros(29).index_put((top_edges.indices,), (top_edges.values / 2.0).softmax(-1))
     assert (drawn.bincount(minlength=29) / 20_000 - p).abs().max() < 0.015
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import optim_nas
-from optim_nas import (ArchOptimizer, architectures, best_of, crossover, dirichlet, entropy, evolutionary_search, gumbel, key_of,
-                       kl_to_uniform, likeliest, mutate, one_hot, random_search, rowwise, space_size, sparsemax, uniform,
-                       unrolled_gradient)
-from supernet import Choice
+from optim_nas import ArchOptimizer, architectures, best_of, crossover, dirichlet, entropy
+from optim_nas import evolutionary_search, gumbel, arch_key, kl_to_uniform, discretize, mutate
+from optim_nas import random_search, argmax_arch, space_size, sparsemax, uniform, unrolled_gradient
+from supernet import Choice, one_hot
 
 CHOICES = {"n_layer": Choice((1, 2, 3)), "n_embd": Choice((8, 16)), "n_head": Choice((1, 2, 4), repeat=3, depth="n_layer")}
 
@@ -114,7 +114,7 @@ def test_each_finds_the_best_option_of_a_linear_loss(name, rest):
     for step in range(300):
         weights = search.sample(step / 300, generator(100 + step))
         search.step(weights, bad)
-    assert search.arch() == likeliest(CHOICES, {key: -b for key, b in bad.items()})
+    assert search.arch() == discretize(CHOICES, {key: -b for key, b in bad.items()})
     assert sum(h.sum() for h in entropy(search.mean()).values()) < before
 
 
@@ -250,11 +250,11 @@ def test_unrolled_gradient_where_the_validation_loss_sees_the_alphas():
             a.fill_(value)
         d, = torch.autograd.grad(train(), w)
         with torch.no_grad():
-            kept = w.item()
+            top_edges = w.item()
             w.sub_(0.4 * d)
         loss = val().item()
         with torch.no_grad():
-            w.fill_(kept)
+            w.fill_(top_edges)
             a.fill_(old)
         return loss
     expected = (unrolled_loss(0.4 + 1e-5) - unrolled_loss(0.4 - 1e-5)) / 2e-5
@@ -277,7 +277,7 @@ def test_published_sizes_of_the_spaces(choices, size):
 
 
 def test_architectures_lists_the_whole_space_once():
-    found = [key_of(arch) for arch in architectures(CHOICES)]
+    found = [arch_key(arch) for arch in architectures(CHOICES)]
     assert len(found) == len(set(found)) == space_size(CHOICES) == 2 * (3 + 9 + 27)
 
 
@@ -293,7 +293,7 @@ def loss_of(arch):
 @pytest.mark.parametrize("n", [1, 25, 78, 1000])
 def test_no_architecture_twice_and_a_clean_end(name, n):
     calls = []
-    history = SEARCHES[name](lambda arch: calls.append(key_of(arch)) or loss_of(arch), n)
+    history = SEARCHES[name](lambda arch: calls.append(arch_key(arch)) or loss_of(arch), n)
     assert len(calls) == len(set(calls)) == len(history) == min(n, 78)
     if n >= 78:
         assert best_of(history) == (0, {"n_layer": 2, "n_embd": 8, "n_head": [2, 2]})
@@ -320,7 +320,7 @@ def test_evolution_beats_random_search_on_a_smooth_loss():
 def test_one_hot_puts_everything_on_the_architecture():
     arch = {"n_layer": 2, "n_embd": 16, "n_head": [4, 1]}
     weights = one_hot(CHOICES, arch)
-    assert likeliest(CHOICES, weights) == arch and all(h.abs().max() == 0 for h in entropy(weights).values())
+    assert discretize(CHOICES, weights) == arch and all(h.abs().max() == 0 for h in entropy(weights).values())
 
 
 KEPT = {"normal": Choice(("none", "skip", "conv"), repeat=5, inputs=(2, 3), keep=2), "n_embd": Choice((8, 16))}
@@ -338,10 +338,10 @@ def test_every_way_to_draw_keeps_the_rows_of_a_node_that_stay():
     mutants = [mutate(KEPT, draws[0], g, 0.4, 0.5) for _ in range(400)]
     children = [crossover(KEPT, a, b, g) for a, b in zip(draws[:200], draws[200:400], strict=True)]
     assert all(map(allowed, draws + mutants + children))
-    every = [key_of({"normal": list(rows), "n_embd": e}) for rows in itertools.product(("none", "skip", "conv"), repeat=5) for e in (8, 16)
+    every = [arch_key({"normal": list(rows), "n_embd": e}) for rows in itertools.product(("none", "skip", "conv"), repeat=5) for e in (8, 16)
              if allowed({"normal": list(rows)})]
-    assert sorted(every) == sorted(key_of(arch) for arch in architectures(KEPT)) and space_size(KEPT) == len(every) == 1 * 4 * 3 * 4 * 2
-    counts = [sum(key_of(d) == key for d in draws) for key in every] # uniform over them all: chi-squared of 95 degrees of freedom
+    assert sorted(every) == sorted(arch_key(arch) for arch in architectures(KEPT)) and space_size(KEPT) == len(every) == 1 * 4 * 3 * 4 * 2
+    counts = [sum(arch_key(d) == key for d in draws) for key in every] # uniform over them all: chi-squared of 95 degrees of freedom
     assert sum((c - 4000 / 96) ** 2 / (4000 / 96) for c in counts) < 160
 
 
@@ -360,14 +360,14 @@ def test_likeliest_keeps_the_best_rows_of_a_node_and_never_none():
     """As DARTS reads it off: the weight of 'none' counts in the rows, not in the choice."""
     weights = {"n_embd": torch.tensor([0.4, 0.6]), "normal": torch.tensor(
         [[0.9, 0.04, 0.06], [0.0, 0.3, 0.7], [0.1, 0.45, 0.45], [0.5, 0.0, 0.5], [0.3, 0.6, 0.1]])}
-    assert likeliest(KEPT, weights) == {"n_embd": 16, "normal": ["conv", "conv", "none", "conv", "skip"]}
-    assert rowwise(KEPT, weights) == {"n_embd": 16, "normal": ["none", "conv", "skip", "none", "skip"]}
+    assert discretize(KEPT, weights) == {"n_embd": 16, "normal": ["conv", "conv", "none", "conv", "skip"]}
+    assert argmax_arch(KEPT, weights) == {"n_embd": 16, "normal": ["none", "conv", "skip", "none", "skip"]}
     for seed in range(20): # the largest product of weights of all that the space has
         weights = {name: torch.rand(c.shape, generator=generator(seed)).softmax(-1) for name, c in KEPT.items()}
         def product(arch, weights=weights):
             return math.prod(weights["normal"][i, KEPT["normal"].options.index(op)].item() for i, op in enumerate(arch["normal"])
                              if op != "none") * weights["n_embd"][(8, 16).index(arch["n_embd"])].item()
-        assert product(likeliest(KEPT, weights)) == pytest.approx(max(map(product, architectures(KEPT))))
+        assert product(discretize(KEPT, weights)) == pytest.approx(max(map(product, architectures(KEPT))))
 
 
 def test_size_of_the_darts_space():
@@ -398,16 +398,16 @@ def test_pruned_options_are_gone_for_good(name, rest):
     search.prune(2)
     restored = ArchOptimizer(name, OPEN, generator(9), learning_rate=0.1, **rest)
     restored.load_state_dict(search.state_dict())
-    for chooser in (search, restored):
+    for arch_optimizer in (search, restored):
         for key, w in before.items():
             gone = w < w.topk(2).values[..., -1:]
-            assert torch.equal(chooser.mask[key], gone) and gone.sum(-1).eq(2).all()
+            assert torch.equal(arch_optimizer.mask[key], gone) and gone.sum(-1).eq(2).all()
             for i in range(5):
-                chooser.step(chooser.sample(0.5, generator(i)), grads)
-                for weights in (chooser.sample(0.5, generator(i)), chooser.mean()):
+                arch_optimizer.step(arch_optimizer.sample(0.5, generator(i)), grads)
+                for weights in (arch_optimizer.sample(0.5, generator(i)), arch_optimizer.mean()):
                     assert not weights[key][gone].any() and torch.allclose(weights[key].sum(-1), torch.ones(w.shape[:-1]))
-                assert not chooser.alphas[key][gone].any() and chooser.alphas[key][~gone].all()
-            assert not one_hot(OPEN, chooser.arch())[key][gone].any()
+                assert not arch_optimizer.alphas[key][gone].any() and arch_optimizer.alphas[key][~gone].all()
+            assert not one_hot(OPEN, arch_optimizer.arch())[key][gone].any()
 
 
 def test_a_mask_leaves_the_ratios_of_the_others():

@@ -9,9 +9,11 @@ from test_model import BLOCKS, agree, supernet, tokens
 import train_search
 from configurator import defaults
 from model import build
+from run import setup
 from supernet import extremes
-from train import setup
 from train_search import importance, split_data
+import data
+import train
 
 
 def sizes(net, **change):
@@ -86,14 +88,14 @@ def test_the_first_half_of_a_trained_network_loses_less_after_ordering(data_dir,
     net = build(vars(config))
     largest, optimizer = sizes(net), torch.optim.AdamW(net.parameters(), 3e-3)
     for step in range(150):
-        for x, y in train_search.micro_batches(splits["train"], config, run, "train", step):
+        for x, y in data.micro_batches(splits["train"], config, run, "train", step):
             net(x, y, largest)[1].backward()
         optimizer.step()
         optimizer.zero_grad()
     halves = [dict(n_head=4), dict(mlp_ratio=2), dict(n_embd=32)]
 
     def losses():
-        return [train_search.estimate(net, splits["search"], config, run, "search", lambda i, half=half: sizes(net, **half))["loss"]
+        return [train.estimate(net, splits["search"], config, run, "search", lambda i, half=half: sizes(net, **half))["loss"]
                 for half in ({}, *halves)]
     before = losses()
     net.sort(importance(net, splits["train"], config, run).__getitem__)

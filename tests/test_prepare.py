@@ -20,7 +20,7 @@ from conftest import killed_in
 
 import bench
 import prepare as p
-import train
+import data
 
 SCRIPT = Path(p.__file__)
 SHARED = Path(os.environ.get("NAS_DATA") or Path(__file__).resolve().parents[2] / "shared/data")
@@ -33,8 +33,8 @@ def run(folder, *args):
 
 
 def text_of(folder, name, splits=("train", "val")):
-    decode = p.load_tokenizer(folder, name)[1]
-    return "".join(decode(p.load_tokens(folder, name, split).tolist()) for split in splits)
+    decode = data.load_tokenizer(folder, name)[1]
+    return "".join(decode(data.load_tokens(folder, name, split).tolist()) for split in splits)
 
 
 def files_of(folder):
@@ -84,21 +84,22 @@ def leaked(folder, name):
 
 def test_pydocs_is_the_same_on_every_python(pydocs):
     folder, out = pydocs
-    meta = p.load_meta(folder, "pydocs")
+    meta = data.load_meta(folder, "pydocs")
     assert meta["source"] == "documentation of Python 3.11.7" and meta["vocab_size"] == 96
-    assert {split: p.hash_of(p.load_tokens(folder, "pydocs", split)) for split in PYDOCS} == PYDOCS
+    for split, sha256 in PYDOCS.items():
+        assert data.bytes_hash(data.load_tokens(folder, "pydocs", split)) == sha256
     assert f"{meta['train_tokens']:,}" in out
     assert out.rstrip().endswith("python train_search.py --dataset=pydocs")
 
 
 @pytest.mark.skipif(platform.python_version() != p.PYDOCS_PYTHON,
-                    reason=f"pydocs is made of Python {p.PYDOCS_PYTHON}, every other has other texts")
+                    reason=f"every Python but {p.PYDOCS_PYTHON} has other texts")
 def test_pydocs_is_what_its_python_gives():
     assert p.read_pydocs() == p.python_docs()
 
 
 def test_this_python_needs_nothing_but_the_interpreter(this_python):
-    meta = p.load_meta(this_python, "this_python")
+    meta = data.load_meta(this_python, "this_python")
     assert meta["source"] == f"documentation of Python {platform.python_version()}"
     assert 1e6 < meta["train_tokens"] + meta["val_tokens"] < 4e6, meta
     assert 0.05 < meta["val_tokens"] / meta["train_tokens"] < 0.25, meta
@@ -116,8 +117,9 @@ def test_trainers_make_what_needs_no_network(tmp_path, monkeypatch):
     for name in ("pydocs", "this_python"):
         config = SimpleNamespace(dataset=name, data_dir=str(tmp_path), space="gpt",
                                  out_dir=str(tmp_path / "out"), init_from="scratch")
-        _, val, facts = train.load_data(config, SimpleNamespace(master=True, world=1))
-        assert p.hash_of(val) == PYDOCS["val"]
+        p.prepare_own(config, SimpleNamespace(master=True, world=1))
+        _, val, facts = data.load_data(config, None)
+        assert data.bytes_hash(val) == PYDOCS["val"]
         assert facts == {"vocab_size": bench.VOCAB_SIZE[name]}
 
 
@@ -125,11 +127,12 @@ def test_a_damaged_asset_is_one_sentence(tmp_path, monkeypatch):
     whole, file = p.PYDOCS.read_bytes(), tmp_path / "pydocs.txt.xz"
     assert len(whole) < 600_000
     monkeypatch.setattr(p, "PYDOCS", file)
-    for data, word in {None: "No such file", b"": "ended before", whole[:-9]: "ended before",
-                       whole[:5000] + b"damaged" + whole[5007:]: "Corrupt", b"plain text": "format",
-                       lzma.compress(b"other text"): f"text has {p.hash_of(b'other text')}"}.items():
-        if data is not None:
-            file.write_bytes(data)
+    for content, word in {None: "No such file", b"": "ended before", whole[:-9]: "ended before",
+                          whole[:5000] + b"damaged" + whole[5007:]: "Corrupt",
+                          b"plain text": "format",
+                          lzma.compress(b"other"): f"text has {data.bytes_hash(b'other')}"}.items():
+        if content is not None:
+            file.write_bytes(content)
         with pytest.raises(SystemExit) as stop:
             p.prepare(data_dir=tmp_path / "data")
         message = stop.value.code
@@ -171,9 +174,9 @@ def test_text_survives_the_round_trip(tokenizer, tmp_path, request):
     meta = p.prepare("text", str(tmp_path / "my.txt"), tokenizer=tokenizer, vocab_size=size, data_dir=tmp_path)
     assert text_of(tmp_path, "text") == text
     assert len(text_of(tmp_path, "text", ["train"])) == int(0.9 * len(text))
-    assert max(p.load_tokens(tmp_path, "text", "train")) < meta["vocab_size"]
+    assert max(data.load_tokens(tmp_path, "text", "train")) < meta["vocab_size"]
     assert meta["vocab_size"] == {"char": len(set(text)), "gpt2": 50257, "sentencepiece": 400}[tokenizer]
-    encode, decode = p.load_tokenizer(tmp_path, "text")
+    encode, decode = data.load_tokenizer(tmp_path, "text")
     assert decode(encode(STORY)) == STORY and decode([]) == "" == decode(encode(""))
     assert decode(encode("end") + encode(STORY)) == "end" + STORY
     assert decode([meta["vocab_size"], *encode(STORY), meta["vocab_size"] + 40]) == STORY
@@ -224,7 +227,7 @@ def test_every_form_of_path_gives_every_document_once_and_in_order(form, tmp_pat
     p.prepare("text", path, data_dir=tmp_path, name="char")
     assert [line for line in text_of(tmp_path, "char").split("\n") if line] == docs
     meta = p.prepare("text", path, tokenizer="sentencepiece", vocab_size=300, data_dir=tmp_path, name="pieces")
-    ends = sum((p.load_tokens(tmp_path, "pieces", split) == meta["eot"]).sum() for split in ("train", "val"))
+    ends = sum((data.load_tokens(tmp_path, "pieces", split) == meta["eot"]).sum() for split in ("train", "val"))
     assert ends == (50 if form else 49)  # between plain files, after every marked document and every row
 
 
@@ -268,7 +271,7 @@ def test_tinystories_has_the_known_size(tmp_path, gpt2):
     train, val = (str(SHARED / f"text/tinystories_{part}.txt.gz") for part in ("train", "v1_valid_head"))
     meta = p.prepare("tinystories", train, val, data_dir=tmp_path)
     assert (meta["train_tokens"], meta["val_tokens"], meta["vocab_size"], meta["dtype"]) == (1_484_521, 195_558, 50257, "uint16")
-    assert (p.load_tokens(tmp_path, "tinystories", "train") == meta["eot"]).sum() == 7151
+    assert (data.load_tokens(tmp_path, "tinystories", "train") == meta["eot"]).sum() == 7151
 
 
 # ---- interrupted, finished, changed
@@ -289,7 +292,7 @@ def test_a_killed_run_continues_to_the_same_bytes(pydocs, tmp_path):
         with open(folder / f"{split}.bin.part", "ab") as f:
             f.write(b"half a batch")
         with pytest.raises(SystemExit, match="not prepared"):
-            p.load_meta(tmp_path / "data", "killed")
+            data.load_meta(tmp_path / "data", "killed")
 
     done = run(tmp_path, *args, "--name=killed")
     assert done.returncode == 0 and f"continuing after {noted[0]:,}" in done.stdout, done.stderr
@@ -332,21 +335,21 @@ def test_files_of_another_program_are_not_replaced(tmp_path):
 def test_damage_is_found_before_training(tmp_path):
     for dataset, command in {"pydocs": "--dataset=pydocs", "mine": "--dataset=text --path=FILE_OR_FOLDER --name=mine"}.items():
         with pytest.raises(SystemExit, match=f"run python prepare.py {command} --data_dir={tmp_path}$"):
-            p.load_meta(tmp_path, dataset)
+            data.load_meta(tmp_path, dataset)
     (tmp_path / "a.txt").write_text("some text " * 10)
     p.prepare("text", str(tmp_path / "a.txt"), data_dir=tmp_path)
-    tokens = p.load_tokens(tmp_path, "text", "val")
+    tokens = data.load_tokens(tmp_path, "text", "val")
     assert len(tokens) == 10 and not tokens.flags.writeable
     os.truncate(tmp_path / "text/val.bin", 18)
     with pytest.raises(SystemExit, match=r"val.bin has 18 bytes and not the 20"):
-        p.load_tokens(tmp_path, "text", "train")
+        data.load_tokens(tmp_path, "text", "train")
     (tmp_path / "text/val.bin").unlink()
     with pytest.raises(SystemExit, match=r"val.bin has 0 bytes"):
-        p.load_meta(tmp_path, "text")
+        data.load_meta(tmp_path, "text")
     for damaged in ("", '{"dataset": "te', "[]", "{}"):
         (tmp_path / "text/meta.json").write_text(damaged)
         with pytest.raises(SystemExit, match="damaged"):
-            p.load_meta(tmp_path, "text")
+            data.load_meta(tmp_path, "text")
         with pytest.raises(SystemExit, match="damaged"):
             p.prepare("text", str(tmp_path / "a.txt"), data_dir=tmp_path)
 
@@ -431,20 +434,20 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
 def test_batches_are_windows_and_every_offset_is_equally_likely():
     tokens, block_size = np.arange(1000, 1021, dtype=np.uint16), 5  # 16 offsets, the last one 15
     generator = torch.Generator().manual_seed(1)
-    x, y = p.get_batch(tokens, 16_000, block_size, generator)
+    x, y = data.get_batch(tokens, 16_000, block_size, generator)
     assert x.shape == y.shape == (16_000, block_size) and x.dtype == y.dtype == torch.int64
     assert x.is_contiguous() and y.is_contiguous()
     assert torch.equal(x, x[:, :1] + torch.arange(block_size)) and torch.equal(y, x + 1)
     counts = torch.bincount(x[:, 0] - 1000)
     assert len(counts) == 16 and (counts - 1000).abs().max() < 150, counts  # five standard deviations
-    again = p.get_batch(tokens, 16_000, block_size, torch.Generator().manual_seed(1))
-    assert torch.equal(again[0], x) and not torch.equal(p.get_batch(tokens, 16_000, block_size, generator)[0], x)
-    shortest = p.get_batch(tokens[:6], 3, block_size, generator)[1]
+    again = data.get_batch(tokens, 16_000, block_size, torch.Generator().manual_seed(1))
+    assert torch.equal(again[0], x) and not torch.equal(data.get_batch(tokens, 16_000, block_size, generator)[0], x)
+    shortest = data.get_batch(tokens[:6], 3, block_size, generator)[1]
     assert shortest[:, -1].tolist() == [1005] * 3
 
 
 def test_batches_hold_wide_tokens():
-    x, y = p.get_batch(np.arange(70_000, 70_004, dtype=np.uint32), 2, 3, torch.Generator())
+    x, y = data.get_batch(np.arange(70_000, 70_004, dtype=np.uint32), 2, 3, torch.Generator())
     assert x.tolist() == [[70_000, 70_001, 70_002]] * 2 and y.tolist() == [[70_001, 70_002, 70_003]] * 2
 
 
@@ -452,7 +455,7 @@ def test_blocks_count_every_prediction_once():
     for n in (2, 5, 6, 7, 24, 25, 26, 100):
         tokens = np.arange(10, 10 + n, dtype=np.uint16)
         for batch_size, block_size in ((1, 1), (2, 3), (4, 6), (8, 200)):
-            x, y = zip(*p.blocks(tokens, batch_size, block_size, "cpu"), strict=True)
+            x, y = zip(*data.sequential_batches(tokens, batch_size, block_size, "cpu"), strict=True)
             assert all(b.shape[1] == block_size and 0 < b.shape[0] <= batch_size and b.dtype == torch.int64 for b in (*x, *y))
             x, y = (torch.cat(b).flatten() for b in (x, y))
             assert x[y != -1].tolist() == tokens[:-1].tolist() and y[y != -1].tolist() == tokens[1:].tolist()
@@ -460,14 +463,14 @@ def test_blocks_count_every_prediction_once():
 
 
 def test_too_little_text_for_a_block_names_both_numbers():
-    p.check_length(np.arange(9), 8, "val.bin")
+    data.check_length(np.arange(9), 8, "val.bin")
     with pytest.raises(SystemExit, match=r"val.bin has 8 tokens.*block_size=8.*9"):
-        p.check_length(np.arange(8), 8, "val.bin")
+        data.check_length(np.arange(8), 8, "val.bin")
 
 
 def test_a_gpu_gets_the_same_batches():
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
     tokens = np.arange(100, dtype=np.uint16)
-    here, there = (p.get_batch(tokens, 4, 8, torch.Generator().manual_seed(3), device) for device in ("cpu", "cuda"))
+    here, there = (data.get_batch(tokens, 4, 8, torch.Generator().manual_seed(3), device) for device in ("cpu", "cuda"))
     assert all(torch.equal(a, b.cpu()) and b.is_cuda for a, b in zip(here, there, strict=True))

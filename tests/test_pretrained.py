@@ -16,11 +16,14 @@ from test_vision import signalled
 import train
 import train_base
 import train_search
-from analyze import read_lines
-from model import build, load_gpt2, read_gpt2
-from prepare import load_meta, load_tokens, read_json
+from data import load_meta, load_tokens
+from model import build
+from pretrained import load_gpt2, read_gpt2
+from run import read_json, read_lines
 from sample import load_run
 from supernet import extremes
+import run as runs
+import data
 
 GPT2 = dict(n_layer=2, n_head=4, n_embd=32)
 OURS = GPT2 | dict(bias=True, mlp_ratio=4.0)
@@ -98,7 +101,7 @@ def test_training_starts_with_the_pretrained_loss(gpt2, data_dir, tmp_path):
     config = train_config(data_dir, tmp_path / "t", **OURS, init_from=folder)
     train.train(config)
     config = SimpleNamespace(**config)
-    run = train.setup(SimpleNamespace(**vars(config) | {"out_dir": str(tmp_path / "none")}))
+    run = runs.setup(SimpleNamespace(**vars(config) | {"out_dir": str(tmp_path / "none")}))
 
     def net(x, y):
         logits = theirs(x).logits
@@ -158,13 +161,13 @@ def test_a_new_run_knows_nothing_of_the_one_it_replaces(gpt2, data_dir, tmp_path
 
 def test_the_vocabulary_is_not_padded(tmp_path):
     config = SimpleNamespace(out_dir=str(tmp_path), init_from="scratch")
-    assert train.vocabulary(50257, config) == 50304 and train.vocabulary(65, config) == 65
+    assert data.vocabulary(50257, config) == 50304 and data.vocabulary(65, config) == 65
     config.init_from = "gpt2"
-    assert train.vocabulary(50257, config) == 50257
+    assert data.vocabulary(50257, config) == 50257
     config.init_from = "resume"
     for size in (50257, 50304):
         (tmp_path / "run.json").write_text(json.dumps({"config": {"vocab_size": size}}))
-        assert train.vocabulary(50257, config) == size
+        assert data.vocabulary(50257, config) == size
 
 
 @pytest.mark.parametrize("change, words", [

@@ -1,4 +1,5 @@
 """The training recipes: each does what its paper says, by its moments; the seed alone decides; only what trains the weights is changed."""
+import data
 import math
 import sys
 from types import SimpleNamespace
@@ -13,14 +14,14 @@ from test_survival import state_of
 from test_vision import parts, search_config, signalled, space_config
 from torch.nn import functional as F
 
-import recipes
+import data as recipes
 import train
 import train_base
 import train_search
-from analyze import read_lines
+from data import get_images, load_images
 from optim_nas import uniform
-from prepare import get_images, load_images, rng
-from train import build
+from run import read_lines, rng
+from search_spaces import build
 
 OFF = {key: value for key, value in vars(train).items() if key in recipes.RANGES or key in ("repeated_augmentation", "resolutions")}
 ALL = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, rand_augment=9, random_erasing=0.25, repeated_augmentation=2, color_jitter=0.4,
@@ -42,8 +43,8 @@ def pixels_of(image):
 
 def test_all_off_changes_nothing(digits_dir, tmp_path):
     config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path))
-    x, y = train.draw(splits["train"], config, run, "train", 3)
-    plain = get_images(splits["train"], train.draw_index(len(splits["train"]), config.batch_size, 3, config.seed, "train"))
+    x, y = data.draw(splits["train"], config, run, "train", 3)
+    plain = get_images(splits["train"], data.batch_indices(len(splits["train"]), config.batch_size, 3, config.seed, "train"))
     assert torch.equal(x, plain[0]) and torch.equal(y, plain[1]) and y.dtype == torch.int64
 
 
@@ -188,18 +189,18 @@ def test_copies_of_an_image_are_changed_differently(digits_dir, tmp_path):
     config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path, repeated_augmentation=4, crop=2, resized_crop=0.5))
     data, seen = splits["train"], []
     for step in range(4):
-        x, y = train.draw(data, config, run, "train", step)
+        x, y = data.draw(data, config, run, "train", step)
         assert len(x) == 8 and y.view(2, 4).eq(y.view(2, 4)[:, :1]).all() and len({image.numpy().tobytes() for image in x}) == 8
-        seen += train.draw_index(len(data), 2, step, config.seed, "train").tolist()
+        seen += data.batch_indices(len(data), 2, step, config.seed, "train").tolist()
     assert len(set(seen)) == 8
 
 
 def test_resolutions_are_equally_likely(digits_dir, tmp_path):
     config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path, resolutions=[0, 4, 13]))
-    sizes = [train.draw(splits["train"], config, run, "train", step)[0].shape[-2:] for step in range(300)]
+    sizes = [data.draw(splits["train"], config, run, "train", step)[0].shape[-2:] for step in range(300)]
     counts = {n: sizes.count((n, n)) for n in (8, 4, 13)}
     assert sum(counts.values()) == 300 and min(counts.values()) > 60
-    assert train.draw(splits["search"], config, run, "search", 0)[0].shape[-1] == 8
+    assert data.draw(splits["search"], config, run, "search", 0)[0].shape[-1] == 8
 
 
 @pytest.mark.parametrize("space", [space for space in TINY_SPACES if space != "swinir"]) # which has no classes
@@ -216,13 +217,13 @@ def test_the_seed_decides_and_nothing_else_is_drawn_from(digits_dir, tmp_path):
     config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path, **ALL))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    x, y = train.draw(splits["train"], config, run, "train", 3, 1)
+    x, y = data.draw(splits["train"], config, run, "train", 3, 1)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    again = train.draw(splits["train"], config, run, "train", 3, 1)
+    again = data.draw(splits["train"], config, run, "train", 3, 1)
     assert torch.equal(x, again[0]) and torch.equal(y, again[1])
     config.seed += 1
-    other = train.draw(splits["train"], config, run, "train", 3, 1)
+    other = data.draw(splits["train"], config, run, "train", 3, 1)
     assert other[0].shape != x.shape or not torch.equal(x, other[0])
 
 
@@ -248,6 +249,8 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import train_search
 from test_recipes import TWO, search_config
+import data
+import data
 train_search.search(search_config("toy_cell", {data!r}, {out!r}, **TWO))
 """
 TWO = dict(gradient_accumulation_steps=2, crop=1, dropout=0.0, **ALL) # dropout is each process's own

@@ -13,11 +13,12 @@ from conftest import TINY, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, 
 from test_pretrained import SPACE, save_gpt2
 
 import report
+from budget import Budget
 from model import build
-from optim_nas import Budget, architectures, key_of
-from prepare import read_json, write_json
+from optim_nas import architectures, arch_key
+from run import read_json, write_json
+from search_spaces import space_module
 from supernet import extremes
-from train import space_module
 
 SMALL = TINY | dict(n_pick=3, n_rank=4, n_random=2, seeds=[1, 2])
 CHARS = dict(n_layer=[4, 5, 6], n_head=[2, 4, 6], n_embd=[96, 192, 384], mlp_ratio=[2, 3, 4], vocab_size=65, block_size=256)
@@ -34,7 +35,7 @@ def searched(data_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reported(searched, data_dir):
     """Its report, as a user makes it: the folder."""
-    succeeds("analyze.py", "report", str(searched), *flags(SMALL | dict(data_dir=data_dir)))
+    succeeds("report.py", str(searched), *flags(SMALL | dict(data_dir=data_dir)))
     return searched / "report"
 
 
@@ -54,9 +55,9 @@ def test_the_largest_by_exhaustion_and_nanogpts_shape():
     net = build(dict(n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[16, 32], mlp_ratio=[1, 2, 4], vocab_size=65, block_size=16))
     for target in (9_000, 20_000, 33_000):
         budget = Budget(net.choices, net.cost, {"params": target})
-        everything = {key_of(arch): net.cost(arch)["params"] for arch in architectures(net.choices)}
+        everything = {arch_key(arch): net.cost(arch)["params"] for arch in architectures(net.choices)}
         arch = report.largest(net.choices, budget, torch.Generator().manual_seed(0))
-        assert everything[key_of(arch)] == max(params for params in everything.values() if params <= target)
+        assert everything[arch_key(arch)] == max(params for params in everything.values() if params <= target)
         assert report.largest(net.choices, budget, torch.Generator().manual_seed(0), other_than=arch) != arch
     net = build(CHARS)
     for target, (depth, width) in ((10_800_000, (6, 384)), (2_750_000, (6, 192))):
@@ -94,7 +95,7 @@ def test_a_progressive_search_can_be_reported(digits_dir, tmp_path):
     search = TINY_IMAGES | TINY_SPACES["nb201"] | dict(space="nb201", init_channels=8, optimizer="drnas", partial_channels=4, widen_to=2,
                                                        prune_keep=2, data_dir=digits_dir, out_dir=tmp_path / "s")
     succeeds("train_search.py", *flags(search))
-    report = ["analyze.py", "report", str(tmp_path / "s"), "--n_random=2", "--seeds=[1,2]", f"--data_dir={digits_dir}", *flags(TINY_IMAGES)]
+    report = ["report.py", str(tmp_path / "s"), "--n_random=2", "--seeds=[1,2]", f"--data_dir={digits_dir}", *flags(TINY_IMAGES)]
     assert "give --n_pick=0 --n_rank=0" in fails(*report)
     succeeds(*report, "--n_pick=0", "--n_rank=0")
     told = read_json(tmp_path / "s/report/report.json")
@@ -188,7 +189,7 @@ def test_the_flops_of_a_shrinking():
 
 def test_killed_and_rerun_it_has_the_same_numbers_and_trains_nothing_again(searched, reported, data_dir, tmp_path):
     shutil.copytree(searched, tmp_path / "s", ignore=shutil.ignore_patterns("report"))
-    command = ["analyze.py", "report", str(tmp_path / "s"), *flags(SMALL | dict(data_dir=data_dir))]
+    command = ["report.py", str(tmp_path / "s"), *flags(SMALL | dict(data_dir=data_dir))]
     runs = tmp_path / "s/report/runs"
     killed_in("write_json", f"event == 'return' and len(glob({str(runs)!r} + '/*/result.json')) > 2", *command)
     done = {path: path.stat().st_mtime_ns for path in runs.glob("*/result.json")}
@@ -228,14 +229,14 @@ def test_the_page_stands_alone(reported):
     images = [attrs["src"] for tag, attrs in page.seen if tag == "img"]
     assert len(images) == 3 and all(src.startswith("data:image/png;base64,") for src in images)
     markdown = (reported / "report.md").read_text()
-    for said in (numbers["verdict"], "analyze.py report", *numbers["networks"], numbers["made"]["commit"], "Kendall's tau"):
+    for said in (numbers["verdict"], "report.py", *numbers["networks"], numbers["made"]["commit"], "Kendall's tau"):
         assert said in page.text and said in markdown, said
     assert "<b>&lt;" not in Page(report.to_html([("h1", "a <b> & c"), ("table", ["x\"y"], [["<script>"]])])).text
 
 
 def test_more_networks_are_added(searched, reported, data_dir):
     before = numbers_of(reported)
-    said = succeeds("analyze.py", "report", str(searched), *flags(SMALL | dict(data_dir=data_dir, n_random=3, n_rank=5)))
+    said = succeeds("report.py", str(searched), *flags(SMALL | dict(data_dir=data_dir, n_random=3, n_rank=5)))
     after = numbers_of(reported)
     assert all(after[name] == before[name] for name in ("found", "largest", "random 1", "random 2"))
     assert after["ranked"][:4] == before["ranked"] and "trainings of 4 steps" in said
@@ -245,7 +246,7 @@ def test_accuracies_of_an_image_space(digits_dir, tmp_path):
     options = TINY_IMAGES | TINY_SPACES["toy_conv_macro"] | dict(space="toy_conv_macro", data_dir=digits_dir, out_dir=tmp_path)
     succeeds("train_search.py", *flags(options))
     sizes = TINY_IMAGES | dict(n_pick=0, n_rank=3, n_random=1, seeds=[1, 2], data_dir=digits_dir)
-    succeeds("analyze.py", "report", str(tmp_path), *flags(sizes))
+    succeeds("report.py", str(tmp_path), *flags(sizes))
     numbers = json.loads((tmp_path / "report/report.json").read_text())
     assert "test accuracy" in numbers["metric"] and "standard" not in numbers["networks"]
     assert all(0 <= value <= 100 for n in numbers["networks"].values() for value in n["test"])
@@ -261,30 +262,30 @@ def test_a_search_from_a_gpt2_has_its_vocabulary(data_dir, tmp_path):
     options = dict(data_dir=tmp_path / "data", out_dir=tmp_path / "s", init_from=tmp_path / "gpt2", target_params=60_000)
     succeeds("train_search.py", *flags(TINY_SEARCH | SPACE | options))
     (tmp_path / "s").rename(tmp_path / "moved")
-    succeeds("analyze.py", "report", str(tmp_path / "moved"), *flags(SMALL | dict(n_pick=2, n_rank=3, n_random=1)))
+    succeeds("report.py", str(tmp_path / "moved"), *flags(SMALL | dict(n_pick=2, n_rank=3, n_random=1)))
     page = (tmp_path / "moved/report/report.md").read_text()
     assert "Did the search pay?" in page and f"had been trained before, {tmp_path / 'gpt2'}, is not" in page
     still = dict(n_pick=0, n_rank=0, n_random=1, max_iters=1, learning_rate=0.0, min_lr=0.0) # they end as they start
     for origin, start, same in (("scratch", "scratch", False), (tmp_path / "moved", f"the weights in {tmp_path / 'moved'}", True)):
-        succeeds("analyze.py", "report", str(tmp_path / "moved"), *flags(SMALL | still | dict(init_from=origin)))
+        succeeds("report.py", str(tmp_path / "moved"), *flags(SMALL | still | dict(init_from=origin)))
         assert f"alike, from {start}, for" in (tmp_path / "moved/report/report.md").read_text()
         numbers = read_json(tmp_path / "moved/report/report.json")
         assert all((len(set(n["test"])) == 1) == same for n in numbers["networks"].values()) # of two seeds
 
 
 def test_what_cannot_be_reported_is_one_sentence(searched, tmp_path):
-    assert "two or more different" in fails("analyze.py", "report", str(searched), "--seeds=[1,1]")
-    assert "seeds=[1.5, 2] must be whole numbers" in fails("analyze.py", "report", str(searched), "--seeds=[1.5,2]")
-    assert "n_random=-1 must be 0 or more" in fails("analyze.py", "report", str(searched), "--n_random=-1")
-    assert "max_iters=0 must be 1 or more" in fails("analyze.py", "report", str(searched), "--max_iters=0")
-    assert "val_portion" in fails("analyze.py", "report", str(searched), "--val_portion=0.0")
-    assert "leave it out" in fails("analyze.py", "report", str(searched), "--init_from=resume")
-    assert "n_rank=2 networks have no order" in fails("analyze.py", "report", str(searched), "--n_rank=2")
-    assert "cannot be read" in fails("analyze.py", "report", str(tmp_path))
+    assert "two or more different" in fails("report.py", str(searched), "--seeds=[1,1]")
+    assert "seeds=[1.5, 2] must be whole numbers" in fails("report.py", str(searched), "--seeds=[1.5,2]")
+    assert "n_random=-1 must be 0 or more" in fails("report.py", str(searched), "--n_random=-1")
+    assert "max_iters=0 must be 1 or more" in fails("report.py", str(searched), "--max_iters=0")
+    assert "val_portion" in fails("report.py", str(searched), "--val_portion=0.0")
+    assert "leave it out" in fails("report.py", str(searched), "--init_from=resume")
+    assert "n_rank=2 networks have no order" in fails("report.py", str(searched), "--n_rank=2")
+    assert "cannot be read" in fails("report.py", str(tmp_path))
     shutil.copy(searched / "arch.json", tmp_path)
-    assert "no finished search" in fails("analyze.py", "report", str(tmp_path))
+    assert "no finished search" in fails("report.py", str(tmp_path))
 
 
 def test_help_lists_the_keys_of_a_report():
-    said = succeeds("analyze.py", "report", "--help")
+    said = succeeds("report.py", "--help")
     assert "n_rank = 20" in said and "learning_rate = " in said and "arch_traj" not in said

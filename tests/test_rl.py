@@ -11,9 +11,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 import configurator
 import env
 import train_rl
-from analyze import main, read_lines
-from prepare import read_json
-from train import load_checkpoint
+from analyze import main
+from run import load_checkpoint, read_json, read_lines
 from train_rl import learn
 
 TABLE = str(ROOT / "assets/heads_layers.csv")

@@ -9,12 +9,12 @@ from test_vision import signalled
 
 import train
 import train_search
-from analyze import read_lines
+import search_spaces
 from configurator import defaults
 from optim_nas import uniform
-from prepare import rng
+from run import read_lines, rng
 from supernet import extremes
-from train_search import distilled
+from train_search import with_inplace_distillation
 
 SANDWICH = dict(optimizer="spos", subnets_per_step=3, sandwich=True, inplace_distill=True)
 
@@ -33,14 +33,14 @@ def network(space):
     else:
         config = image_config(space, "", "") | TINY_SPACES[space] | dict(img_size=8, in_channels=1, num_classes=10)
         x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
-    return train.build(config).eval(), x, y
+    return search_spaces.build(config).eval(), x, y
 
 
 @pytest.mark.parametrize("space", ["gpt", "mobilenetv3"])
 def test_only_the_first_of_a_batch_learns_from_labels(space):
     """The others' loss, and its gradient, are those of the cross-entropy to fixed answers; each batch has its own."""
     net, x, y = network(space)
-    forward, generator = distilled(net), rng(0)
+    forward, generator = with_inplace_distillation(net), rng(0)
     for _ in range(2):
         x = x.flip(0) # another batch
         archs = [extremes(net.choices)[1], uniform(net.choices, generator), extremes(net.choices)[0]]

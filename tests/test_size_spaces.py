@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from optim_nas import picked, uniform
 from search_spaces import nats_size, toy_conv_macro
-from supernet import ENTANGLEMENTS, Conv2d, Entangled, Size, extremes, one_hot, prefixes
+from search_spaces.convs import Conv2d, ENTANGLEMENTS, Entangled
+from supernet import Size, extremes, one_hot, prefix_masks
 
 SMALL = dict(img_size=8, in_channels=2, num_classes=3)
 SPACES = { # a reduced version of each, with lists of different lengths
@@ -136,7 +137,7 @@ def test_convolution_is_its_padded_sum(mixed, bias):
     entangled = Entangled(lambda *args: Conv2d(*args, bias=bias), itertools.product(*sizes, kernels), "outputs").double()
     conv, alphas = entangled.op, [torch.randn(3).double().requires_grad_() for _ in range(3)]
     p = [alpha.softmax(-1) for alpha in alphas] # rows sum to 1: gradients are compared behind the softmax
-    i, o = (Size(n, share=prefixes(n, n[-1]).double(), p=w) if m else None for n, w, m in zip(sizes, p, mixed, strict=False))
+    i, o = (Size(n, mask=prefix_masks(n, n[-1]).double(), p=w) if m else None for n, w, m in zip(sizes, p, mixed, strict=False))
     k = p[2] if mixed[2] else None
     options = [list(zip(n, w, strict=True)) if m else [(n[-1], 1)] for n, w, m in zip((*sizes, kernels), p, mixed, strict=True)]
     padded = 0
@@ -154,7 +155,7 @@ def test_convolution_is_its_padded_sum(mixed, bias):
 def mixed_sizes(*options):
     """Softmaxes of random alphas, which are returned too, as Sizes."""
     alphas = [torch.randn(len(n)).double().requires_grad_() for n in options]
-    return alphas, [Size(n, share=prefixes(n, n[-1]).double(), p=w.softmax(-1)) for n, w in zip(options, alphas, strict=True)]
+    return alphas, [Size(n, mask=prefix_masks(n, n[-1]).double(), p=w.softmax(-1)) for n, w in zip(options, alphas, strict=True)]
 
 
 @pytest.mark.parametrize("joint", [False, True])

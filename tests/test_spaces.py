@@ -12,9 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import defaults
-from optim_nas import ArchOptimizer, one_hot, picked, uniform
+from optim_nas import ArchOptimizer, picked, uniform
 from search_spaces import darts, nb201, toy_cell
-from supernet import ENTANGLEMENTS, Edge, FactorizedReduce, ReLUConvBN, Skip, check_arch, drop_path, extremes, measure_norms, nodes, widen
+from search_spaces.cells import Edge, FactorizedReduce, ReLUConvBN, Skip, nodes, widen
+from search_spaces.convs import ENTANGLEMENTS, drop_path, measure_norms
+from supernet import check_arch, extremes, one_hot
 
 SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4), "darts": dict(init_channels=4, n_layer=3),
           "mobilenetv3": dict(depth=[1, 2, 3], expand=[2, 3], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[2, 1], se=[0, 1],
@@ -243,18 +245,18 @@ def test_cost_is_that_of_the_extracted_network(name, entanglement):
 @pytest.mark.parametrize("name", SPACES)
 def test_gradient_of_the_alphas_is_the_finite_difference(name):
     net, (x, y) = make(name), batch()
-    chooser = ArchOptimizer("darts", net.choices, generator())
-    alphas = list(chooser.alphas.values())
+    arch_optimizer = ArchOptimizer("darts", net.choices, generator())
+    alphas = list(arch_optimizer.alphas.values())
     for alpha in alphas:
         alpha.data.copy_(0.3 * torch.randn(alpha.shape, generator=generator(2)))
     directions = [torch.randn(alpha.shape, generator=generator(i)) for i, alpha in enumerate(alphas)]
-    grads = torch.autograd.grad(run(net, x, y, chooser.mean())[1], alphas)
+    grads = torch.autograd.grad(run(net, x, y, arch_optimizer.mean())[1], alphas)
     slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True)).item()
 
     def loss(h):
         for alpha, d in zip(alphas, directions, strict=True):
             alpha.data.add_(h * d)
-        found = run(net, x, y, chooser.mean())[1].item()
+        found = run(net, x, y, arch_optimizer.mean())[1].item()
         for alpha, d in zip(alphas, directions, strict=True):
             alpha.data.sub_(h * d)
         return found
@@ -436,25 +438,25 @@ def test_what_goes_around_an_edge(stride):
 @pytest.mark.parametrize("name, entanglement", [case for case in CASES if case[0] in CELLS])
 def test_pruning_changes_nothing_where_the_weight_is_zero(name, entanglement):
     net, (x, y) = make(name, entanglement=entanglement), batch()
-    chooser = ArchOptimizer("drnas", net.choices, generator())
-    for i, alpha in enumerate(chooser.alphas.values()):
+    arch_optimizer = ArchOptimizer("drnas", net.choices, generator())
+    for i, alpha in enumerate(arch_optimizer.alphas.values()):
         alpha.data.copy_(torch.randn(alpha.shape, generator=generator(1 + i)))
-    chooser.prune(2)
-    arch, weights = chooser.arch(), chooser.sample(0, generator())
+    arch_optimizer.prune(2)
+    arch, weights = arch_optimizer.arch(), arch_optimizer.sample(0, generator())
     results, size = [], sum(p.numel() for p in net.parameters())
     for _ in range(2): # before and after
         loss = run(net, x, y, weights)[1]
         grads = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
         results.append([loss, run(net, x, y, arch)[1], *(g * w for g, w in zip(grads, weights.values(), strict=True)),
                         *net.cost(weights).values(), torch.tensor(net.cost(arch)["params"])])
-        net.prune(chooser.mask)
+        net.prune(arch_optimizer.mask)
     for a, b in zip(*results, strict=True):
         close(a, b)
     assert sum(p.numel() for p in net.parameters()) < size
     assert net.extract(arch).cost() == net.cost(arch)
     with FlopCounterMode(display=False) as counter:
         net.run(weights)
-    left = net.cost({key: (~mask).double() for key, mask in chooser.mask.items()})["flops"]
+    left = net.cost({key: (~mask).double() for key, mask in arch_optimizer.mask.items()})["flops"]
     assert entanglement == "weights" or counter.get_total_flops() == left, "it runs what has no weight"
 
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from supernet import Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, mixed_norm, mixed_rotary_attention, prefixes, rotary, take
+from fused_ops import mixed_norm
+from model import mixed_rotary_attention, rotary
+from supernet import Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, prefix_masks, take
 
 pytestmark = pytest.mark.usefixtures("implementation")
 EMBD = (3, 5, 8)
@@ -27,7 +29,7 @@ def close(a, b):
 
 def mixture(n, N, groups=1):
     p = torch.rand(len(n)).softmax(-1).requires_grad_()
-    return Size(n, groups, prefixes(n, N, groups).double(), p, torch.tensor(n) - 1)
+    return Size(n, groups, prefix_masks(n, N, groups).double(), p, torch.tensor(n) - 1)
 
 
 def pad(x, N):
@@ -142,9 +144,9 @@ def test_linear_sizes_chosen_together(bias):
     linear, e = Linear(8, 20, bias), mixture(EMBD, 8)
     alpha = torch.randn(2, requires_grad=True)
     q = alpha.softmax(-1) # rows sum to 1: gradients are compared behind the softmax
-    share = prefixes([[int(m * k) for m in ratios] for k in EMBD], 20).double()
+    share = prefix_masks([[int(m * k) for m in ratios] for k in EMBD], 20).double()
     n = tuple(sorted({int(m * k) for m in ratios for k in EMBD}))
-    hidden = Size(n, share=torch.einsum("m,emh->eh", q, share), p=e.p, last=torch.tensor(n) - 1)
+    hidden = Size(n, mask=torch.einsum("m,emh->eh", q, share), p=e.p, last=torch.tensor(n) - 1)
     pairs = [(pi * qj, k, int(m * k)) for pi, k in zip(e.p, EMBD, strict=True) for qj, m in zip(q, ratios, strict=True)]
     padded = sum(w * pad(F.linear(x[..., :k], linear.weight[:o, :k], linear.bias[:o] if bias else None), 20) for w, k, o in pairs)
     same_with_gradients(linear(x, e, hidden), padded, [x, e.p, alpha, *linear.parameters()])
@@ -200,6 +202,6 @@ def test_take_slices_every_part():
     """Two of four channels of each of three equal parts: what a head count, or q, k and v side by side, use."""
     w = torch.arange(12.0)
     assert take(w, 0, Size(6, groups=3)).tolist() == [0, 1, 4, 5, 8, 9]
-    assert prefixes((6, 12), 12, groups=3)[0].nonzero().flatten().tolist() == [0, 1, 4, 5, 8, 9]
+    assert prefix_masks((6, 12), 12, groups=3)[0].nonzero().flatten().tolist() == [0, 1, 4, 5, 8, 9]
     for whole in (None, Size(12), Size(12, groups=3)): # copies nothing
         assert take(w, 0, whole).tolist() == w.tolist() and take(w, 0, whole).data_ptr() == w.data_ptr()

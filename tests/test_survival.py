@@ -1,4 +1,5 @@
 """Runs that survive: killed, stopped, damaged, out of room, on one process or many, they lose nothing and never go on wrongly."""
+import run as runs
 import json
 import math
 import os
@@ -22,8 +23,8 @@ from test_train import OPTIMIZERS, base_config, search_config, train_config
 import train
 import train_base
 import train_search
-from analyze import read_lines
-from prepare import load_tokens, read_json
+from data import load_tokens
+from run import read_json, read_lines
 
 LONG = dict(max_iters=20, lr_decay_iters=20, eval_interval=10, dropout=0.1)
 
@@ -38,7 +39,7 @@ def state_of(out_dir):
     logs, searched = ([{k: v for k, v in line.items() if k not in times} for line in read_lines(path)] if path.exists() else []
                       for path in (Path(out_dir) / "log.jsonl", Path(out_dir) / "arch_search.jsonl"))
     files = {name: (Path(out_dir) / name).read_bytes() for name in ("arch.json", "arch_traj.jsonl") if (Path(out_dir) / name).exists()}
-    return train.fingerprint(checkpoint), [line for line in logs if line.get("step")], searched, files
+    return runs.content_hash(checkpoint), [line for line in logs if line.get("step")], searched, files
 
 
 def killed_early(whole, out_dir):
@@ -72,12 +73,12 @@ def test_twenty_steps_are_ten_and_ten(name, data_dir, tmp_path):
         step(*args)
         if args[-1].step == 9: # the tenth step is being finished
             os.kill(os.getpid(), signal.SIGTERM)
-    train.update = train_search.update = update_then_signal
+    train.update = train.update = update_then_signal
     try:
         with pytest.raises(SystemExit) as e:
             go(tmp_path / "parts")
     finally:
-        train.update = train_search.update = step
+        train.update = train.update = step
     assert e.value.code == 128 + signal.SIGTERM
     assert torch.load(tmp_path / "parts/ckpt.pt", weights_only=True)["state"]["step"] == 10
     go(tmp_path / "parts", init_from="resume")
@@ -167,7 +168,7 @@ def test_ctrl_c_before_the_first_step_ends_without_a_traceback():
     def interrupted(config):
         raise KeyboardInterrupt
     with pytest.raises(SystemExit) as stopped:
-        train.main(interrupted, {})
+        runs.main(interrupted, {})
     assert stopped.value.code == 128 + signal.SIGINT
 
 
@@ -222,7 +223,7 @@ def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             train.train(config | {"init_from": "previous"})
     for name in ("ckpt.pt", "ckpt.prev.pt"):
-        train.load_checkpoint(str(tmp_path / "t" / name), "cpu")
+        runs.load_checkpoint(str(tmp_path / "t" / name), "cpu")
     train.train(config | {"init_from": "previous"})
     assert state_of(tmp_path / "t") == state_of(tmp_path / "whole")
 
@@ -335,7 +336,7 @@ def test_a_run_goes_on_in_another_dtype(kind, data_dir, tmp_path):
     go(config)
     for steps, dtype in ((6, "float16"), (8, "bfloat16"), (10, "float16")):
         assert go(config | dict(dtype=dtype, init_from="resume", max_iters=steps))["steps"] == steps
-    assert train.load_checkpoint(str(tmp_path / "ckpt.pt"), "cpu")["scaler"]["_growth_tracker"] == 2
+    assert runs.load_checkpoint(str(tmp_path / "ckpt.pt"), "cpu")["scaler"]["_growth_tracker"] == 2
 
 
 class Bomb:
@@ -366,7 +367,7 @@ def test_five_hundred_damaged_files_never_make_a_wrong_run(data_dir, tmp_path):
     readers = {
         run_dir / "arch.json": lambda p: train_base.read_arch(str(p), ""),
         run_dir / "arch_traj.jsonl": lambda p: train_base.read_arch("", str(p)),
-        run_dir / "ckpt.pt": lambda p: train.fingerprint(train.load_checkpoint(str(p), "cpu")),
+        run_dir / "ckpt.pt": lambda p: runs.content_hash(runs.load_checkpoint(str(p), "cpu")),
         data / "pydocs/meta.json": lambda p: [bytes(load_tokens(str(data), "pydocs", split)) for split in ("train", "val")],
         data / "pydocs/train.bin": lambda p: bytes(load_tokens(str(data), "pydocs", "train")),
         data / "pydocs/val.bin": lambda p: bytes(load_tokens(str(data), "pydocs", "val")),
@@ -448,7 +449,7 @@ def test_every_group_of_processes_gives_up_after_timeout_minutes(data_dir, tmp_p
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("init_process_group", "new_group", "barrier"):
         monkeypatch.setattr(train.dist, name, lambda *args, name=name, **rest: given.update({name: rest.get("timeout")}))
-    train.setup(SimpleNamespace(**train_config(data_dir, tmp_path, gradient_accumulation_steps=2, timeout_minutes=7.0)))
+    runs.setup(SimpleNamespace(**train_config(data_dir, tmp_path, gradient_accumulation_steps=2, timeout_minutes=7.0)))
     assert given == {"init_process_group": timedelta(minutes=7), "new_group": timedelta(minutes=7), "barrier": None}
 
 
@@ -458,6 +459,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch, torch.distributed as dist, train, train_search
 from optim_nas import ArchOptimizer
 from test_train import OPTIMIZERS, search_config, train_config
+import run as runs
 step, sizes = ArchOptimizer.step, []
 def spy(self, weights, grads):
     step(self, weights, grads)

@@ -16,11 +16,14 @@ from test_size_spaces import agree, some_archs, weights_of
 from test_spaces import check_law, generator, mixed
 
 import prepare as p
-import supernet
+import fused_ops
 import train
-from optim_nas import one_hot, picked
+from optim_nas import picked
 from search_spaces import swinir
-from supernet import Conv2d, Size, check_arch, extremes, prefixes
+from search_spaces.convs import Conv2d
+from supernet import Size, check_arch, extremes, one_hot, prefix_masks
+import data
+import run as runs
 
 SHARED = Path(os.environ.get("NAS_DATA") or ROOT.parent / "shared/data") / "sr/sr_sets.zip"
 needs_sets = pytest.mark.skipif(not SHARED.exists(), reason=f"no Set5 at {SHARED} (set NAS_DATA)")
@@ -32,7 +35,7 @@ def dtype(request):
     torch.set_default_dtype(request.param)
     yield request.param
     torch.set_default_dtype(torch.float32)
-    supernet.use_fused_ops(False)
+    fused_ops.use_fused_ops(False)
 
 
 def make(**rest):
@@ -90,13 +93,13 @@ def test_kernels_compute_a_mixture_as_pytorch_does():
     net, (x, y), found = make(), batch(), []
     weights = mixed(net)
     for kernels in (False, True):
-        turn_kernels_on() if kernels else supernet.use_fused_ops(False)
+        turn_kernels_on() if kernels else fused_ops.use_fused_ops(False)
         image, loss = net(x, y, weights)
         found.append([image, *torch.autograd.grad(loss, [*weights.values(), *net.parameters()])])
         net.requires_grad_(False)
         found[-1] += torch.autograd.grad(net(x, y, weights)[1], list(weights.values()))
         net.requires_grad_(True)
-    supernet.use_fused_ops(False)
+    fused_ops.use_fused_ops(False)
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max().clamp_min(1e-3)
 
@@ -134,7 +137,7 @@ def test_cost_is_that_of_the_extracted_network_and_its_expectation(patch, tile, 
 def test_convolution_of_one_width_is_its_padded_sum(dtype):
     torch.manual_seed(0)
     conv, x, w = Conv2d(5, 5, 3, bias=True), torch.randn(2, 5, 6, 6), torch.tensor([0.2, 0.3, 0.5])
-    size = Size((2, 3, 5), share=prefixes((2, 3, 5), 5).to(dtype), p=w)
+    size = Size((2, 3, 5), mask=prefix_masks((2, 3, 5), 5).to(dtype), p=w)
     padded = sum(q * F.pad(F.conv2d(x[:, :n], conv.weight[:n, :n], conv.bias[:n], padding=1), (0, 0, 0, 0, 0, 5 - n))
                  for n, q in zip((2, 3, 5), w, strict=True))
     agree(conv(x, size, size), padded, "output")
@@ -189,15 +192,15 @@ def test_images_that_have_a_psnr_are_evaluated(scale):
     """Of 3 pixels a side, of which a border of one is left out; a smaller one is a sentence."""
     def pairs(side):
         pixels = np.random.default_rng(0).integers(0, 256, 15 * side * (1 + scale ** 2), dtype=np.uint8)
-        return p.Pairs(pixels, np.array([[side, 5]]), np.array([0]), scale)
+        return data.Pairs(pixels, np.array([[side, 5]]), np.array([0]), scale)
     config, net = SimpleNamespace(dataset="small", patch=8), make(window_size=8, scale=scale)
-    train.check_split(pairs(3), config, "val")
+    data.check_split(pairs(3), config, "val")
     small, run = net.extract(extremes(net.choices)[0]).eval(), SimpleNamespace(amp=contextlib.nullcontext())
     with torch.no_grad():
-        loss, psnr, n = train.tally(small, p.pair_batches(pairs(3), [0], "cpu"), run).tolist()
+        loss, psnr, n = train.tally(small, data.pair_batches(pairs(3), [0], "cpu"), run).tolist()
     assert n == 1 and 0 < loss < 10 and 0 < psnr < 50
     with pytest.raises(SystemExit, match="the smallest of 2 pixels"):
-        train.check_split(pairs(2), config, "val")
+        data.check_split(pairs(2), config, "val")
 
 
 def test_tiles_make_the_whole_image():
@@ -272,10 +275,10 @@ def sets(tmp_path_factory):
 @pytest.mark.parametrize("scale, psnr, ssim", [(2, 33.66, 0.9299), (3, 30.39, 0.8682), (4, 28.42, 0.8104)])
 def test_bicubic_interpolation_of_set5_has_the_published_psnr_and_ssim(sets, scale, psnr, ssim):
     """To 0.02 dB: the published ones are of Y in 8 bits."""
-    pairs, found = p.load_pairs(sets, "set5", "val", scale), []
-    for i, (x, y) in enumerate(p.pair_batches(pairs, range(5))):
+    pairs, found = data.load_pairs(sets, "set5", "val", scale), []
+    for i, (x, y) in enumerate(data.pair_batches(pairs, range(5))):
         up = F.interpolate(x, scale_factor=scale, mode="bicubic", antialias=True)
-        found.append(train.fidelity(up, y, scale, structure=True))
+        found.append(data.fidelity(up, y, scale, structure=True))
         low, high = pairs.pair(i)
         assert np.abs(p.shrink(high, scale).astype(int) - low).max() <= 2, "what we make is what MATLAB made"
     assert np.mean([row["psnr_y"] for row in found]) == pytest.approx(psnr, abs=0.02)
@@ -288,7 +291,7 @@ def test_ssim_is_that_of_scikit_image():
     b = (a + 30 * torch.randn(a.shape, generator=generator(1)).double()).clamp(0, 255)
     settings = dict(data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=0, full=True)
     _, full = metrics.structural_similarity(a[0].numpy(), b[0].numpy(), **settings)
-    assert train.ssim(a, b) == pytest.approx(full[:, 5:-5, 5:-5].mean(), abs=1e-9)
+    assert data.ssim(a, b) == pytest.approx(full[:, 5:-5, 5:-5].mean(), abs=1e-9)
 
 
 def test_psnr_is_of_8_bits_and_without_the_border():
@@ -296,8 +299,8 @@ def test_psnr_is_of_8_bits_and_without_the_border():
     x = y + 0.4 / 255 # rounds away
     x[..., 2:-2, 2:-2] += 10 / 255
     x[..., :2, :] = 1
-    found = train.fidelity(x, y, 2)
-    assert all(100 < value < 200 for value in train.fidelity(y, y, 2).values()) # and a number, which a mean can hold
+    found = data.fidelity(x, y, 2)
+    assert all(100 < value < 200 for value in data.fidelity(y, y, 2).values()) # and a number, which a mean can hold
     assert found == pytest.approx({"psnr_rgb": 20 * np.log10(255 / 10), "psnr_y": 20 * np.log10(255 / (10 * 219 / 255))})
 
 # ---- pairs
@@ -318,15 +321,15 @@ def write_pictures(folder, sizes, name="{}.png"):
 
 def test_photographs_of_scikit_learn(tmp_path):
     meta = p.prepare("sr_samples", data_dir=tmp_path, scale=3)
-    train_pairs, val = (p.load_pairs(tmp_path, "sr_samples", split, 3) for split in ("train", "val"))
+    train_pairs, val = (data.load_pairs(tmp_path, "sr_samples", split, 3) for split in ("train", "val"))
     assert (len(train_pairs), len(val), meta["kind"]) == (18, 2, "pairs")
     total = sum(9 * h * w for h, w in train_pairs.shapes)
     assert total == 2 * 426 * 480, "the regions are all of the photographs"
     for i in range(18):
         low, high = train_pairs.pair(i)
         assert low.dtype == np.uint8 and high.shape == (3 * low.shape[0], 3 * low.shape[1], 3)
-        up = F.interpolate(p.as_batch([low]), scale_factor=3, mode="bicubic", antialias=True)
-        assert train.fidelity(up, p.as_batch([high]), 3)["psnr_y"] > 17, "low and high are of the same place"
+        up = F.interpolate(data.as_batch([low]), scale_factor=3, mode="bicubic", antialias=True)
+        assert data.fidelity(up, data.as_batch([high]), 3)["psnr_y"] > 17, "low and high are of the same place"
 
 
 def test_images_of_any_size_with_and_without_a_low_resolution(tmp_path):
@@ -336,22 +339,22 @@ def test_images_of_any_size_with_and_without_a_low_resolution(tmp_path):
     shutil.make_archive(tmp_path / "in", "zip", tmp_path / "in")
     for name, path in (("folder", "in"), ("zip", "in.zip")):
         p.prepare("pairs", str(tmp_path / path), data_dir=tmp_path, name=name, img_size=24)
-        val, train_pairs = (p.load_pairs(tmp_path, name, split, 2) for split in ("val", "train"))
+        val, train_pairs = (data.load_pairs(tmp_path, name, split, 2) for split in ("val", "train"))
         low, high = val.pair(0)
         assert np.array_equal(low, picture(15, 13)) and np.array_equal(high, picture(30, 26)), "the given low resolution is kept"
         assert len(train_pairs) == 2 * 3 + 2 * 2 and max(train_pairs.shapes.ravel()) <= 12
         assert sum(h * w for h, w in train_pairs.shapes) == 20 * 25 + 16 * 23
     p.prepare("pairs", str(tmp_path / "in.zip/train_HR"), data_dir=tmp_path, name="half", val_fraction=0.5)
-    assert [len(p.load_pairs(tmp_path, "half", split, 2)) for split in ("train", "val")] == [1, 1]
+    assert [len(data.load_pairs(tmp_path, "half", split, 2)) for split in ("train", "val")] == [1, 1]
 
 
 def test_crops_are_of_the_same_place_and_what_the_generator_says(tmp_path):
     p.prepare("sr_samples", data_dir=tmp_path)
-    pairs = p.load_pairs(tmp_path, "sr_samples", "train", 2)
-    x, y = p.get_patches(pairs, 16, 24, p.rng(1), flip=True)
-    again = p.get_patches(pairs, 16, 24, p.rng(1), flip=True)
+    pairs = data.load_pairs(tmp_path, "sr_samples", "train", 2)
+    x, y = data.get_patches(pairs, 16, 24, runs.rng(1), flip=True)
+    again = data.get_patches(pairs, 16, 24, runs.rng(1), flip=True)
     assert x.shape == (16, 3, 24, 24) and y.shape == (16, 3, 48, 48) and torch.equal(x, again[0]) and torch.equal(y, again[1])
-    assert not torch.equal(x, p.get_patches(pairs, 16, 24, p.rng(2), flip=True)[0])
+    assert not torch.equal(x, data.get_patches(pairs, 16, 24, runs.rng(2), flip=True)[0])
     assert (F.avg_pool2d(y, 2) - x).abs().mean() < 0.03, "turned and mirrored alike"
 
 
@@ -369,7 +372,7 @@ def test_search_and_training_never_share_a_pixel(tmp_path):
 def test_a_mixture_is_evaluated_on_the_images_of_its_architecture(tmp_path):
     """The statistics of a batch, which this network has no use for, leave none of them out: the gap is between two losses of the same."""
     p.prepare("sr_samples", data_dir=tmp_path)
-    net, val = make(), p.load_pairs(tmp_path, "sr_samples", "val", 2).part(0, 2)
+    net, val = make(), data.load_pairs(tmp_path, "sr_samples", "val", 2).part(0, 2)
     config, run = SimpleNamespace(eval_iters=20), SimpleNamespace(rank=0, world=1, device="cpu", amp=contextlib.nullcontext())
     arch = extremes(net.choices)[0]
     own, given = (train.estimate(net, val, config, run, "val", lambda i: arch, own_norms) for own_norms in (True, False))
@@ -381,7 +384,7 @@ def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path):
     args = ["prepare.py", "--dataset=pairs", f"--path={path}", f"--data_dir={tmp_path}", "--name=killed"]
     killed_in("read_pair", f"any(map(os.path.getsize, glob({str(tmp_path / 'killed_x2/train.bin.tmp')!r})))", *args)
     with pytest.raises(SystemExit, match=r"run python prepare.py --dataset=pairs --scale=2 --path=FOLDER --name=killed"):
-        p.load_pairs(tmp_path, "killed", "train", 2)
+        data.load_pairs(tmp_path, "killed", "train", 2)
     for name in ("killed", "whole"):
         p.prepare("pairs", str(path), data_dir=tmp_path, name=name)
     whole, killed = ({f.name: f.read_bytes() for f in (tmp_path / f"{name}_x2").iterdir()} for name in ("whole", "killed"))
@@ -389,10 +392,10 @@ def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path):
     file = tmp_path / "whole_x2/train.bin"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     with pytest.raises(SystemExit, match=r"train.bin is damaged"):
-        p.load_pairs(tmp_path, "whole", "train", 2)
+        data.load_pairs(tmp_path, "whole", "train", 2)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(SystemExit, match="whole_x2 is damaged"):
-        p.load_pairs(tmp_path, "whole", "val", 2)
+        data.load_pairs(tmp_path, "whole", "val", 2)
 
 
 def spoil(folder, what):

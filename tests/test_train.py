@@ -21,11 +21,14 @@ import sample
 import train
 import train_base
 import train_search
-from analyze import read_lines
 from configurator import defaults
+from data import get_batch, bytes_hash, load_tokens
 from model import build
 from optim_nas import ArchOptimizer
-from prepare import get_batch, hash_of, load_tokens, read_json, seal, write_json
+from run import read_json, read_lines, add_checksum, write_json
+import run as runs
+import data
+import optim_nas
 
 OPTIMIZERS = {"darts": dict(optimizer="darts"), "darts2": dict(optimizer="darts", order=2), "drnas": dict(optimizer="drnas"),
               "gdas": dict(optimizer="gdas"), "spos": dict(optimizer="spos")}
@@ -50,7 +53,7 @@ def with_other_val(data_dir, other):
     meta = read_json(other / "pydocs/meta.json")
     tokens = np.random.default_rng(0).permutation(np.fromfile(other / "pydocs/val.bin", meta["dtype"]))
     tokens.tofile(other / "pydocs/val.bin")
-    write_json(other / "pydocs/meta.json", meta | {"val_sha256": hash_of(tokens)})
+    write_json(other / "pydocs/meta.json", meta | {"val_sha256": bytes_hash(tokens)})
     return other
 
 
@@ -97,7 +100,7 @@ def test_seed_decides_everything_and_best_is_kept(name, data_dir, tmp_path):
     assert logs[0] == logs[1] and logs[0] != logs[2]
     trajectory = read_lines(tmp_path / "0/arch_traj.jsonl")
     best = min(trajectory, key=lambda line: line["arch_loss"])
-    assert json.loads((tmp_path / "0/arch.json").read_text()) == best == seal(read_json(tmp_path / "0/arch.json"))
+    assert json.loads((tmp_path / "0/arch.json").read_text()) == best == add_checksum(read_json(tmp_path / "0/arch.json"))
     assert results[0]["arch"] == best["arch"]
     assert [line["step"] for line in trajectory][:3] == [0, 2, 4]
     for line in trajectory:
@@ -145,27 +148,27 @@ def test_test_loss_is_the_mean_over_every_token(data_dir, tmp_path):
 def test_alphas_and_weights_never_meet(data_dir, tmp_path):
     """No alpha in the weight optimizer, no weight in the arch optimizer, and each step moves its own side alone."""
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", optimizer="drnas"))
-    run = train.setup(config)
+    run = runs.setup(config)
     splits = train_search.split_data(config, run)
     net = build(vars(config))
-    chooser = ArchOptimizer("drnas", net.choices, train.rng(0))
+    arch_optimizer = ArchOptimizer("drnas", net.choices, runs.rng(0))
     weights, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
     in_weights = {id(p) for group in weights.param_groups for p in group["params"]}
-    in_chooser = {id(p) for group in chooser.optimizer.param_groups for p in group["params"]}
-    assert in_weights == {id(p) for p in net.parameters()} and in_chooser == {id(a) for a in chooser.alphas.values()}
+    in_chooser = {id(p) for group in arch_optimizer.optimizer.param_groups for p in group["params"]}
+    assert in_weights == {id(p) for p in net.parameters()} and in_chooser == {id(a) for a in arch_optimizer.alphas.values()}
     assert not in_weights & in_chooser
 
-    w0, a0 = [p.clone() for p in net.parameters()], {k: a.clone() for k, a in chooser.alphas.items()}
-    train_search.arch_step(net, net, chooser, splits, config, run, state)
+    w0, a0 = [p.clone() for p in net.parameters()], {k: a.clone() for k, a in arch_optimizer.alphas.items()}
+    train_search.arch_step(net, net, arch_optimizer, splits, config, run, state)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), w0, strict=True)) and all(p.grad is None for p in net.parameters())
-    for key, alpha in chooser.alphas.items():
+    for key, alpha in arch_optimizer.alphas.items():
         moved = (alpha != a0[key]).reshape(-1, alpha.shape[-1])
         assert moved.any(-1).all(), f"a row of {key} got no gradient: {moved}"
-    a1 = {k: a.clone() for k, a in chooser.alphas.items()}
-    sampled = train_search.to_device(chooser.sample(0, train.rng(1)), run)
-    loss = train.backward(net, train.micro_batches(splits["train"], config, run, "train", 0), run, (sampled,))
+    a1 = {k: a.clone() for k, a in arch_optimizer.alphas.items()}
+    sampled = train_search.to_device(arch_optimizer.sample(0, runs.rng(1)), run)
+    loss = train.backward(net, data.micro_batches(splits["train"], config, run, "train", 0), run, (sampled,))
     train.update(net, weights, loss, config, run, state)
-    assert all(torch.equal(a, a1[k]) for k, a in chooser.alphas.items()) and not all(map(torch.equal, net.parameters(), w0))
+    assert all(torch.equal(a, a1[k]) for k, a in arch_optimizer.alphas.items()) and not all(map(torch.equal, net.parameters(), w0))
 
 
 @pytest.mark.parametrize("optimizer", ["darts", "drnas"])
@@ -175,8 +178,8 @@ def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
         torch.manual_seed(0)
         space = dict(n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
         net = build(dict(block_size=8, vocab_size=20, head_size=head_size) | space)
-        chooser = ArchOptimizer(optimizer, net.choices, train.rng(0))
-        leaves = {k: w.detach().requires_grad_() for k, w in chooser.sample(0, train.rng(1)).items()}
+        arch_optimizer = ArchOptimizer(optimizer, net.choices, runs.rng(0))
+        leaves = {k: w.detach().requires_grad_() for k, w in arch_optimizer.sample(0, runs.rng(1)).items()}
         x = torch.randint(20, (4, 8))
         net(x, x.roll(-1, 1), leaves)[1].backward()
         for name, leaf in leaves.items():
@@ -199,7 +202,7 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     length = len(load_tokens(data_dir, "pydocs", "train"))
     split_of = {int(0.8 * length): "train", length - int(0.8 * length): "search", len(load_tokens(data_dir, "pydocs", "val")): "val"}
     batches, evaluated, draws, frozen, rates, choosers = [], [], [], [], [], []
-    real_batches, real_estimate, real_backward = train.micro_batches, train_search.estimate, train.backward
+    real_batches, real_estimate, real_backward = data.micro_batches, train.estimate, train.backward
     real_sample, real_update, real_init = ArchOptimizer.sample, train.update, ArchOptimizer.__init__
 
     def spy_batches(tokens, *args):
@@ -237,10 +240,10 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     assert batches == [*arch_steps, "train"] * 4 and set(evaluated) == {"search", "val"}
     assert frozen == ([name != "darts2"] * len(arch_steps) + [False]) * 4
     assert rates == [train.get_lr(step, SimpleNamespace(**config)) for step in range(4)]
-    chooser, before = choosers[0]
-    assert all(not torch.equal(a, before[k]) for k, a in chooser.alphas.items())
+    arch_optimizer, before = choosers[0]
+    assert all(not torch.equal(a, before[k]) for k, a in arch_optimizer.alphas.items())
     if name != "spos":
-        group = chooser.optimizer.param_groups[0]
+        group = arch_optimizer.optimizer.param_groups[0]
         assert (group["lr"], group["weight_decay"]) == (0.007, 0.002)
     in_steps = [d for d in draws if d[0] < 1.0]
     assert [p for p, _ in in_steps] == [step / 4 for step in range(4) for _ in range(1 if name == "spos" else 2)]
@@ -283,26 +286,26 @@ def test_what_other_weights_lost_is_not_looked_up(data_dir, tmp_path):
 def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
     """arch_step of order 2 against the central difference of L_val(w - lr dL_train/dw) in one weight, with dropout; float64, where
     the inner difference may be short."""
-    monkeypatch.setattr(train_search, "unrolled_gradient", functools.partial(train_search.unrolled_gradient, radius=1e-4))
+    monkeypatch.setattr(train_search, "unrolled_gradient", functools.partial(optim_nas.unrolled_gradient, radius=1e-4))
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", optimizer="darts", order=2, dropout=0.2, warmup_iters=0,
                                             learning_rate=0.3))
-    run, state = train.setup(config), SimpleNamespace(step=0, skipped=0)
+    run, state = runs.setup(config), SimpleNamespace(step=0, skipped=0)
     splits = train_search.split_data(config, run)
     torch.manual_seed(0)
     net = build(vars(config)).double()
-    chooser = ArchOptimizer("darts", net.choices, train.rng(0))
-    for alpha in chooser.alphas.values():
+    arch_optimizer = ArchOptimizer("darts", net.choices, runs.rng(0))
+    for alpha in arch_optimizer.alphas.values():
         alpha.data = alpha.data.double()
     seen = {}
-    chooser.step = lambda weights, grads: seen.update(weights=weights, grads=grads)
-    train_search.arch_step(net, net, chooser, splits, config, run, state)
+    arch_optimizer.step = lambda weights, grads: seen.update(weights=weights, grads=grads)
+    train_search.arch_step(net, net, arch_optimizer, splits, config, run, state)
     params, start = list(net.parameters()), [p.detach().clone() for p in net.parameters()]
 
     def loss_at(name, change, split, grads=False):
         weights = {k: w.detach().clone() for k, w in seen["weights"].items()}
         weights[name].view(-1)[1] += change
-        torch.manual_seed(train.rng(config.seed, "dropout", "arch", 0, 0).initial_seed())
-        loss = train.backward(net, train.micro_batches(splits[split], config, run, split, 0), run, (weights,))
+        torch.manual_seed(runs.rng(config.seed, "dropout", "arch", 0, 0).initial_seed())
+        loss = train.backward(net, data.micro_batches(splits[split], config, run, split, 0), run, (weights,))
         found = [p.grad.clone() for p in params]
         net.zero_grad()
         return found if grads else loss.item()
@@ -331,7 +334,7 @@ def test_micro_batches_sum_to_one_batch(data_dir):
     run = SimpleNamespace(rank=0, world=1, device="cpu", amp=torch.autocast("cpu", enabled=False),
                           scaler=torch.amp.GradScaler("cpu", enabled=False))
     net = build(vars(config) | {"vocab_size": 128})
-    batches = list(train.micro_batches(load_tokens(data_dir, "pydocs", "train"), config, run, "train", 0))
+    batches = list(data.micro_batches(load_tokens(data_dir, "pydocs", "train"), config, run, "train", 0))
     loss = train.backward(net, batches, run)
     grads = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
@@ -403,13 +406,13 @@ def test_resuming_changes_nothing(name, data_dir, tmp_path):
         if file == "ckpt.pt" and rest["state"]["step"] == 4:
             state["killed"] = True
             raise KeyboardInterrupt
-    original = train.save
-    train.save = train_search.save = killed_at_4
+    original = runs.save
+    runs.save = runs.save = killed_at_4
     try:
         with pytest.raises(KeyboardInterrupt):
             go(tmp_path / "parts")
     finally:
-        train.save = train_search.save = original
+        runs.save = runs.save = original
     assert state["killed"]
     go(tmp_path / "parts", init_from="resume")
     a, b = (torch.load(tmp_path / part / "ckpt.pt", weights_only=True) for part in ("whole", "parts"))
@@ -609,6 +612,6 @@ def test_a_non_finite_loss_stops_before_anything_is_saved(data_dir, tmp_path):
 
 def test_batches_are_windows_of_the_data(data_dir):
     tokens = load_tokens(data_dir, "pydocs", "train")
-    x, y = get_batch(tokens, 4, 16, train.rng(1, "a", 2))
-    x2, _ = get_batch(tokens, 4, 16, train.rng(1, "a", 2))
+    x, y = get_batch(tokens, 4, 16, runs.rng(1, "a", 2))
+    x2, _ = get_batch(tokens, 4, 16, runs.rng(1, "a", 2))
     assert torch.equal(x, x2) and torch.equal(x[:, 1:], y[:, :-1])

@@ -16,14 +16,19 @@ from conftest import ROOT, TINY_EVALS, TINY_IMAGES, TINY_SPACES, TINY_STAGES, fl
 from test_survival import state_of
 from test_train import OPTIMIZERS
 
+import data
+import run as runs
+import search_spaces
 import train
 import train_base
 import train_search
-from analyze import read_lines, read_table
+from budget import read_table
 from configurator import defaults, usage
+from data import load_images
 from optim_nas import architectures, uniform
-from prepare import load_images, prepare, read_json, rng, seal, unseal
-from train import build, space_module, with_space
+from prepare import prepare
+from run import read_json, read_lines, rng, add_checksum, verify_checksum
+from search_spaces import build, space_module, with_space
 
 FOUR = dict(channels_1=[2, 4], channels_2=[4, 8], channels_3=4, channels_4=4, kernel_size=3) # networks, of toy_conv_macro
 
@@ -59,7 +64,7 @@ def sentence(name, *args):
 def parts(config):
     """What a search works with: its config, run and splits, and the supernet."""
     config = SimpleNamespace(**config)
-    run = train.setup(config)
+    run = runs.setup(config)
     splits = train_search.split_data(config, run)
     return config, run, splits, build(vars(config))
 
@@ -90,9 +95,9 @@ def test_every_method_searches_every_space(space, method, digits_dir, tmp_path):
     result = train_search.search(search_config(space, digits_dir, tmp_path / "s", **OPTIMIZERS[method]))
     found, lines = read_json(tmp_path / "s/arch.json"), read_lines(tmp_path / "s/arch_traj.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4, *([4] if method == "spos" else [])]
-    assert all(line == seal(unseal(line, "")) for line in lines) # sealed, and whole
+    assert all(line == add_checksum(verify_checksum(line, "")) for line in lines) # sealed, and whole
     best = min(lines, key=lambda line: line["arch_loss"])
-    assert unseal(best, "") == found and found["space"] == space and result["arch"] == found["arch"]
+    assert verify_checksum(best, "") == found and found["space"] == space and result["arch"] == found["arch"]
     quality = "psnr" if space == "swinir" else "acc"
     assert all(0 <= line[f"{part}_{quality}"] <= 100 for line in lines for part in ("arch", "val_arch"))
     assert read_json(tmp_path / "s/result.json") == result and (tmp_path / "s/search.png").stat().st_size > 10000
@@ -194,8 +199,8 @@ def test_the_second_stage_keeps_some_operations_and_widens(space, method, digits
                 assert op == "none" or row[line["options"][name].index(op)], f"{op} has been pruned"
     checkpoint = torch.load(tmp_path / "s/ckpt.pt", weights_only=True)
     net = build(checkpoint["config"])
-    kept = {name: net.state_dict()[name].shape for name in checkpoint["model"]}
-    assert kept == {name: value.shape for name, value in checkpoint["model"].items()} and len(kept) < len(net.state_dict())
+    top_edges = {name: net.state_dict()[name].shape for name in checkpoint["model"]}
+    assert top_edges == {name: value.shape for name, value in checkpoint["model"].items()} and len(top_edges) < len(net.state_dict())
     assert read_json(tmp_path / "s/arch.json")["step"] > 2
 
 
@@ -214,6 +219,10 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import train, train_search, train_base
 from test_vision import TWO, search_config, space_config
+import run as runs
+import data
+import data
+import search_spaces
 train_search.search(search_config("nb201", {data!r}, {out!r} + "/s", **TWO))
 train_base.train_found(space_config(train_base, "nb201", {data!r}, {out!r} + "/b", arch={found!r}, **TWO))
 """
@@ -244,7 +253,7 @@ def test_two_processes_find_what_one_finds(digits_dir, tmp_path):
 
 def spied(monkeypatch, go):
     """{size of a part of the data: (its images that the network saw, whether each batch was augmented)}."""
-    seen, real = {}, train.get_images
+    seen, real = {}, data.get_images
 
     def spy(data, index, device="cpu", **change):
         x, y = real(data, index, device, **change)
@@ -252,7 +261,7 @@ def spied(monkeypatch, go):
         images |= {data.pixels[i].tobytes() for i in index.tolist()}
         augmented.append(not torch.equal(x, real(data, index)[0]))
         return x, y
-    monkeypatch.setattr(train, "get_images", spy)
+    monkeypatch.setattr(data, "get_images", spy)
     go()
     return seen
 
@@ -294,12 +303,12 @@ def test_a_score_does_not_depend_on_what_was_evaluated_before(space, digits_dir,
     small = net.extract(a) # alone it has the same statistics, by their definition
     first = next(module for module in small.modules() if isinstance(module, torch.nn.BatchNorm2d))
     means, hook = [], first.register_forward_pre_hook(lambda module, args: means.append(args[0].mean((0, 2, 3))))
-    kept = first.running_mean.clone()
+    top_edges = first.running_mean.clone()
     with torch.no_grad():
         for i in range(config.bn_batches):
-            small.train()(train.draw(splits["train"], config, run, "train", i)[0])
+            small.train()(data.draw(splits["train"], config, run, "train", i)[0])
     hook.remove()
-    torch.testing.assert_close(kept, torch.stack(means).mean(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(top_edges, torch.stack(means).mean(0), atol=1e-5, rtol=1e-5)
 
 
 def by_hand(net, images):
@@ -383,7 +392,7 @@ def test_a_step_of_sgd_is_nesterovs(digits_dir, tmp_path):
     optimizer, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
     for state.step in range(2):
         expected = {}
-        train.backward(net, train.micro_batches(splits["train"], config, run, "train", state.step), run, (arch,))
+        train.backward(net, data.micro_batches(splits["train"], config, run, "train", state.step), run, (arch,))
         params = {name: p for name, p in net.named_parameters() if p.grad is not None}
         norm = sum(p.grad.square().sum() for p in params.values()).sqrt()
         assert norm > 0.1
@@ -477,7 +486,7 @@ def test_one_image_has_no_statistics(digits_dir, tmp_path):
 def test_a_share_of_the_optimizers_state_is_not_widened(digits_dir, tmp_path):
     """It was left behind without a word."""
     config = SimpleNamespace(**search_config("toy_cell", digits_dir, tmp_path, **TINY_STAGES))
-    net = train.build(vars(config) | dict(img_size=8, in_channels=1, num_classes=10))
+    net = search_spaces.build(vars(config) | dict(img_size=8, in_channels=1, num_classes=10))
     train_search.check_stages(net, config)
     config.zero_stage = 1
     with pytest.raises(SystemExit, match=r"widen_to=1 copies .* zero_stage=1"):
@@ -560,7 +569,7 @@ def test_a_damaged_architecture_is_one_sentence(change, words, digits_dir, tmp_p
     (tmp_path / "arch.json").write_text(json.dumps(change(whole)))
     message = sentence("train_base.py", f"--arch={tmp_path}/arch.json", f"--out_dir={tmp_path}/o")
     assert all(word in message for word in words) and not (tmp_path / "o").exists(), message
-    (tmp_path / "arch.json").write_text(json.dumps(seal(whole) | change(whole))) # a change after the fact is seen, too
+    (tmp_path / "arch.json").write_text(json.dumps(add_checksum(whole) | change(whole))) # a change after the fact is seen, too
     assert "damaged" in sentence("train_base.py", f"--arch={tmp_path}/arch.json", f"--out_dir={tmp_path}/o")
 
 
