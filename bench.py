@@ -79,7 +79,8 @@ batch_size = 4
 block_size = 224
 # -----------------------------------------------------------------------------
 
-VOCAB_SIZE = {"pydocs": 97, "shakespeare_char": 65, "tinystories": 50257, "openwebtext": 50257} # tokens of data sets
+VOCAB_SIZE = {"pydocs": 96, "this_python": 96, "shakespeare_char": 65,
+              "tinystories": 50257, "openwebtext": 50257} # tokens of data sets
 DRAWS = {"gdas": 2, "spos": 2} # iterations a round of the methods that draw large and small networks by turns
 REPEATS = 3 # measurements of a step's parts
 NUMBERS = {"ratio": "ratio", "low": "from", "high": "to", "ms": "ms", "arch_ms": "arch ms", "forward_ms": "forward",

@@ -30,10 +30,12 @@ from torch.nn import functional as F
 from configurator import as_list, at_least, between
 from run import is_pretrained, is_resuming, read_json, rng
 
-TOKENIZER = {"pydocs": "char", "shakespeare_char": "char", "tinystories": "gpt2",
-             "openwebtext": "gpt2", "text": "char"} # data sets of text, and their usual tokenizers
+# data sets of text and their usual tokenizers; sets of images and their classes, 0: as many as there
+# are; sets of pairs of images
+TOKENIZER = {"pydocs": "char", "this_python": "char", "shakespeare_char": "char",
+             "tinystories": "gpt2", "openwebtext": "gpt2", "text": "char"}
 IMAGE_SETS = {"digits": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100,
-              "imagenet16_120": 120, "imagenet": 1000, "images": 0} # classes; 0: as many as there are
+              "imagenet16_120": 120, "imagenet": 1000, "images": 0}
 PAIR_SETS = ("sr_samples", "div2k", "set5", "set14", "pairs")
 
 # -----------------------------------------------------------------------------
