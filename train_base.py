@@ -22,10 +22,10 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from budget import read_table
+from budget import architectures, read_table
 from configurator import as_list, check, check_whole, defaults, given
 from model import GPTConfig, OPTIONS
-from optim_nas import architectures, space_size
+from optim_nas import space_size
 from run import silenced, main, read_json, read_lines, verify_checksum
 from search_spaces import build, own_data, space_module, with_space
 from train import train

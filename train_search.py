@@ -34,13 +34,13 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from budget import Benchmark
+from budget import Benchmark, nondominated_sort, pareto_rank
 from configurator import check_range, defaults
 from data import check_split, cut, load_data, micro_batches
 from fused_ops import use_fused_ops
 from model import OPTIONS
-from optim_nas import ArchOptimizer, best_of, by_front, entropy, evolutionary_search, nondominated_sort
-from optim_nas import arch_key, picked, random_search, argmax_arch, uniform, unrolled_gradient
+from optim_nas import arch_key, best_of, entropy, evolutionary_search, method_class
+from optim_nas import random_search, uniform, unrolled_gradient
 from pretrained import load_gpt2
 from run import Log, append, all_reduce_mean, init_out_dir, check_same_network, fault, content_hash, load_checkpoint
 from run import load_model, main, origin, pretrained, read_lines, resume, resumes, rng, save
@@ -138,8 +138,7 @@ def arch_step(net, forward, arch_optimizer, splits, config, run, state):
     def grad_of(split, tensors):
         # the same dropout in all evaluations: order 2 takes differences of gradients
         torch.manual_seed(rng(config.seed, "dropout", "arch", step, run.rank).initial_seed())
-        arch = picked(net.choices, leaves) if config.optimizer == "gdas" else leaves
-        backward(forward, micro_batches(splits[split], config, run, split, step), run, (arch,))
+        backward(forward, micro_batches(splits[split], config, run, split, step), run, (arch_optimizer.run_with(leaves),))
         grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
         for t in [*leaves.values(), *net.parameters()]:
             t.grad = None
@@ -163,10 +162,10 @@ def arch_step(net, forward, arch_optimizer, splits, config, run, state):
 
 def bilevel_step(net, forward, arch_optimizer, optimizer, splits, config, run, state, lr, teacher=None):
     """One iteration: the alphas on the search split, then the weights on the train split. Returns the weights' loss."""
-    if arch_optimizer.alphas and state.step >= state.began + config.arch_warmup_iters:
+    if arch_optimizer.has_alphas and state.step >= state.began + config.arch_warmup_iters:
         arch_step(net, forward, arch_optimizer, splits, config, run, state)
     generator = rng(config.seed, "sample", "weights", state.step)
-    archs = [weight_arch(net, arch_optimizer, config, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
+    archs = [weight_arch(arch_optimizer, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
     if config.sandwich:
         archs[-1], archs[0] = extremes(arch_optimizer.open)
     forward = with_inplace_distillation(forward) if config.inplace_distill else forward
@@ -174,10 +173,9 @@ def bilevel_step(net, forward, arch_optimizer, optimizer, splits, config, run, s
     return train_step(net, forward, optimizer, splits["train"], config, run, state, lr, archs)
 
 
-def weight_arch(net, arch_optimizer, config, run, progress, generator):
-    """What the weights are trained as in a step: the weights of a mixture; for gdas and spos the architecture drawn."""
-    sampled = arch_optimizer.sample(progress, generator)
-    return argmax_arch(net.choices, sampled) if config.optimizer == "gdas" else to_device(sampled, run)
+def weight_arch(arch_optimizer, run, progress, generator):
+    """The architecture (or mixture) that this step trains."""
+    return to_device(arch_optimizer.sample_weights_arch(progress, generator), run)
 
 
 def with_teacher(forward, teacher, distill):
@@ -251,7 +249,7 @@ def read_phases(choices, config):
     phase before, and its config. SystemExit if config.shrink says none."""
     if not config.shrink:
         return [SimpleNamespace(start=0, old=choices, choices=choices, config=config)]
-    if config.optimizer != "spos":
+    if method_class(config.optimizer).has_alphas:
         raise SystemExit(f"shrink='{config.shrink}' says what is drawn, and optimizer={config.optimizer} draws no architectures: use spos.")
     low, phases, total = {name: len(c.options) - 1 for name, c in choices.items()}, [], 0.0 # low: the place of the first option drawn
 
@@ -293,15 +291,6 @@ def to_device(weights, run, requires_grad=False):
             for name, w in weights.items()}
 
 
-def supernet_arch(arch_optimizer, config, run, i):
-    """What the supernet is trained as, for evaluation batch i: the mean weights, or for gdas and spos an architecture drawn."""
-    if config.optimizer == "spos":
-        return arch_optimizer.sample(1.0, rng(config.seed, "eval", i))
-    if config.optimizer == "gdas":
-        return argmax_arch(arch_optimizer.choices, arch_optimizer.sample(1.0, rng(config.seed, "eval", i)))
-    return to_device(arch_optimizer.mean(), run)
-
-
 def score(net, forward, arch, splits, config, run, names=("search",)):
     """estimate() of the architecture with inherited weights, on each split, after its BatchNorms' statistics are measured."""
     calibrate(net, forward, splits["train"], config, run, (arch,))
@@ -311,13 +300,13 @@ def score(net, forward, arch, splits, config, run, names=("search",)):
 
 def evaluate(net, forward, arch_optimizer, cost, splits, config, run, state, log, table):
     """The losses of the supernet and of the architecture read off it, with inherited weights; logs, and keeps the best."""
-    if config.optimizer == "spos": # no alphas to read: the best of a few draws
+    if not arch_optimizer.has_alphas: # the best of a few draws
         history = random_search(arch_optimizer.open, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
                                 rng(config.seed, "spos", state.step), arch_optimizer.budget)
         arch = best_of(history)[1]
     else:
         arch = arch_optimizer.arch()
-    mixture = estimate(forward, splits["search"], config, run, "search", lambda i: supernet_arch(arch_optimizer, config, run, i),
+    mixture = estimate(forward, splits["search"], config, run, "search", lambda i: to_device(arch_optimizer.eval_arch(rng(config.seed, "eval", i)), run),
                        own_norms=True) # the architectures of a mixture have no statistics in common
     entropies = {name: h.tolist() for name, h in entropy(arch_optimizer.mean()).items()}
     weights = {name: w.tolist() for name, w in arch_optimizer.mean().items()}
@@ -362,7 +351,7 @@ def check_stages(net, config):
     options = max((len(c.options) for c in net.choices.values()), default=0)
     if not (config.prune_keep or config.widen_to or config.arch_warmup_iters):
         return
-    possible = hasattr(net, "prune") and config.optimizer != "spos" and 1 < config.prune_keep <= options
+    possible = hasattr(net, "prune") and method_class(config.optimizer).has_alphas and 1 < config.prune_keep <= options
     if config.prune_keep and not possible:
         raise SystemExit(f"prune_keep={config.prune_keep} is for a space of cells, 2 to its {options} operations, and not for "
                          "optimizer=spos, which has no alphas to prune by.")
@@ -422,15 +411,16 @@ def load_table(net, config):
 
 def check(config):
     """SystemExit where the keys of a search do not go together."""
-    if config.order not in (1, 2) or (config.order == 2 and config.optimizer != "darts"):
+    Method = method_class(config.optimizer)
+    if config.order not in (1, 2) or (config.order == 2 and not Method.has_second_order):
         raise SystemExit(f"order={config.order} is for optimizer=darts alone (1 or 2); optimizer is {config.optimizer}.")
-    if config.compile and config.space != "gpt" and config.optimizer in ("gdas", "spos"):
+    if config.compile and config.space != "gpt" and Method.is_hard:
         raise SystemExit(f"compile=True would compile every architecture that {config.optimizer} draws in {config.space}: leave it out.")
     for key, allowed in (("arch_search", ("evolution", "random", "pareto")), ("pareto_cost", ("params", "flops", "latency")),
                          ("latency_of", ("prefill", "decode"))):
         if getattr(config, key) not in allowed:
             raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
-    if config.arch_search == "pareto" and config.optimizer != "spos":
+    if config.arch_search == "pareto" and Method.has_alphas:
         raise SystemExit(f"arch_search='pareto' is what optimizer=spos ends with, and optimizer is {config.optimizer}: use spos.")
     check_range(config, 1, "subnets_per_step", "arch_evals", "population", "parents")
     check_range(config, 0, "arch_learning_rate", "arch_weight_decay", "budget_penalty", "distill")
@@ -451,7 +441,7 @@ def check_sandwich(choices, phases, config):
     if config.inplace_distill and (not config.sandwich or loss_chunk):
         raise SystemExit(f"inplace_distill=True needs sandwich=True (it is {config.sandwich}), to have the largest's answers, and "
                          f"loss_chunk=0 (it is {loss_chunk}), to have answers at all.")
-    if config.sandwich and (config.optimizer != "spos" or fewest < 2):
+    if config.sandwich and (method_class(config.optimizer).has_alphas or fewest < 2):
         raise SystemExit(f"sandwich=True draws the largest and the smallest in every step: it needs optimizer=spos (it is "
                          f"{config.optimizer}) and in every phase subnets_per_step of 2 or more (it is {fewest}).")
     if config.sandwich and any(isinstance(choice.options[0], str) for choice in choices.values()):
@@ -467,7 +457,7 @@ def search(config):
     if config.order == 2 and run.scaler.is_enabled():
         raise SystemExit("order=2 differentiates through the gradient, which dtype=float16 scales: use --dtype=bfloat16 or float32.")
     splits = split_data(config, run)
-    use_fused_ops(config.fused and run.device_type == "cpu" and (config.space != "gpt" or config.optimizer in ("darts", "drnas")))
+    use_fused_ops(config.fused and run.device_type == "cpu" and (config.space != "gpt" or not method_class(config.optimizer).is_hard))
     net = build(vars(config)).to(run.device)
     check_stages(net, config)
     check_resolutions(net, config, run, extremes(net.choices)[0])
@@ -475,9 +465,10 @@ def search(config):
 
     def cost(arch): # of the network of this stage
         return with_latency(net, arch, predict)
-    arch_optimizer = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
-                            tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
-                            budget=make_budget(net, config, cost, read_phases(net.choices, config)[-1].choices))
+    Method = method_class(config.optimizer)
+    arch_optimizer = Method(net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
+                            budget=make_budget(net, config, cost, read_phases(net.choices, config)[-1].choices),
+                            **{key: getattr(config, key) for key in Method.keys})
     phases, teacher = read_phases(net.choices, config), None
     check_sandwich(net.choices, phases, config)
     if pretrained(origin(config)):
@@ -491,7 +482,7 @@ def search(config):
     state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1, began=0)
     if resumes(config):
         net, optimizer = resume_search(net, optimizer, arch_optimizer, config, run, state)
-        if arch_optimizer.budget and state.best_arch and arch_optimizer.budget.utilization(arch_optimizer.budget.of(state.best_arch)) > 1: # of a search without it
+        if arch_optimizer.budget and state.best_arch and arch_optimizer.budget.utilization(arch_optimizer.budget.cost_of(state.best_arch)) > 1: # of a search without it
             state.best_loss, state.evaluated = math.inf, -1
     init_out_dir(config, run)
     arch_optimizer.open = phase_of(phases, max(0, state.step - 1)).choices
@@ -528,7 +519,7 @@ def search(config):
             " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
         loop(config, run, state, log, net.cost(arch_optimizer.mean())["flops"].item(), step,
              lambda: evaluate(net, forward, arch_optimizer, cost, splits, config, run, state, log, table), checkpoint, mean_entropy, schedule)
-        if config.optimizer == "spos":
+        if not arch_optimizer.has_alphas:
             start = time.perf_counter()
             search_inherited(net, forward, cost, arch_optimizer, splits, config, run, state, log, table)
             state.seconds += time.perf_counter() - start
@@ -577,7 +568,7 @@ def search_inherited(net, forward, cost, arch_optimizer, splits, config, run, st
     if config.arch_search == "random":
         history = random_search(arch_optimizer.open, evaluate, config.arch_evals, generator, arch_optimizer.budget)
     else:
-        rank = (lambda history: by_front(history, cost_of)) if config.arch_search == "pareto" else None
+        rank = (lambda history: pareto_rank(history, cost_of)) if config.arch_search == "pareto" else None
         history = evolutionary_search(arch_optimizer.open, evaluate, config.arch_evals, generator, config.population, config.parents,
                                       config.mutate_prob, config.depth_mutate_prob, arch_optimizer.budget, rank)
         if rank and run.master:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import optim_nas
-from optim_nas import ArchOptimizer, architectures, best_of, crossover, dirichlet, entropy
-from optim_nas import evolutionary_search, gumbel, arch_key, kl_to_uniform, discretize, mutate
-from optim_nas import random_search, argmax_arch, space_size, sparsemax, uniform, unrolled_gradient
+from budget import architectures
+from optim_nas import METHODS, arch_key, argmax_arch, best_of, crossover, dirichlet, discretize
+from optim_nas import entropy, evolutionary_search, gumbel, kl_to_uniform, method_class, mutate
+from optim_nas import random_search, space_size, sparsemax, uniform, unrolled_gradient
 from supernet import Choice, one_hot
 
 CHOICES = {"n_layer": Choice((1, 2, 3)), "n_embd": Choice((8, 16)), "n_head": Choice((1, 2, 4), repeat=3, depth="n_layer")}
@@ -62,7 +63,7 @@ def test_gumbel_gradient_at_the_limits_of_tau():
 
 
 def test_gdas_temperature_falls_linearly():
-    search = ArchOptimizer("gdas", {"op": Choice((0, 1))}, generator(), tau_max=10.0, tau_min=0.1)
+    search = METHODS["gdas"]({"op": Choice((0, 1))}, generator(), tau_max=10.0, tau_min=0.1)
     for progress, tau in ((0.0, 10.0), (0.5, 5.05), (1.0, 0.1)):
         a, b = search.sample(progress, generator(5))["op"], gumbel(search.alphas["op"], tau, generator(5))
         ga, gb = (torch.autograd.grad(w[0], search.alphas["op"])[0] for w in (a, b))
@@ -94,7 +95,7 @@ def test_spos_is_uniform_in_every_row():
 
 @pytest.mark.parametrize("name", ["darts", "drnas", "gdas", "spos"])
 def test_samples_are_decided_by_the_generator(name):
-    search = ArchOptimizer(name, CHOICES, generator())
+    search = METHODS[name](CHOICES, generator())
     a, b, c = (search.sample(0.3, generator(seed)) for seed in (1, 1, 2))
     same = [torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in CHOICES]
     other = [torch.equal(a[k], c[k]) if isinstance(a[k], torch.Tensor) else a[k] == c[k] for k in CHOICES]
@@ -108,7 +109,7 @@ def test_samples_are_decided_by_the_generator(name):
                                         ("drnas", {"regularizer": "kl"}), ("gdas", {})])
 def test_each_finds_the_best_option_of_a_linear_loss(name, rest):
     """loss = sum of weight times badness: the alphas must come to prefer the least bad option everywhere."""
-    search = ArchOptimizer(name, CHOICES, generator(), learning_rate=0.05, **rest)
+    search = METHODS[name](CHOICES, generator(), learning_rate=0.05, **rest)
     bad = {key: torch.rand(c.shape, generator=generator(3)) for key, c in CHOICES.items()}
     before = sum(h.sum() for h in entropy(search.mean()).values())
     for step in range(300):
@@ -122,7 +123,7 @@ def test_settings_of_the_arch_optimizer():
     """alphas 1e-3 N(0, 1); Adam 3e-4, betas (0.5, 0.999), weight decay 1e-3, which drnas with kl puts into the loss instead."""
     choices = {"op": Choice(tuple(range(50)), repeat=40)}
     for name, rest, decay in (("darts", {}, 1e-3), ("drnas", {}, 1e-3), ("drnas", {"regularizer": "kl"}, 0.0), ("gdas", {}, 1e-3)):
-        search = ArchOptimizer(name, choices, generator(), **rest)
+        search = METHODS[name](choices, generator(), **rest)
         group, alpha = search.optimizer.param_groups[0], search.alphas["op"]
         assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.5, 0.999), decay)
         assert 0.9e-3 < alpha.std() < 1.1e-3 and abs(alpha.mean()) < 1e-4
@@ -131,7 +132,7 @@ def test_settings_of_the_arch_optimizer():
 def test_kl_regularizer_pulls_towards_the_flat_dirichlet():
     """With a loss that does not care, kl brings concentrations back to 1, alpha to 0, and l2 without decay does not."""
     for rest, moved in (({"regularizer": "kl"}, True), ({"weight_decay": 0.0}, False)):
-        search = ArchOptimizer("drnas", {"op": Choice((0, 1, 2))}, generator(), learning_rate=0.02, **rest)
+        search = METHODS["drnas"]({"op": Choice((0, 1, 2))}, generator(), learning_rate=0.02, **rest)
         search.alphas["op"].data.fill_(2.0)
         for step in range(300):
             search.step(search.sample(0, generator(step)), {"op": torch.full((3,), 1e-12)})
@@ -140,7 +141,7 @@ def test_kl_regularizer_pulls_towards_the_flat_dirichlet():
 
 def test_the_mean_is_what_is_sampled_on_average():
     for name, rest in (("drnas", {}), ("gdas", {}), ("darts", {"normalize": "sparsemax"})):
-        search = ArchOptimizer(name, {"op": Choice((0, 1, 2))}, generator(), **rest)
+        search = METHODS[name]({"op": Choice((0, 1, 2))}, generator(), **rest)
         search.alphas["op"].data.copy_(torch.tensor([0.4, -0.3, 0.1]))
         g = generator()
         mean = torch.stack([search.sample(0.5, g)["op"].detach() for _ in range(4000)]).mean(0)
@@ -171,7 +172,7 @@ def test_evolution_mutates_and_crosses(monkeypatch):
 
 
 def test_a_choice_without_gradient_stops_the_search():
-    search = ArchOptimizer("darts", CHOICES, generator())
+    search = METHODS["darts"](CHOICES, generator())
     weights = search.sample(0, None)
     grads = {key: torch.rand(c.shape) for key, c in CHOICES.items()} | {"n_embd": None}
     with pytest.raises(RuntimeError, match="n_embd got no gradient"):
@@ -184,7 +185,7 @@ def test_a_choice_without_gradient_stops_the_search():
 
 def test_gdas_may_draw_what_has_no_gradient_for_a_while():
     """'none' on every edge: legitimate, but not 20 times in a row."""
-    search, grad = ArchOptimizer("gdas", {"op": Choice((0, 1))}, generator()), torch.tensor([1.0, 0.0])
+    search, grad = METHODS["gdas"]({"op": Choice((0, 1))}, generator()), torch.tensor([1.0, 0.0])
 
     def steps(n, grad):
         for i in range(n):
@@ -196,11 +197,11 @@ def test_gdas_may_draw_what_has_no_gradient_for_a_while():
     with pytest.raises(RuntimeError, match="op got no gradient"):
         steps(1, 0 * grad)
     with pytest.raises(RuntimeError, match="op got no gradient"):
-        ArchOptimizer("gdas", {"op": Choice((0, 1))}, generator()).step(search.sample(0.5, generator()), {})
+        METHODS["gdas"]({"op": Choice((0, 1))}, generator()).step(search.sample(0.5, generator()), {})
 
 
 def test_one_option_has_no_alpha():
-    search = ArchOptimizer("drnas", CHOICES | {"n_embd": Choice((8,))}, generator())
+    search = METHODS["drnas"](CHOICES | {"n_embd": Choice((8,))}, generator())
     assert set(search.alphas) == {"n_layer", "n_head"}
     assert search.sample(0, generator())["n_embd"].tolist() == [1.0] and search.arch()["n_embd"] == 8
 
@@ -208,7 +209,7 @@ def test_one_option_has_no_alpha():
 @pytest.mark.parametrize("name, rest", [("dart", {}), ("darts", {"normalize": "relu"}), ("drnas", {"regularizer": "l1"})])
 def test_unknown_names_are_one_sentence(name, rest):
     with pytest.raises(SystemExit, match="is not one of"):
-        ArchOptimizer(name, CHOICES, generator(), **rest)
+        method_class(name)(CHOICES, generator(), **rest)
 
 
 def test_unrolled_gradient_in_closed_form():
@@ -389,14 +390,14 @@ OPEN = {"op": Choice(tuple("abcd"), repeat=3), "width": Choice((1, 2, 3, 4))}
                                         ("drnas", {"regularizer": "kl"}), ("gdas", {})])
 def test_pruned_options_are_gone_for_good(name, rest):
     """Weight and alpha exactly 0, the others share all of it, through steps, momentum and a checkpoint; a later pruning keeps to them."""
-    search = ArchOptimizer(name, OPEN, generator(), learning_rate=0.1, **rest)
+    search = METHODS[name](OPEN, generator(), learning_rate=0.1, **rest)
     grads = {key: torch.randn(c.shape, generator=generator(1)) for key, c in OPEN.items()}
     for i in range(5):
         search.step(search.sample(0.5, generator(i)), grads)
     before = {key: w.detach() for key, w in search.mean().items()}
     search.prune(3)
     search.prune(2)
-    restored = ArchOptimizer(name, OPEN, generator(9), learning_rate=0.1, **rest)
+    restored = METHODS[name](OPEN, generator(9), learning_rate=0.1, **rest)
     restored.load_state_dict(search.state_dict())
     for arch_optimizer in (search, restored):
         for key, w in before.items():
@@ -413,7 +414,7 @@ def test_pruned_options_are_gone_for_good(name, rest):
 def test_a_mask_leaves_the_ratios_of_the_others():
     """softmax and the Dirichlet's mean over what is left; a Dirichlet draw that is cut and scaled is a draw of those left."""
     for name in ("darts", "drnas"):
-        search = ArchOptimizer(name, {"op": Choice(tuple("abcd"))}, generator())
+        search = METHODS[name]({"op": Choice(tuple("abcd"))}, generator())
         search.alphas["op"].data.copy_(torch.tensor([0.5, 2.0, -0.3, 1.0]))
         before = search.mean()["op"].detach()
         search.prune(2)
@@ -428,4 +429,4 @@ def test_a_mask_leaves_the_ratios_of_the_others():
 
 def test_pruning_down_to_one_option_is_one_sentence():
     with pytest.raises(SystemExit, match="1 options a row leave nothing to search"):
-        ArchOptimizer("darts", OPEN, generator()).prune(1)
+        METHODS["darts"](OPEN, generator()).prune(1)

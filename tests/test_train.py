@@ -24,7 +24,7 @@ import train_search
 from configurator import defaults
 from data import get_batch, bytes_hash, load_tokens
 from model import build
-from optim_nas import ArchOptimizer
+from optim_nas import METHODS
 from run import read_json, read_lines, add_checksum, write_json
 import run as runs
 import data
@@ -151,7 +151,7 @@ def test_alphas_and_weights_never_meet(data_dir, tmp_path):
     run = runs.setup(config)
     splits = train_search.split_data(config, run)
     net = build(vars(config))
-    arch_optimizer = ArchOptimizer("drnas", net.choices, runs.rng(0))
+    arch_optimizer = METHODS["drnas"](net.choices, runs.rng(0))
     weights, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
     in_weights = {id(p) for group in weights.param_groups for p in group["params"]}
     in_chooser = {id(p) for group in arch_optimizer.optimizer.param_groups for p in group["params"]}
@@ -178,7 +178,7 @@ def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
         torch.manual_seed(0)
         space = dict(n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
         net = build(dict(block_size=8, vocab_size=20, head_size=head_size) | space)
-        arch_optimizer = ArchOptimizer(optimizer, net.choices, runs.rng(0))
+        arch_optimizer = METHODS[optimizer](net.choices, runs.rng(0))
         leaves = {k: w.detach().requires_grad_() for k, w in arch_optimizer.sample(0, runs.rng(1)).items()}
         x = torch.randint(20, (4, 8))
         net(x, x.roll(-1, 1), leaves)[1].backward()
@@ -203,7 +203,8 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     split_of = {int(0.8 * length): "train", length - int(0.8 * length): "search", len(load_tokens(data_dir, "pydocs", "val")): "val"}
     batches, evaluated, draws, frozen, rates, choosers = [], [], [], [], [], []
     real_batches, real_estimate, real_backward = data.micro_batches, train.estimate, train.backward
-    real_sample, real_update, real_init = ArchOptimizer.sample, train.update, ArchOptimizer.__init__
+    method = METHODS[OPTIMIZERS[name]["optimizer"]]
+    real_sample, real_update, real_init = method.sample, train.update, method.__init__
 
     def spy_batches(tokens, *args):
         batches.append(split_of[len(tokens)])
@@ -231,7 +232,7 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     for module, attribute, spy in ((train_search, "micro_batches", spy_batches), (train, "micro_batches", spy_batches),
                                    (train_search, "backward", spy_backward), (train, "backward", spy_backward),
                                    (train_search, "estimate", spy_estimate), (train, "update", spy_update),
-                                   (ArchOptimizer, "sample", spy_sample), (ArchOptimizer, "__init__", spy_init)):
+                                   (method, "sample", spy_sample), (method, "__init__", spy_init)):
         monkeypatch.setattr(module, attribute, spy)
     settings = dict(train_portion=0.8, arch_learning_rate=0.007, arch_weight_decay=0.002)
     config = search_config(data_dir, tmp_path / "s", **settings, **OPTIMIZERS[name])
@@ -293,7 +294,7 @@ def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
     splits = train_search.split_data(config, run)
     torch.manual_seed(0)
     net = build(vars(config)).double()
-    arch_optimizer = ArchOptimizer("darts", net.choices, runs.rng(0))
+    arch_optimizer = METHODS["darts"](net.choices, runs.rng(0))
     for alpha in arch_optimizer.alphas.values():
         alpha.data = alpha.data.double()
     seen = {}
