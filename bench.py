@@ -130,7 +130,7 @@ def contender(config, run, method=""):
                         config=SimpleNamespace(**vars(config) | {"optimizer": method}), arch_step=None, seconds=[], ratios=[])
     c.step = lambda: train_step(net, c.forward, c.optimizer, tokens, config, run, c.state, config.learning_rate)
     if method:
-        c.arch_optimizer = method_class(method)(net.choices, rng(config.seed, "alphas"), config.arch_learning_rate)
+        c.arch_optimizer = method_class(method)(net.choices, rng(config.seed, "alphas"), learning_rate=config.arch_learning_rate)
         c.step = lambda: bilevel_step(net, c.forward, c.arch_optimizer, c.optimizer, c.splits, c.config, run, c.state, config.learning_rate)
         if c.arch_optimizer.has_alphas:
             c.arch_step = lambda: arch_step(net, c.forward, c.arch_optimizer, c.splits, c.config, run, c.state)

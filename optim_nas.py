@@ -53,8 +53,8 @@ def gumbel(alpha, tau, generator):
 def kl_to_uniform(concentration):
     """KL(Dirichlet(concentration) || Dirichlet(1)), summed over rows, in float64."""
     c = concentration.double()
-    uniform = Dirichlet(torch.ones_like(c), validate_args=False)
-    return kl_divergence(Dirichlet(c, validate_args=False), uniform).sum()
+    flat = Dirichlet(torch.ones_like(c), validate_args=False)
+    return kl_divergence(Dirichlet(c, validate_args=False), flat).sum()
 
 
 def entropy(arch_weights):
@@ -126,14 +126,13 @@ class ArchOptimizer:
     is_hard = False # whether the weights are trained as one sampled architecture
     max_idle_steps = 1 # after so many steps in a row without a gradient a choice raises an error
 
-    def __init__(self, choices, generator, learning_rate=3e-4, weight_decay=1e-3,
+    def __init__(self, choices, generator, *, learning_rate=3e-4, weight_decay=1e-3,
                  betas=(0.5, 0.999), budget=None):
         self.choices, self.budget = choices, budget
         self.alphas = {name: torch.nn.Parameter(1e-3 * torch.randn(c.shape, generator=generator))
                        for name, c in choices.items() if self.has_alphas and len(c.options) > 1}
-        self.optimizer = torch.optim.Adam(
-            self.alphas.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
-        ) if self.alphas else None
+        settings = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay}
+        self.optimizer = torch.optim.Adam(self.alphas.values(), **settings) if self.alphas else None
         self.open = choices # what SPOS draws from: fewer options during progressive shrinking
         self.idle_steps = {} # choice -> steps in a row without a gradient
         self.mask = {} # choice -> (..., K), True for pruned options: alpha and weight stay 0
@@ -252,12 +251,10 @@ class DrNAS(ArchOptimizer):
     """
     keys = ("regularizer",)
 
-    def __init__(self, choices, generator, learning_rate=3e-4, weight_decay=1e-3,
-                 regularizer="l2", **kwargs):
+    def __init__(self, *args, weight_decay=1e-3, regularizer="l2", **kwargs):
         check_value("regularizer", regularizer, ("l2", "kl"))
         self.kl_scale = weight_decay if regularizer == "kl" else 0.0
-        decay = 0.0 if regularizer == "kl" else weight_decay
-        super().__init__(choices, generator, learning_rate, decay, **kwargs)
+        super().__init__(*args, weight_decay=weight_decay - self.kl_scale, **kwargs)
 
     def mean_choice(self, name):
         concentration = F.elu(self.alphas[name]) + 1

@@ -466,7 +466,8 @@ def search(config):
     def cost(arch): # of the network of this stage
         return with_latency(net, arch, predict)
     Method = method_class(config.optimizer)
-    arch_optimizer = Method(net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
+    arch_optimizer = Method(net.choices, rng(config.seed, "alphas"), learning_rate=config.arch_learning_rate,
+                            weight_decay=config.arch_weight_decay,
                             budget=make_budget(net, config, cost, read_phases(net.choices, config)[-1].choices),
                             **{key: getattr(config, key) for key in Method.keys})
     phases, teacher = read_phases(net.choices, config), None

@@ -11,7 +11,8 @@ from conftest import TINY_EVALS, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, f
 
 import analyze
 import train_search
-from budget import Budget, architectures, log_likelihood, make_budget, nondominated_sort, pareto_rank
+from budget import Budget, architectures, log_likelihood, make_budget, nondominated_sort
+from budget import pareto_rank
 from model import build
 from optim_nas import METHODS, discretize, random_search, uniform
 from search_spaces import space_module
@@ -37,7 +38,9 @@ def test_five_targets_of_each_kind(name, targets):
     for target in targets:
         budget = Budget(CHARS.choices, CHARS.cost, {name: target})
         for seed in range(3):
-            for arch in (budget.project(drawn(CHARS.choices, seed)), budget.repair(uniform(CHARS.choices, generator(seed)), generator(seed))):
+            random = uniform(CHARS.choices, generator(seed))
+            projected = budget.project(drawn(CHARS.choices, seed))
+            for arch in (projected, budget.repair(random, generator(seed))):
                 assert 0.95 * target <= CHARS.cost(arch)[name] <= target, (target, arch)
 
 
@@ -124,7 +127,9 @@ def test_the_penaltys_gradient_by_finite_differences():
 
 def test_the_penalty_alone_leads_the_alphas_to_the_target():
     for target in (1e6, 8e6):
-        arch_optimizer = METHODS["darts"](CHARS.choices, generator(), 0.1, 0.0, budget=Budget(CHARS.choices, CHARS.cost, {"params": target}))
+        budget = Budget(CHARS.choices, CHARS.cost, {"params": target})
+        arch_optimizer = METHODS["darts"](CHARS.choices, generator(), learning_rate=0.1,
+                                          weight_decay=0.0, budget=budget)
         for _ in range(150):
             weights = arch_optimizer.sample(0.0, generator())
             arch_optimizer.step(weights, {name: torch.full_like(w, 1e-12) for name, w in weights.items()})

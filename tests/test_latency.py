@@ -39,7 +39,9 @@ def test_five_latency_targets():
     for target in (6, 9, 16, 45, 70):
         budget = Budget(CHARS.choices, lambda weights: {"latency": predict(weights)}, {"latency": target})
         for seed in range(3):
-            for arch in (budget.project(drawn(CHARS.choices, seed)), budget.repair(uniform(CHARS.choices, generator(seed)), generator(seed))):
+            random = uniform(CHARS.choices, generator(seed))
+            projected = budget.project(drawn(CHARS.choices, seed))
+            for arch in (projected, budget.repair(random, generator(seed))):
                 assert 0.95 * target <= predict(arch) <= target, (target, arch)
 
 
@@ -65,7 +67,8 @@ def test_features_are_linear_in_each_row_and_their_gradient_is_that_of_finite_di
     arch = uniform(net.choices, generator(1))
     features = latency_features(net, one_hot(net.choices, arch))
     ms = {name: torch.rand(f.shape, generator=generator()).tolist() for name, f in features.items()}
-    predict, weights = latency_predictor(net, ms), {name: w.double().requires_grad_() for name, w in drawn(net.choices, 3).items()}
+    predict, weights = latency_predictor(net, ms), drawn(net.choices, 3)
+    weights = {name: w.double().requires_grad_() for name, w in weights.items()}
     gradients = dict(zip(weights, torch.autograd.grad(predict(weights), weights.values()), strict=True))
     for name, c in net.choices.items():
         index = (c.repeat - 1, 0) if c.repeat else (0,)
@@ -89,7 +92,9 @@ def test_parts_add_up_to_the_networks_that_they_were_timed_in():
         return layers(arch, 1.0).sum().item() + arch["n_layer"] ** 2
     alike, mixed = bench.archs_of_parts(net.choices)
     marked = [torch.cat((torch.tensor([3.0]), layers(arch, 1.0), torch.tensor([5.0]))).numpy() for arch in alike]
-    predict = latency_predictor(net, bench.table_of_parts(net.choices, alike, mixed, marked, [total(arch) for arch in (*alike, *mixed)]))
+    totals = [total(arch) for arch in (*alike, *mixed)]
+    table = bench.table_of_parts(net.choices, alike, mixed, marked, totals)
+    predict = latency_predictor(net, table)
     for seed in range(20):
         arch = uniform(net.choices, generator(seed))
         assert predict(arch) == pytest.approx(total(arch), rel=1e-6)
@@ -176,7 +181,8 @@ def test_a_table_that_does_not_fit_is_one_sentence(measured, data_dir, tmp_path)
     for change in (dict(n_embd=[96, 192, 480]), dict(n_layer=[4, 5]), dict(vocab_size=97), dict(head_size=64)):
         with pytest.raises(SystemExit, match="is of another space, or of other sizes in it: run python bench"):
             load_latency(build(vars(CHARS.config) | change), config)
-    write_json(tmp_path / "other.json", {"network": network_id(CHARS, SimpleNamespace(space="other"))})
+    other = network_id(CHARS, SimpleNamespace(space="other"))
+    write_json(tmp_path / "other.json", {"network": other})
     config.latency_table = str(tmp_path / "other.json")
     with pytest.raises(SystemExit, match="is of another space"):
         load_latency(CHARS, config)

@@ -9,8 +9,8 @@ import optim_nas
 from budget import architectures
 from optim_nas import METHODS, arch_key, argmax_arch, best_of, crossover, dirichlet, discretize
 from optim_nas import entropy, evolutionary_search, gumbel, kl_to_uniform, method_class, mutate
-from optim_nas import random_search, space_size, sparsemax, uniform, unrolled_gradient
-from supernet import Choice, one_hot
+from optim_nas import picked, random_search, space_size, sparsemax, uniform, unrolled_gradient
+from supernet import Choice, check_arch, one_hot
 
 CHOICES = {"n_layer": Choice((1, 2, 3)), "n_embd": Choice((8, 16)), "n_head": Choice((1, 2, 4), repeat=3, depth="n_layer")}
 
@@ -39,9 +39,12 @@ def test_dirichlet_of_tiny_concentrations_is_finite():
     w.square().sum().backward()
 
 
-def test_kl_is_that_of_torch():
+def test_kl_in_closed_form():
+    """sum_k (c_k - 1) (digamma(c_k) - digamma(C)) + lgamma(C) - sum_k lgamma(c_k) - lgamma(K)"""
     c = torch.tensor([[0.3, 1.0, 2.5], [1.0, 1.0, 1.0]], dtype=torch.float64, requires_grad=True)
-    exact = torch.distributions.kl_divergence(torch.distributions.Dirichlet(c), torch.distributions.Dirichlet(torch.ones_like(c))).sum()
+    C = c.sum(-1)
+    exact = ((c - 1) * (c.digamma() - C.digamma().unsqueeze(-1))).sum(-1)
+    exact = (exact + C.lgamma() - c.lgamma().sum(-1) - math.lgamma(3)).sum()
     assert kl_to_uniform(c).item() == pytest.approx(exact.item(), rel=1e-12)
     assert torch.autograd.gradcheck(kl_to_uniform, c)
 
@@ -105,6 +108,31 @@ def test_samples_are_decided_by_the_generator(name):
             assert w.shape == CHOICES[key].shape and torch.allclose(w.sum(-1), torch.ones(w.shape[:-1]))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_step_trains_and_what_an_evaluation_runs(name):
+    """A mixture for darts and drnas; for gdas the argmax of a sample, for spos an architecture."""
+    method = METHODS[name](CHOICES, generator())
+    sampled = method.sample(0.3, generator(1))
+    trained = method.sample_weights_arch(0.3, generator(1))
+    evaluated = method.eval_arch(generator(1))
+    if name in ("darts", "drnas"):
+        assert all(torch.equal(trained[key], sampled[key]) for key in CHOICES)
+        assert all(torch.equal(evaluated[key], method.mean()[key]) for key in CHOICES)
+    else:
+        arch = argmax_arch(CHOICES, sampled) if name == "gdas" else sampled
+        assert trained == arch and check_arch(CHOICES, evaluated) == evaluated
+    assert method.is_hard == (name in ("gdas", "spos"))
+    assert bool(method.alphas) == method.has_alphas == (name != "spos")
+
+
+def test_gdas_runs_what_it_sampled_and_the_others_a_mixture():
+    for name in ("darts", "drnas", "gdas"):
+        method = METHODS[name](CHOICES, generator())
+        leaves = method.sample(0.3, generator(1))
+        expected = picked(CHOICES, leaves) if name == "gdas" else leaves
+        assert str(method.run_with(leaves)) == str(expected)
+
+
 @pytest.mark.parametrize("name, rest", [("darts", {}), ("darts", {"normalize": "sparsemax"}), ("drnas", {}),
                                         ("drnas", {"regularizer": "kl"}), ("gdas", {})])
 def test_each_finds_the_best_option_of_a_linear_loss(name, rest):
@@ -132,7 +160,8 @@ def test_settings_of_the_arch_optimizer():
 def test_kl_regularizer_pulls_towards_the_flat_dirichlet():
     """With a loss that does not care, kl brings concentrations back to 1, alpha to 0, and l2 without decay does not."""
     for rest, moved in (({"regularizer": "kl"}, True), ({"weight_decay": 0.0}, False)):
-        search = METHODS["drnas"]({"op": Choice((0, 1, 2))}, generator(), learning_rate=0.02, **rest)
+        choices = {"op": Choice((0, 1, 2))}
+        search = METHODS["drnas"](choices, generator(), learning_rate=0.02, **rest)
         search.alphas["op"].data.fill_(2.0)
         for step in range(300):
             search.step(search.sample(0, generator(step)), {"op": torch.full((3,), 1e-12)})
@@ -197,7 +226,8 @@ def test_gdas_may_draw_what_has_no_gradient_for_a_while():
     with pytest.raises(RuntimeError, match="op got no gradient"):
         steps(1, 0 * grad)
     with pytest.raises(RuntimeError, match="op got no gradient"):
-        METHODS["gdas"]({"op": Choice((0, 1))}, generator()).step(search.sample(0.5, generator()), {})
+        another = METHODS["gdas"]({"op": Choice((0, 1))}, generator())
+        another.step(search.sample(0.5, generator()), {})
 
 
 def test_one_option_has_no_alpha():
