@@ -4,12 +4,6 @@ How an architecture is chosen: DARTS, DrNAS, GDAS and SPOS, then random and evol
 This file knows tensors and Choices, and no network. In each step a method samples arch_weights
 (choice -> rows that sum to 1) or an architecture. The caller computes a loss with them and returns
 the gradient to the arch_weights, through which it reaches the alphas.
-
-    DARTS   softmax(alpha) or sparsemax(alpha)                       Liu et al. 2019, eq. 2
-    DrNAS   a sample of Dirichlet(elu(alpha) + 1), reparameterised   Chen et al. 2021, eq. 4
-    GDAS    one-hot argmax of (log softmax(alpha) + Gumbel) / tau    Dong & Yang 2019, eq. 3
-    SPOS    one architecture a step, uniformly; no alphas            Guo et al. 2020
-
 A new method is a new class with an entry in METHODS.
 """
 import itertools
@@ -227,7 +221,7 @@ class ArchOptimizer:
 
 
 class DARTS(ArchOptimizer):
-    """softmax(alpha), without sampling. normalize: "softmax" or "sparsemax"."""
+    """softmax(alpha), without sampling (Liu et al. 2019, eq. 2). normalize: or "sparsemax"."""
     keys = ("normalize",)
     has_second_order = True
 
@@ -244,7 +238,7 @@ class DARTS(ArchOptimizer):
 
 
 class DrNAS(ArchOptimizer):
-    """Samples of Dirichlet(elu(alpha) + 1).
+    """Samples of Dirichlet(elu(alpha) + 1), reparameterised (Chen et al. 2021, eq. 4).
 
     regularizer: "l2" is Adam's weight decay. "kl" is KL(Dirichlet(elu(alpha) + 1) || Dirichlet(1))
     in the loss, times weight_decay.
@@ -271,7 +265,10 @@ class DrNAS(ArchOptimizer):
 
 
 class GDAS(ArchOptimizer):
-    """One-hot samples of softmax(alpha); the temperature falls linearly from tau_max to tau_min."""
+    """One-hot samples of softmax(alpha), straight-through (Dong & Yang 2019, eq. 3).
+
+    The temperature of the gradient falls linearly from tau_max to tau_min.
+    """
     keys = ("tau_max", "tau_min")
     is_hard = True
     max_idle_steps = 20 # a sample of 'none' for every edge has no gradient, but not 20 in a row
@@ -295,7 +292,10 @@ class GDAS(ArchOptimizer):
 
 
 class SPOS(ArchOptimizer):
-    """One uniformly drawn architecture a step. A search over the inherited weights follows."""
+    """One uniform random architecture a step (Guo et al. 2020).
+
+    It has no alphas: a search over the inherited weights finds the architecture.
+    """
     has_alphas = False
     is_hard = True
 
@@ -359,12 +359,12 @@ def random_rows(choice, n, generator):
     rows, operations = ["none"] * n, [o for o in choice.options if o != "none"]
     for node in choice.units(n):
         for i in torch.randperm(len(node), generator=generator)[:choice.keep].tolist():
-            rows[node[i]] = operations[random_index(operations, generator)]
+            rows[node[i]] = random_element(operations, generator)
     return rows
 
 
-def random_index(values, generator):
-    return torch.randint(len(values), (), generator=generator).item()
+def random_element(values, generator):
+    return values[torch.randint(len(values), (), generator=generator).item()]
 
 
 def uniform(choices, generator):
@@ -435,8 +435,8 @@ def crossover(choices, a, b, generator):
     """A child that takes every choice, every layer's entries and every node's edges from a or b."""
     def inherited(name, unit):
         parents = [p for p in (a, b) if unit[-1] < len(p[name])]
-        return parents[random_index(parents, generator)][name] if parents else None
-    child = {name: (a, b)[random_index((a, b), generator)][name] for name in choices}
+        return random_element(parents, generator)[name] if parents else None
+    child = {name: random_element((a, b), generator)[name] for name in choices}
     return inherit_rows(choices, child, inherited, generator)
 
 
@@ -455,7 +455,7 @@ def inherit_rows(choices, child, inherited, generator):
 
 def evolutionary_search(choices, evaluate, n, generator, population=50, parents=10, prob=0.2,
                         depth_prob=0.4, budget=None, rank=None):
-    """The history of n steps of evolution, or of all architectures (Guo et al. 2020, algorithm 1).
+    """The history of n evaluations by evolution, or of all (Guo et al. 2020, algorithm 1).
 
     The first `population` architectures are random. After them, mutations and crossovers of the
     `parents` best alternate. No architecture is evaluated twice. evaluate(arch) -> loss. budget: a
@@ -464,7 +464,7 @@ def evolutionary_search(choices, evaluate, n, generator, population=50, parents=
     rank = rank or (lambda history: sorted(history, key=lambda entry: entry[0]))
 
     def random_parent(best):
-        return best[random_index(best, generator)][1]
+        return random_element(best, generator)[1]
 
     def child_of(best, i):
         for _ in range(50 if best else 0):
