@@ -24,6 +24,7 @@ affine = True # weight and bias in the BatchNorms of cells; searches do without
 # -----------------------------------------------------------------------------
 
 CHANNELS = tuple(channels)
+NATS_BENCH = "sss", "90" # this space's name in NATS-Bench, and the epochs that its networks were trained for
 STAGES = ((0, 0), (0, 1), (1, 2), (2, 3), (3, 4)) # in and out of cell, residual block, cell, residual block, cell
 
 

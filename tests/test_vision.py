@@ -22,10 +22,10 @@ import search_spaces
 import train
 import train_base
 import train_search
-from budget import read_table
+from budget import architectures, read_table
 from configurator import defaults, usage
 from data import load_images
-from optim_nas import architectures, uniform
+from optim_nas import uniform
 from prepare import prepare
 from run import read_json, read_lines, rng, add_checksum, verify_checksum
 from search_spaces import build, space_module, with_space
