@@ -29,6 +29,10 @@ from pathlib import Path
 from types import ModuleType
 
 
+class ConfigError(ValueError):
+    """A value that a key cannot have, in one sentence. run.main() ends the script with it."""
+
+
 def configure(namespace, argv=None, list_hint=""):
     """Apply argv (default: the command line) to namespace, usually globals(), and return its defaults() after that.
 

@@ -16,7 +16,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from supernet import check_arch
+from supernet import check_arch, straight_through_arch as picked # noqa: F401
 
 OPTIMIZERS = ("darts", "drnas", "gdas", "spos")
 
@@ -87,17 +87,6 @@ def top_edges(choice, weights):
         for i in best[list(unit)].topk(choice.keep).indices.tolist():
             rows[unit[i]] = choice.options[operations[k[unit[i]]]]
     return rows
-
-
-def picked(choices, weights):
-    """The architecture of the largest weight in every row, for all layers, each option in a pair with its weight; a number of
-    layers in a pair with all weights of its row."""
-    depths = {choice.depth for choice in choices.values()} | {name for name, choice in choices.items() if choice.is_depth}
-
-    def pick(name, row):
-        k = row.argmax().item()
-        return choices[name].options[k], row if name in depths else row[k]
-    return {name: [pick(name, row) for row in weights[name]] if c.repeat else pick(name, weights[name]) for name, c in choices.items()}
 
 
 def entropy(weights):

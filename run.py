@@ -19,7 +19,7 @@ import sys
 import time
 from datetime import timedelta
 from tqdm import tqdm
-from configurator import as_list
+from configurator import ConfigError, as_list
 
 
 def read_lines(path):
@@ -460,13 +460,13 @@ def silenced():
 
 
 def main(function, config):
-    """Runs a script's function; a number that is not finite, or the end of another process, ends it with a sentence, and Ctrl-C without
-    one."""
+    """Runs a script's function. A ConfigError, a number that is not finite, or the end of another
+    process ends it with a sentence, and Ctrl-C without one."""
     try:
         return function(config)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except FloatingPointError as e:
+    except (FloatingPointError, ConfigError) as e:
         raise SystemExit(str(e)) from None
     except RuntimeError as e:
         if "gloo" not in str(e): # which has no error of its own

@@ -41,7 +41,7 @@ from fused_ops import use_fused_ops
 from model import OPTIONS
 from optim_nas import ArchOptimizer, best_of, by_front, entropy, evolutionary_search, nondominated_sort
 from optim_nas import arch_key, picked, random_search, argmax_arch, uniform, unrolled_gradient
-from pretrained import load_gpt2
+from pretrained import load_gpt2, sort_by_importance
 from run import Log, append, all_reduce_mean, init_out_dir, check_same_network, fault, content_hash, load_checkpoint
 from run import load_model, main, origin, pretrained, read_lines, resume, resumes, rng, save
 from run import add_checksum, setup, all_gather_scalar, signals, stop_if_signaled, verify_checksum, atomic_write, write_json
@@ -482,7 +482,7 @@ def search(config):
     check_sandwich(net.choices, phases, config)
     if pretrained(origin(config)):
         load_gpt2(net, origin(config))
-        net.sort(importance(net, splits["train"], config, run).__getitem__)
+        sort_by_importance(net, importance(net, splits["train"], config, run).__getitem__)
     if config.inherit and origin(config) == "scratch":
         init_supernet(net, config, run)
     if config.teacher:

@@ -4,7 +4,7 @@ from dataclasses import fields
 import importlib
 import model
 import torch
-from configurator import defaults, given
+from configurator import ConfigError, defaults, given
 
 SHARED = ("__init__", "cells", "convs") # files that are no space
 
@@ -41,8 +41,12 @@ def own_data(module):
 
 
 def build(config, arch=None):
-    """The network of a config (a dict) in its space, or of one of the space's architectures."""
-    net = space_module(config["space"]).build(config, arch)
+    """The network of a config (a dict) in its space, or of one of the space's architectures.
+    SystemExit if it cannot be built."""
+    try:
+        net = space_module(config["space"]).build(config, arch)
+    except ConfigError as e:
+        raise SystemExit(str(e)) from None
     return net.to(memory_format=torch.channels_last) # in which convolutions are fastest
 
 
