@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError, check_range
-from fused_ops import causal_attention, mixed_attention
+from fused_ops import causal_attention, mixed_attention, mixed_rotary_attention, rotary
 from supernet import ALL, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size
-from supernet import check_arch, extract, one_hot, prefix_masks, run_blocks, slice_dim
+from supernet import check_arch, extract, one_hot, prefix_masks, run_blocks
 from supernet import straight_through, transformer_choices, transformer_sizes
 
 DATA = "tokens" # the kind of data it takes
@@ -75,37 +75,9 @@ OPTIONS = {"norm": NORMS, "prmsnorm_pct": (), "position": POSITIONS, "activation
            "residual": RESIDUALS} # what a block is made of, beside its sizes
 
 
-def rotary(qkv, n_head, past=0):
-    """RoPE (Su et al. 2021): rotates channels 2i and 2i + 1 of every head of the queries and keys
-    by position * 10000^(-2i/d). qkv: (B, T, 3n); past: how many tokens came before."""
-    T, n = qkv.shape[1], qkv.shape[2] // 3
-    a, b = qkv[..., :2 * n].unflatten(2, (2 * n_head, -1, 2)).unbind(-1) # (B, T, 2 n_head, d / 2)
-    frequency = 10000 ** (-torch.arange(a.shape[3], device=qkv.device) / a.shape[3]) # (d / 2,)
-    position = torch.arange(past, past + T, device=qkv.device)
-    angle = torch.outer(position, frequency).unsqueeze(1) # (T, 1, d / 2)
-    cos, sin = angle.cos(), angle.sin()
-    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(2) # (B, T, 2n)
-    return torch.cat((rotated.to(qkv.dtype), qkv[..., 2 * n:]), 2)
-
-
-def mixed_rotary_attention(qkv, n, p, y_scale, n_head, dropout=0.0):
-    """mixed_attention() with RoPE, for widths n with weights p: heads of n_k / n_head[j] channels,
-    and scores sum_k p_k scores_k. Each width rotates by frequencies of its own, so the queries and
-    keys of all widths stand side by side."""
-    y, v = 0.0, qkv.chunk(3, dim=2)[2]
-    for j, h in enumerate(n_head):
-        parts = [rotary(slice_dim(qkv, 2, Size(3 * e, 3 * h)), h) for e in n]
-        parts = [part.unflatten(2, (3, h, -1)).unbind(2) for part in parts] # (B, T, h, e / h) each
-        q = [part[0] * (w * (e / h) ** -0.5) for part, e, w in zip(parts, n, p, strict=True)]
-        q, k = torch.cat(q, -1).flatten(2), torch.cat([part[1] for part in parts], -1).flatten(2)
-        y = y + causal_attention(q, k, v, h, dropout, scale=1.0) * y_scale[j].to(v.dtype)
-    return y
-
-
 class CausalSelfAttention(nn.Module):
-
     def __init__(self, config, n_embd, n_head):
-        """n_embd, n_head: the options, one of each in a plain network."""
+        """n_embd, n_head: their options, of a plain network one of each."""
         super().__init__()
         self.n_embd, self.n_head, self.head_size = n_embd, n_head, config.head_size
         self.dropout, self.rope = config.dropout, config.position == "rope"
@@ -115,9 +87,8 @@ class CausalSelfAttention(nn.Module):
                 raise ConfigError(f"n_embd={e} is not divisible by n_head={h}: choose widths and "
                                   "head counts that divide.")
             if self.rope and size % 2:
-                raise ConfigError(f"position='rope' rotates pairs of channels, but heads of {size} "
-                                  f"channels (n_embd={e}, n_head={h}, head_size={self.head_size}) "
-                                  "are odd: choose an even size.")
+                raise ConfigError(f"position='rope' needs heads of an even size, but n_embd={e}, "
+                                  f"n_head={h} and head_size={self.head_size} make {size}.")
         inner = n_head[-1] * config.head_size or n_embd[-1]
         self.c_attn = Linear(n_embd[-1], 3 * inner, bias=config.bias) # query, key, value
         self.c_proj = Linear(inner, n_embd[-1], bias=config.bias)
@@ -134,8 +105,7 @@ class CausalSelfAttention(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x, e=None, n_head=ALL, cache=None):
-        """x: (B, T, n_embd) -> the same. cache: {"k", "v"} of the tokens before these, kept by
-        generate()."""
+        """x: (B, T, n_embd) -> the same. cache: {"k", "v"} of the tokens before, for generate()."""
         if n_head.is_mixture:
             return self.mixture(x, e, n_head.weights)
         h, weight = n_head.option or self.n_head[-1], n_head.weight
@@ -155,13 +125,11 @@ class CausalSelfAttention(nn.Module):
             weight = weight * e.p * e.p
         is_causal = cache is None or q.size(1) == k.size(1) # one new token sees the whole cache
         dropout = self.dropout if self.training else 0.0
-        y = causal_attention(q, k, v, h, dropout, is_causal=is_causal)
-        y = straight_through(y, weight)
+        y = straight_through(causal_attention(q, k, v, h, dropout, is_causal=is_causal), weight)
         return self.resid_dropout(self.c_proj(y, None if plain else Size(n, groups), e))
 
     def mixture(self, x, e, a):
-        """a: (n_head,) weights. Every head count attends in its own layout, with the scale of its
-        true head size.
+        """a: (n_head,) weights. Every head count attends in its own layout, at its true head size.
 
         The width is mixed once by each projection: in the rows of query, key and value, and in the
         columns of c_proj. Masks are linear in what they multiply, so the key's moves onto the query
@@ -184,9 +152,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-
     def __init__(self, config, n_embd, mlp_ratio):
-        """n_embd, mlp_ratio: the options, one of each in a plain network."""
+        """n_embd, mlp_ratio: their options, of a plain network one of each."""
         super().__init__()
         self.n_embd, self.mlp_ratio = n_embd, mlp_ratio
         n_hidden = [[int(m * e) for m in mlp_ratio] for e in n_embd] # (n_embd, mlp_ratio)
@@ -236,10 +203,9 @@ class MoE(nn.Module):
     def __init__(self, config, n_embd, mlp_ratio):
         super().__init__()
         self.top_k = config.top_k
-        experts = [MLP(config, n_embd, mlp_ratio) for _ in range(config.n_expert)]
-        self.experts = nn.ModuleList(experts)
-        # clean logits, and the scale of their noise
-        self.router = Linear(n_embd[-1], 2 * config.n_expert, bias=False)
+        n = config.n_expert
+        self.experts = nn.ModuleList([MLP(config, n_embd, mlp_ratio) for _ in range(n)])
+        self.router = Linear(n_embd[-1], 2 * n, bias=False) # clean logits, and their noise's scale
 
     def forward(self, x, e=None, mlp_ratio=ALL):
         tokens = x.flatten(0, 1) # (B * T, n_embd)
@@ -263,7 +229,6 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-
     def __init__(self, config, n_embd, n_head, mlp_ratio):
         super().__init__()
         self.residual = config.residual
@@ -288,7 +253,6 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-
     def __init__(self, config, arch=None):
         """config: GPTConfig. arch: the sizes of a stand-alone network, where config has lists."""
         super().__init__()
@@ -316,7 +280,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * len(layers)))
 
     def check_config(self):
-        """Raises ConfigError if a key of the blocks has a value that there is not."""
+        """Raises ConfigError if a key of the blocks has a value that it cannot have."""
         c = self.config
         for name, allowed in OPTIONS.items():
             if allowed and getattr(c, name) not in list(allowed):
@@ -325,11 +289,11 @@ class GPT(nn.Module):
         check_range(c, 0, "head_size", "loss_chunk", "router_aux_loss_coef")
         check_range(c, 0, "dropout", below=1)
         if not 0 < c.prmsnorm_pct <= 1:
-            raise ConfigError(f"prmsnorm_pct={c.prmsnorm_pct} must be above 0 and at most 1: the "
-                              "share of the channels, such as 0.0625.")
+            raise ConfigError(f"prmsnorm_pct={c.prmsnorm_pct} must be above 0 and at most 1, such "
+                              "as 0.0625.")
         if c.n_expert < 0 or (c.n_expert and not 0 < c.top_k < c.n_expert):
-            raise ConfigError(f"n_expert={c.n_expert} must be 0, or above top_k={c.top_k}, which "
-                              "must be at least 1.")
+            raise ConfigError(f"n_expert={c.n_expert} must be 0 or above top_k={c.top_k}, and "
+                              "top_k at least 1.")
         if c.n_expert and any(len(choice.options) > 1 for choice in self.choices.values()):
             raise ConfigError(f"n_expert={c.n_expert} is for fixed sizes, without lists: a mixture "
                               "would route its tokens as none of its networks does.")
@@ -341,12 +305,12 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, arch=None, cache=None):
-        """idx, targets: (B, T) token ids; targets of -1 are ignored -> logits (B, T, vocab_size),
-        or None with loss_chunk, and the loss. Without targets: logits (B, 1, vocab_size) of the
-        last position, and None.
+        """idx, targets: (B, T) token ids -> logits (B, T, vocab_size), None with loss_chunk, and
+        the loss, which ignores targets of -1. targets=None: logits (B, 1, vocab_size) of the last
+        position, and None.
 
         arch: None for a network without choices, else an architecture, or weights for a mixture.
-        cache: a dict a layer, see generate().
+        cache: a dict a layer, for generate().
         """
         T, past = idx.size(1), cache[0]["k"].size(1) if cache and cache[0] else 0
         block_size = self.config.block_size
@@ -383,17 +347,16 @@ class GPT(nn.Module):
             return F.cross_entropy(self.lm_head(x, e), y, ignore_index=-1, reduction="sum")
         n = self.config.loss_chunk
         chunks = zip(x.flatten(0, 1).split(n), targets.flatten().split(n), strict=True)
-        once = dict(use_reentrant=False, preserve_rng_state=False)
-        total = sum(checkpoint(loss, x, y, **once) for x, y in chunks)
+        keys = dict(use_reentrant=False, preserve_rng_state=False)
+        total = sum(checkpoint(loss, x, y, **keys) for x, y in chunks)
         return total / (targets != -1).sum()
 
     def compile_parts(self):
-        """Compiles what all layers and all architectures share: one block, with sizes that are
-        symbols, and the head. Any number of architectures then needs no more than a few graphs: for
-        full and part widths, with and without gradients."""
+        """Compiles what all layers and architectures share: one block, whose sizes are symbols, and
+        the head. All architectures need the same few graphs: for full and part widths, with and
+        without gradients."""
         torch._dynamo.config.recompile_limit = 32
-        # its keys leave out for which sizes a graph is right, so that another run would get wrong
-        # numbers (pytorch/pytorch issue 194001)
+        # its keys leave out the sizes that a graph is for: wrong numbers (pytorch issue 194001)
         torch._functorch.config.enable_autograd_cache = False
         for block in self.transformer.h:
             block.compile(dynamic=True)
@@ -411,9 +374,8 @@ class GPT(nn.Module):
         """{"params", "flops"} of an architecture: whole numbers; of weights: the differentiable
         expectations, in float64.
 
-        flops: of one forward pass over one sequence of block_size tokens, 2 a multiply-add in a
-        matrix product, attention counted in full; of n_expert MLPs the params of all, and the flops
-        of top_k.
+        flops: of one forward pass over block_size tokens, 2 a multiply-add in a matrix product,
+        with all scores of attention; of n_expert MLPs the params of all and the flops of top_k.
         """
         c, T = self.config, self.config.block_size
         e = torch.tensor(self.n_embd, dtype=torch.float64) # (n_embd,)
@@ -445,19 +407,18 @@ class GPT(nn.Module):
         return {name: round(value.item()) for name, value in cost.items()}
 
     def expectation(self, arch):
-        """The weights of an architecture, of weights, or, arch None, of the only option of every
-        choice, in float64."""
+        """`arch` as float64 weights; None: of the only option of every choice."""
         if not arch:
             weights = {name: torch.ones((n, 1) if n else 1) for name, n in self.rows.items()}
+        elif isinstance(arch["n_layer"], torch.Tensor):
+            weights = arch
         else:
-            mixed = isinstance(arch["n_layer"], torch.Tensor)
-            weights = arch if mixed else one_hot(self.choices, arch)
+            weights = one_hot(self.choices, arch)
         return {name: w.double().cpu() for name, w in weights.items()}
 
     def latency_parts(self, shares):
-        """{name: (n_embd, options)}: how often this GPT has each part; its latency is a linear
-        function of it. shares: the weights of its choices, those of a layer times the chance that
-        the layer runs."""
+        """{name: (n_embd, options)}: how often this GPT has each part; its latency is linear in it.
+        shares: the weights of its choices, those of a layer times the chance that it runs."""
         parts = {"rest": shares["n_layer"], "attention": shares["n_head"].sum(0),
                  "mlp": shares["mlp_ratio"].sum(0)}
         return {name: torch.outer(shares["n_embd"], share) for name, share in parts.items()}
@@ -466,11 +427,8 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, arch=None, generator=None,
                  vocab_size=None):
         """idx: (B, T) -> (B, T + max_new_tokens). temperature=0 takes the likeliest token; ids from
-        vocab_size on are never drawn.
-
-        Keys and values are cached until block_size is full. From there on the window slides and is
-        computed again for every token, as it always is for a mixture, whose attention caches none.
-        """
+        vocab_size on are never drawn. Keys and values are cached until block_size is full; from
+        then on, and for a mixture always, the whole window is computed for every token."""
         cache, mixed = None, bool(arch) and isinstance(arch["n_layer"], torch.Tensor)
         for _ in range(max_new_tokens):
             if idx.size(1) <= self.config.block_size and not mixed:
@@ -493,7 +451,6 @@ class GPT(nn.Module):
 
 
 def build(config, arch=None):
-    """A GPT from a dict of GPTConfig's fields; other keys are ignored. arch: the sizes of a
-    stand-alone network."""
+    """A GPT from a dict with GPTConfig's keys. arch: that of a stand-alone network."""
     known = {field.name for field in fields(GPTConfig)}
     return GPT(GPTConfig(**{key: value for key, value in config.items() if key in known}), arch)

@@ -1,4 +1,5 @@
 """Weights of pretrained language models, in, and the order of channels that a cut should keep."""
+import itertools
 import json
 import math
 import os
@@ -7,7 +8,7 @@ from functools import partial
 import torch
 
 from run import pretrained
-from supernet import SIZES, LayerNorm, RMSNorm, extremes, ranking, reorder
+from supernet import SIZES, LayerNorm, RMSNorm, extremes
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") # on the Hugging Face hub
 GPT2_CONFIG = { # key of its config.json -> {its values: ours}
@@ -119,10 +120,23 @@ def check_init_from(config):
 # -----------------------------------------------------------------------------
 # the order of channels
 
+def ranking(importance, ends=None):
+    """Indices by descending importance: (n,); with `ends`, within each band of indices."""
+    bands = itertools.pairwise([0, *(ends or [len(importance)])])
+    return torch.cat([start + importance[start:end].argsort(descending=True, stable=True)
+                      for start, end in bands])
+
+
+def reorder(tensors, order):
+    """Puts each tensor's rows in that order, in place."""
+    for t in tensors:
+        t.copy_(t[order])
+
+
 @torch.no_grad()
 def sort_by_importance(net, score):
-    """Orders a GPT's neurons, heads and channels by importance, the largest first, so that a smaller
-    option keeps what matters most. The largest network computes what it did before.
+    """Orders a GPT's neurons, heads and channels by importance, the largest first, so that a
+    smaller option keeps what matters most. The largest network computes what it did before.
 
     score: a function of a parameter that says how much each of its entries matters, in its shape.
 
@@ -164,7 +178,7 @@ def parts_of_heads(attn):
     h = attn.n_head[-1]
 
     def parts(of):
-        """[(3, head, channel, ...)] of query, key and value, and (head, channel, n_embd) of c_proj."""
+        """[(3, head, channel, ...)] of query, key, value, and (head, channel, n_embd) of c_proj."""
         qkv = [of(p).unflatten(0, (3, h, -1)) for p in attn.c_attn.parameters()]
         return qkv, of(attn.c_proj.weight).T.unflatten(0, (h, -1))
 

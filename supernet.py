@@ -20,10 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import fused_ops
 from configurator import ConfigError
 from fused_ops import mixed_linear, mixed_norm
 
@@ -37,9 +34,9 @@ class Choice:
     options: what can be chosen, in increasing order if they are numbers.
     repeat: None, or the number of rows: how many layers (or edges) each make this choice.
     depth: the name of the choice, such as "n_layer", that says how many of the rows are in use.
-    inputs, keep: the rows are the edges into the nodes of a cell: (2, 3) if the first two enter one
-        node and the next three another. Each node keeps `keep` of its edges in the end; the others
-        become 'none', which is one of the options.
+    inputs, keep: the rows are the edges into the nodes of a cell: inputs=(2, 3) if the first two
+        enter one node and the next three another. Each node keeps `keep` of its edges in the end;
+        the others become 'none', which is one of the options.
     Weights and alphas have the shape (len(options),) or (repeat, len(options)).
     """
     options: tuple
@@ -61,10 +58,8 @@ class Choice:
 
 
 def options_of(value, name, whole=True):
-    """The options of one config value: a number is one option, a list is a Choice.
-
-    Raises ConfigError unless they are positive numbers (whole ones if `whole`) in increasing order.
-    """
+    """The options of a config value: one number, or those of a list. Raises ConfigError unless they
+    are positive numbers, whole ones if `whole`, in increasing order."""
     options = tuple(value) if isinstance(value, list | tuple) else (value,)
     numbers = all(type(o) is int or (type(o) is float and not whole) for o in options)
     if not options or not numbers or list(options) != sorted(set(options)) or options[0] <= 0:
@@ -74,18 +69,9 @@ def options_of(value, name, whole=True):
     return options
 
 
-def check_names(key, values, allowed):
-    """Raises ConfigError unless the values of a key are different ones of those allowed."""
-    if len(set(values)) < len(values) or not set(values) <= set(allowed):
-        raise ConfigError(f"{key}={list(values)} must be one or more different ones of "
-                          f"{', '.join(allowed)}.")
-
-
 def check_arch(choices, arch):
-    """The architecture without the entries of layers that it does not use.
-
-    Raises ConfigError if it is not an architecture of these choices.
-    """
+    """The architecture without the entries of layers that it does not use. Raises ConfigError if it
+    is not one of these choices."""
     if not isinstance(arch, dict) or set(arch) != set(choices):
         found = sorted(arch) if isinstance(arch, dict) else arch
         raise ConfigError(f"The architecture names {found}, but this search space chooses "
@@ -94,8 +80,8 @@ def check_arch(choices, arch):
     for name, choice in choices.items():
         values = arch[name] if choice.repeat else [arch[name]]
         used = arch[choice.depth] if choice.depth else choice.repeat or 1
-        is_list = isinstance(values, list | tuple) and isinstance(used, int)
-        if not is_list or len(values) < used:
+        known = isinstance(values, list | tuple) and isinstance(used, int)
+        if not known or len(values) < used:
             raise ConfigError(f"The architecture's {name}={arch[name]} needs a list of at least "
                               f"{used} entries, one a layer.")
         for value in values[:used]:
@@ -109,25 +95,21 @@ def check_arch(choices, arch):
 
 
 def one_hot(choices, arch):
-    """The weights that put everything on `arch`: {name: (K,) or (repeat, K)}.
-
-    Layers that the architecture does not use get their first option.
-    """
+    """The weights that put everything on `arch`: {name: (K,) or (repeat, K)}. Layers that it does
+    not use get their first option."""
     weights = {}
     for name, choice in choices.items():
-        values = arch[name] if choice.repeat else [arch[name]]
-        rows = choice.repeat or 1
+        values, rows = arch[name] if choice.repeat else [arch[name]], choice.repeat or 1
         index = [choice.options.index(value) for value in values[:rows]]
-        index += [0] * (rows - len(index))
-        hot = F.one_hot(torch.tensor(index), len(choice.options))
-        weights[name] = hot.float().view(choice.shape)
+        index = torch.tensor(index + [0] * (rows - len(index)))
+        weights[name] = F.one_hot(index, len(choice.options)).float().view(choice.shape)
     return weights
 
 
 def extremes(choices):
-    """The space's smallest and largest architecture: the first and the last of all options."""
-    archs = [{name: [c.options[i]] * c.repeat if c.repeat else c.options[i]
-              for name, c in choices.items()} for i in (0, -1)]
+    """The smallest and the largest architecture: the first and the last option of every choice."""
+    archs = ({name: [c.options[i]] * c.repeat if c.repeat else c.options[i]
+              for name, c in choices.items()} for i in (0, -1))
     return [check_arch(choices, arch) for arch in archs]
 
 # -----------------------------------------------------------------------------
@@ -174,26 +156,20 @@ ALL = Sampled() # a layer without a choice uses all of itself
 
 
 def set_choices(net, choices, arch=None):
-    """Gives a network its choices, or the stand-alone network of an architecture none.
-
-    net.rows says how many rows each choice has, None where it has no rows. Returns the checked
-    architecture, or None.
-    """
+    """Sets net.choices, which the stand-alone network of an architecture has none of, and net.rows:
+    how many rows each choice has, or None. Returns the checked architecture, or None."""
     if arch is None:
         net.choices, net.rows = choices, {name: c.repeat for name, c in choices.items()}
         return None
-    arch = check_arch(choices, arch)
+    arch, net.choices = check_arch(choices, arch), {}
     net.rows = {name: len(arch[name]) if c.repeat else None for name, c in choices.items()}
-    net.choices = {}
     return arch
 
 
 def sampled(net, arch):
     """{choice: its Sampled, or a list of one a row}. Every network's forward begins with it.
-
-    arch: weights for a mixture, an architecture, what straight_through_arch() returns, or None for
-    a network that has nothing to choose.
-    """
+    arch: an architecture, weights for a mixture, what straight_through_arch() returns, or None for
+    a network that has nothing to choose."""
     if arch is None:
         undecided = {name: c.options for name, c in net.choices.items() if len(c.options) > 1}
         assert not undecided, ("a supernet needs weights or an architecture as its third argument: "
@@ -201,18 +177,16 @@ def sampled(net, arch):
         return {name: ALL if rows is None else [ALL] * rows for name, rows in net.rows.items()}
 
     def of(choice, value):
-        if isinstance(value, Sampled):
-            return value
         if isinstance(value, torch.Tensor):
             return Sampled(choice.options, weights=value)
-        return Sampled(choice.options, value)
+        return value if isinstance(value, Sampled) else Sampled(choice.options, value)
     return {name: [of(c, row) for row in arch[name]] if c.repeat else of(c, arch[name])
             for name, c in net.choices.items()}
 
 
 def straight_through_arch(choices, weights):
-    """The option of the largest weight in every row, each with its weight: {choice: Sampled, or a
-    list of one a row}, for all rows, whatever the depth."""
+    """The option of the largest weight in every row, of all rows, as sampled() returns it; the
+    weights get gradients."""
     def largest(choice, row):
         k = row.argmax().item()
         return Sampled(choice.options, choice.options[k], row, row[k])
@@ -225,18 +199,16 @@ def straight_through_arch(choices, weights):
 class Size(NamedTuple):
     """How much of a dimension of N channels is in use. Four cases, as of Sampled:
 
-        everything         None instead of a Size
-        hard               n: the first n channels
-        straight-through   n, and p: (), the weight of the chosen option
-        mixture            p: (K,), the weights of the options; mask: (K, N), 1 where an option uses
-                           a channel; n: the sizes, increasing; last: (len(n),), each of n minus 1
+        everything        None instead of a Size
+        hard              n: the first n channels
+        straight-through  n, and p: (), the weight of the chosen option
+        mixture           p: (K,), the weights of the options; mask: (K, N), 1 where an option uses
+                          a channel; n: the sizes, increasing; last: (len(n),), the same minus 1
 
     groups: the dimension has so many equal parts, such as heads, or query, key and value; the first
-    n / groups channels of each part are in use.
-
-    Where a second choice mixes within the dimension, as mlp_ratio does in n_embd * mlp_ratio, n has
-    every size that occurs, and the mask is between 0 and 1. A straight-through size then has the
-    weight of the second choice as its mask: ().
+    n / groups channels of each part are in use. Where a second choice mixes within the dimension,
+    as mlp_ratio does in n_embd * mlp_ratio, n has every size that occurs, and the mask is between 0
+    and 1; a straight-through size has the weight of the second choice as its mask: ().
     """
     n: int | tuple
     groups: int = 1
@@ -269,9 +241,8 @@ class Size(NamedTuple):
         """The Size of two such dimensions side by side."""
         if not self.is_mixture:
             return self._replace(n=2 * self.n, groups=2)
-        N = self.n[-1]
-        n = (*self.n, *(N + size for size in self.n))
-        last = torch.cat((self.last, N + self.last))
+        n, last = (*self.n, *(self.n[-1] + n for n in self.n)), self.last
+        last = torch.cat((last, self.n[-1] + last))
         return self._replace(n=n, mask=self.mask.repeat(1, 2), last=last)
 
     @property
@@ -281,8 +252,8 @@ class Size(NamedTuple):
 
 
 def prefix_masks(n, N, groups=1):
-    """(K, N) of 0 and 1: which of N channels each of the sizes n: (K,) uses, the first n / groups of
-    each of `groups` equal parts. Sizes (J, K) give (J, K, N)."""
+    """(K, N) of 0 and 1: which of N channels each of the sizes n: (K,) uses, the first n / groups
+    of each of `groups` equal parts. Sizes (J, K) give (J, K, N)."""
     inside = torch.arange(N // groups) < torch.tensor(n).unsqueeze(-1) // groups
     return inside.float().repeat(*[1] * (inside.dim() - 1), groups)
 
@@ -294,13 +265,10 @@ def slice_dim(w, dim, size):
         return w
     if size.groups == 1:
         return w.narrow(dim, 0, size.n)
-    whole = w.shape[dim] % size.groups == 0 and size.n % size.groups == 0
-    assert whole, (w.shape, dim, size)
+    assert w.shape[dim] % size.groups == 0 and size.n % size.groups == 0, (w.shape, dim, size)
     parts = w.unflatten(dim, (size.groups, -1))
     return parts.narrow(dim + 1, 0, size.n // size.groups).flatten(dim, dim + 1)
 
-# -----------------------------------------------------------------------------
-# straight-through weights
 
 class StraightThrough(torch.autograd.Function):
     """x * w for a scalar w that is 1: returns x itself, and gives w its gradient."""
@@ -396,8 +364,7 @@ class Sinusoidal(nn.Module):
 class LayerNorm(nn.Module):
     """x: (..., N) -> (..., N); bias is optional (PyTorch's has no such switch before 2.1).
 
-    Mixture: sum_k p_k pad(norm(x[:e_k]) * weight[:e_k] + bias[:e_k]).
-    No option ever sees channels that it does not use.
+    Mixture: sum_k p_k pad(norm(x[:e_k]) * weight[:e_k] + bias[:e_k]); no option sees more.
     """
     def __init__(self, ndim, bias, eps=1e-5):
         super().__init__()
@@ -454,36 +421,33 @@ def run_blocks(blocks, x, n_layer, args):
     """x after n_layer of the blocks, each called with its args.
 
     Mixture: sum_d p_d x_d, where x_d is the output of block d.
-    Straight-through: the same with all weight on one depth. The norm that follows would hide the
-    scale of what was chosen, so the other depths get gradients too, or none would learn: the blocks
-    after the chosen one run forward, without gradients of their own.
+    Straight-through: the same with all weight on one depth. The norm that follows hides the scale
+    of that depth's output, so its weight alone would learn nothing: the weights of the others get
+    gradients too, and the blocks after the chosen one run forward, without gradients of their own.
     """
     if n_layer.weights is None: # blocks[:None] are all of them
         for block, arg in zip(blocks[:n_layer.option], args, strict=False):
             x = block(x, *arg)
         return x
     weight_of = dict(zip(n_layer.options, n_layer.weights, strict=True))
-    total, chosen = 0, None
+    mixed, total, chosen = n_layer.is_mixture, 0, None
     for depth, (block, arg) in enumerate(zip(blocks, args, strict=True), 1):
-        learns = n_layer.is_mixture or depth <= n_layer.option
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (mixed or depth <= n_layer.option)):
             x = block(x, *arg)
         if depth == n_layer.option:
             chosen = x
         if depth in weight_of:
             p = weight_of[depth]
-            total = total + (x * p if n_layer.is_mixture else x.detach() * (p - p.detach()))
-    return total if n_layer.is_mixture else chosen + total
+            total = total + (x * p if mixed else x.detach() * (p - p.detach()))
+    return total if mixed else chosen + total
 
 
 SIZES = ("n_layer", "n_embd", "n_head", "mlp_ratio") # of a transformer; the last two of every layer
 
 
 def transformer_choices(net, config, arch=None):
-    """Gives a transformer its choices, or none if it is the stand-alone network of `arch`.
-
-    Returns the options of n_layer, of n_embd, and [(of n_head, of mlp_ratio) of every layer].
-    """
+    """Sets a transformer's choices, see set_choices(). Returns the options of n_layer, of n_embd,
+    and [(of n_head, of mlp_ratio) of every layer]."""
     options = {name: options_of(getattr(config, name), name, whole=name != "mlp_ratio")
                for name in SIZES}
     n_layer, n_embd, *of_layer = options.values()
@@ -504,22 +468,7 @@ def transformer_sizes(net, arch):
     return e, now["n_layer"], list(zip(now["n_head"], now["mlp_ratio"], strict=False))
 
 # -----------------------------------------------------------------------------
-# importance: which channels a smaller option should keep
-
-def ranking(importance, ends=None):
-    """Indices by descending importance: (n,); with `ends`, within each band of indices."""
-    bands = itertools.pairwise([0, *(ends or [len(importance)])])
-    return torch.cat([start + importance[start:end].argsort(descending=True, stable=True)
-                      for start, end in bands])
-
-
-def reorder(tensors, order):
-    """Puts each tensor's rows in that order, in place."""
-    for t in tensors:
-        t.copy_(t[order])
-
-# -----------------------------------------------------------------------------
-# stand-alone networks, and what they cost
+# stand-alone networks
 
 def visit_slices(net, run, visit):
     """Calls visit(name, module, key, slice) for all that the layers read in the hard run()."""
@@ -540,11 +489,8 @@ def visit_slices(net, run, visit):
 
 
 def extract(net, small, run):
-    """Copies into `small` the slices of `net` that its hard forward run() reads, and returns it.
-
-    small: a stand-alone network whose modules have the names of those in `net`. What is copied is
-    what is computed with, so the two networks cannot disagree.
-    """
+    """Copies into `small`, a stand-alone network, the slices of `net` that its hard forward run()
+    reads, and returns it. What is copied is what is computed with, so the two cannot disagree."""
     theirs, filled = dict(small.named_modules()), set()
 
     def copy(name, module, key, value):
@@ -555,19 +501,3 @@ def extract(net, small, run):
     missed = [name for name, p in small.named_parameters() if p not in filled]
     assert not missed, f"the hard forward read nothing for {missed}"
     return small
-
-
-def measure_cost(net, run):
-    """{"params", "flops"} of the hard forward run(): the weights that it reads, and 2 FLOPs a
-    multiply-add in products and convolutions."""
-    read = {}
-
-    def count(name, module, key, value):
-        if isinstance(getattr(module, key), nn.Parameter):
-            read[name, key] = value.numel()
-
-    kernels, fused_ops.fused = fused_ops.fused, False # PyTorch's counter knows its own operations alone
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        visit_slices(net, run, count)
-    fused_ops.fused = kernels
-    return {"params": sum(read.values()), "flops": counter.get_total_flops()}

@@ -5,16 +5,16 @@ has 1.06e9 architectures.
     a class token and patches by a convolution, + learned positions -> blocks as in GPT-2, with
     relative positions -> LayerNorm -> mean of the patches, without the class token -> classifier
 
-The keys are those of T; S and B are in config/. Heads have a fixed size: fewer of them are the first
-ones, and the queries, keys and values are each the first rows of their own matrix. All choices are
-entangled by mixed weights. The genotype is the width, and heads x ratio of every layer:
+The keys are those of T; S and B are in config/. Heads have a fixed size: fewer of them are the
+first ones, and the queries, keys and values are each the first rows of their own matrix. All choices
+are entangled by mixed weights. The genotype is the width, and heads x ratio of every layer:
 192: 3x3.5 4x4 ...
 
 The published MACs (1.344 G, 4.892 G and 11.237 G of the subnets of T, S and B) are from a formula
-with one token too many, a classifier on each token, norms, and 28 multiply-adds a pair of tokens for
-the relative positions of all heads together. net.cost() has 2 FLOPs for each multiply-add that is
-computed: 2 x 1.443 G, 5.086 G and 11.565 G. Without relative positions that is 2 x 1.283 G, 4.774 G
-and 11.045 G.
+with one token too many, a classifier on each token, norms, and 28 multiply-adds a pair of tokens
+for the relative positions of all heads together. net.cost() has 2 FLOPs for each multiply-add that
+is computed: 2 x 1.443 G, 5.086 G and 11.565 G. Without relative positions that is 2 x 1.283 G,
+4.774 G and 11.045 G.
 """
 import re
 from types import SimpleNamespace
@@ -76,9 +76,9 @@ def offsets(side, clip):
 
     The offset of a pair of tokens in rows is an index into a table of
     clip(row_j - row_i) + clip + 1, or 0 with the class token; that in columns one into a second
-    table below it. one_hot[j] has the row and the column of token j, and index[i] the entries of the
-    tables for token i and every row and column: table[index[i]].T @ one_hot[j] is the sum of the
-    entries of both offsets. n is padded to a multiple of 8, which attention kernels need to be fast.
+    table below it. one_hot[j] has the row and the column of token j, and index[i] the entries of
+    the tables for token i and every row and column: table[index[i]].T @ one_hot[j] is the sum of
+    the entries of both offsets. n is padded to a multiple of 8, with which attention is faster.
     """
     position = torch.arange(side)
     patches = torch.cartesian_prod(position, position) + 1
@@ -91,15 +91,15 @@ def offsets(side, clip):
 
 
 class Attention(nn.Module):
-    """Attention of every token to all, with relative positions K and V, each the sum of an entry for
-    rows and one for columns (Shaw et al. 2018):
+    """Attention of every token to all, with relative positions K and V, each the sum of an entry
+    for rows and one for columns (Shaw et al. 2018):
 
         y_i = sum_j softmax_j(q_i (k_j + K_ij) / sqrt(head_size)) (v_j + V_ij)
 
-    No K_ij is ever built. q_i K_ij is the sum of two entries of q_i @ table, one for the row and one
-    for the column of j: a product with the one-hot row and column of j. So these entries are further
-    channels of q, and the one-hot vectors further channels of k. As further channels of v the
-    one-hot vectors sum up the attention to each row and column, which is then multiplied by the
+    No K_ij is ever built. q_i K_ij is the sum of two entries of q_i @ table, one for the row and
+    one for the column of j: a product with the one-hot row and column of j. So these entries are
+    further channels of q, and the one-hot vectors further channels of k. As further channels of v
+    the one-hot vectors sum up the attention to each row and column, which is then multiplied by the
     table of V. It takes one call of a plain attention, of 96 channels at 224 pixels.
     """
     def __init__(self, c, n_embd, n_head, side):
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         self.n_head, self.head_size = n_head, c.head_size
         inner = n_head[-1] * c.head_size
         self.qkv, self.proj = Linear(n_embd[-1], 3 * inner), Linear(inner, n_embd[-1])
-        entries = 2 * (2 * c.rel_pos_clip + 2) # of the table for rows and, below it, that for columns
+        entries = 2 * (2 * c.rel_pos_clip + 2) # of the table for rows, and of that for columns
         self.rel_pos_k = nn.Parameter(torch.empty(entries, c.head_size))
         self.rel_pos_v = nn.Parameter(torch.empty(entries, c.head_size))
         index, one_hot = offsets(side, c.rel_pos_clip)
@@ -240,8 +240,9 @@ def arch_of(text):
     neither; whether its numbers are options is for build() to check."""
     text = PUBLISHED.get(text, text)
     if not re.fullmatch(r"\d+:( \d+x\d+(\.\d+)?)+", text):
-        raise ConfigError(f"'{text}' is not a genotype of autoformer: write {', '.join(PUBLISHED)}, "
-                          "or the width and every layer's heads x ratio, such as '192: 3x3.5 4x4'.")
+        raise ConfigError(f"'{text}' is not a genotype of autoformer: write "
+                          f"{', '.join(PUBLISHED)}, or the width and every layer's heads x ratio, "
+                          "such as '192: 3x3.5 4x4'.")
     width, *layers = text.split()
     n_head, mlp_ratio = zip(*(layer.split("x") for layer in layers), strict=True)
     return {"n_embd": int(width[:-1]), "n_layer": len(layers),

@@ -6,9 +6,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import ConfigError
-from search_spaces.convs import BatchNorm2d, Conv2d, ImageNetwork, check_entanglement, drop_path
-from supernet import ALL, Choice, Sampled, check_names, measure_cost, one_hot
-from supernet import set_choices, straight_through
+from search_spaces.convs import BatchNorm2d, Conv2d, ImageNetwork
+from search_spaces.convs import check_entanglement, drop_path, measure_cost
+from supernet import ALL, Choice, Sampled, one_hot, set_choices, straight_through
 
 # -----------------------------------------------------------------------------
 # genotypes: the published text of two cells
@@ -317,6 +317,13 @@ class EdgeCosts:
         rows = sum(weights[choice][row].double().cpu() @ table
                    for (choice, row), table in self.rows.items())
         return rows + (self.base if base is None else base)
+
+
+def check_names(key, values, allowed):
+    """Raises ConfigError unless the values of a key are different ones of those allowed."""
+    if len(set(values)) < len(values) or not set(values) <= set(allowed):
+        raise ConfigError(f"{key}={list(values)} must be one or more different ones of "
+                          f"{', '.join(allowed)}.")
 
 
 class CellNetwork(ImageNetwork):

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import fused_ops
 from configurator import ConfigError, defaults
 from fused_ops import depthwise
-from supernet import ALL, Sampled, Size
-from supernet import check_arch, extract, measure_cost, slice_dim, straight_through, times_weight
+from supernet import ALL, Sampled, Size, check_arch, extract, slice_dim
+from supernet import straight_through, times_weight, visit_slices
 
 ENTANGLEMENTS = ("weights", "outputs", "none") # see Entangled
 
@@ -213,6 +216,23 @@ def drop_path(x, p):
 
 # -----------------------------------------------------------------------------
 # image networks
+
+def measure_cost(net, run):
+    """{"params", "flops"} of the hard forward run(): the weights that it reads, and 2 FLOPs a
+    multiply-add in products and convolutions."""
+    read = {}
+
+    def count(name, module, key, value):
+        if isinstance(getattr(module, key), nn.Parameter):
+            read[name, key] = value.numel()
+
+    # PyTorch's counter knows its own operations alone
+    kernels, fused_ops.fused = fused_ops.fused, False
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        visit_slices(net, run, count)
+    fused_ops.fused = kernels
+    return {"params": sum(read.values()), "flops": counter.get_total_flops()}
+
 
 class ImageNetwork(nn.Module):
     """The base of the networks of search_spaces/.

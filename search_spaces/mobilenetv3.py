@@ -19,9 +19,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import ConfigError, as_list, check_range, check_whole
+from pretrained import ranking, reorder
 from search_spaces.convs import BatchNorm2d, Conv2d, ImageNetwork, settings, with_loss
-from supernet import ALL, Choice, Linear, one_hot, options_of, prefix_masks, ranking
-from supernet import reorder, run_blocks, sampled, set_choices, straight_through
+from supernet import ALL, Choice, Linear, one_hot, options_of, prefix_masks
+from supernet import run_blocks, sampled, set_choices, straight_through
 
 # -----------------------------------------------------------------------------
 depth = [2, 3, 4] # blocks of each stage
@@ -84,7 +85,8 @@ class Depthwise(Conv2d):
 
 
 class SqueezeExcite(nn.Module):
-    """Every channel times a gate, which two linear layers compute from the means of all (Hu et al. 2018)."""
+    """Every channel times a gate, which two linear layers compute from the means of all channels
+    (Hu et al. 2018)."""
     def __init__(self, mid, reduced):
         super().__init__()
         self.reduce, self.expand = Linear(mid, reduced), Linear(reduced, mid)
@@ -184,8 +186,8 @@ class MobileNetV3(ImageNetwork):
                 rows = [((k,), (e,)) for k, e in zip(kernels, expands, strict=True)]
             self.stages.append(nn.ModuleList())
             for row, (kernels, expands) in enumerate(rows):
-                stride = 1 if row else c.strides[s]
-                block = Block(i, o, kernels, expands, stride, c.se[s], c.hswish[s], c.kernel_transform)
+                stride, kinds = 1 if row else c.strides[s], (c.se[s], c.hswish[s])
+                block = Block(i, o, kernels, expands, stride, *kinds, c.kernel_transform)
                 self.stages[-1].append(block)
                 i = o
         last, mix = channels[n_stages:]
@@ -205,11 +207,11 @@ class MobileNetV3(ImageNetwork):
         """Raises ConfigError if a key has a value that it cannot have."""
         c = self.config
         if not all(k % 2 for k in options["kernel_size"]):
-            raise ConfigError(f"kernel_size={c.kernel_size} must be odd numbers: the output has the "
-                              "size of the input.")
+            raise ConfigError(f"kernel_size={c.kernel_size} must be odd numbers: the output has "
+                              "the size of the input.")
         if options["expand"][0] < 2:
-            raise ConfigError(f"expand={c.expand} must be 2 or more: a block without an expansion has "
-                              "a layer less, and is no part of a larger one.")
+            raise ConfigError(f"expand={c.expand} must be 2 or more: a block without an expansion "
+                              "has a layer less, and is no part of a larger one.")
         check_whole(c, "widths", *OF_STAGES)
         check_range(c, 0, "se", "hswish", below=2)
         check_range(c, 1, "stem_channels", "stem_stride", "widths", "strides", "last_channels",
@@ -234,8 +236,8 @@ class MobileNetV3(ImageNetwork):
         return with_loss(self.classifier(x), targets)
 
     def unlock(self, old, new):
-        """Before the options of the choices `old` become those of `new`: orders the channels, so that
-        smaller expansions have those that matter."""
+        """Before the options of the choices `old` become those of `new`: orders the channels, so
+        that smaller expansions have those that matter."""
         for s, blocks in enumerate(self.stages, 1):
             name = f"expand_{s}"
             for block in blocks if old[name] != new[name] else ():

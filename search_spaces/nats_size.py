@@ -197,8 +197,8 @@ def index(arch):
 def arch_at(index):
     """The architecture of a number in the benchmark. Raises ConfigError if there is none."""
     if index not in range(len(CHANNELS) ** 5):
-        raise ConfigError(f"{index} is not an architecture of nats_size: choose a whole number from "
-                          f"0 to {len(CHANNELS) ** 5 - 1}.")
+        raise ConfigError(f"{index} is not an architecture of nats_size: choose a whole number "
+                          f"from 0 to {len(CHANNELS) ** 5 - 1}.")
     return {"channels": [CHANNELS[int(digit)] for digit in f"{index:05o}"]}
 
 

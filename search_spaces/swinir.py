@@ -46,7 +46,8 @@ tile = 0 # pixels a side that an evaluation computes at a time, to save memory; 
 
 DATA = "pairs" # the kind of data it takes
 GLOBAL, LAYERED = ("n_embd", "n_rstb"), ("n_layer", "n_head", "mlp_ratio")
-EXAMPLE = '{"n_embd": 36, "n_head": [[4, 6, 4, 4], [4, 4, 6, 4]], "mlp_ratio": [[1, 2, 1, 1], [1, 1, 2, 1]]}'
+EXAMPLE = ('{"n_embd": 36, "n_head": [[4, 6, 4, 4], [4, 4, 6, 4]], '
+           '"mlp_ratio": [[1, 2, 1, 1], [1, 1, 2, 1]]}')
 OVERLAP = 32 # low-resolution pixels that a tile sees beyond its edges
 MEAN = (0.4488, 0.4371, 0.4040) # of DIV2K
 # the config of model.py's attention and MLP
@@ -63,7 +64,8 @@ def reflected(n, size):
 def windows(x, size, shift):
     """(B, H, W, C) -> (B * windows, size^2, C), of the image moved up and left by shift."""
     x = torch.roll(x, (-shift, -shift), (1, 2)) if shift else x
-    return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+    x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(0, 2)
 
 
 def unwindows(x, size, shift, H, W):
@@ -197,8 +199,8 @@ class SwinIR(ImageNetwork):
             raise ConfigError(f"scale={c.scale} is not 2, 3 or 4.")
         divides = c.window_size > 1 and not c.tile % c.window_size and not OVERLAP % c.window_size
         if not divides or c.patch < c.window_size or c.tile < 0:
-            raise ConfigError(f"window_size={c.window_size} must divide {OVERLAP} and tile={c.tile}, "
-                              f"and fit into patch={c.patch}.")
+            raise ConfigError(f"window_size={c.window_size} must divide {OVERLAP} and "
+                              f"tile={c.tile}, and fit into patch={c.patch}.")
         check_range(c, 0, "drop_path", below=1)
 
     def choose(self, arch):
@@ -262,8 +264,8 @@ class SwinIR(ImageNetwork):
         return y
 
     def run(self, arch=None):
-        p = self.config.patch
-        return self.whole(self.mean.new_zeros(1, 3, p, p), arch) # a tile's overlap is not the network's cost
+        p = self.config.patch # not in tiles: their overlap is not the network's cost
+        return self.whole(self.mean.new_zeros(1, 3, p, p), arch)
 
     def expected_cost(self, arch):
         c, weights = self.config, {name: w.double().cpu() for name, w in arch.items()}
@@ -271,8 +273,10 @@ class SwinIR(ImageNetwork):
         def chances(p, options): # that block or layer i is in use
             return [sum(p[k] for k, n in enumerate(options) if n > i) for i in range(options[-1])]
         side, e = -(-c.patch // c.window_size) * c.window_size, torch.tensor(self.n_embd).double()
-        convs = 27 * e + 9 * e ** 2 + 27 * c.scale ** 2 * e # weights that all pixels are multiplied by
-        small, attention = 6 * e + 3 * c.scale ** 2, 0 # other parameters; scores and weighted values
+        # convs: weights that all pixels are multiplied by; small: other parameters; attention: the
+        # multiply-adds of scores and weighted values
+        convs = 27 * e + 9 * e ** 2 + 27 * c.scale ** 2 * e
+        small, attention = 6 * e + 3 * c.scale ** 2, 0
         for r, used in enumerate(chances(weights["n_rstb"], self.n_rstb), 1):
             convs, small = convs + used * 9 * e ** 2, small + used * e
             heads, ratios = (self.choices[f"{name}_{r}"].options for name in LAYERED[1:])
@@ -317,8 +321,8 @@ def arch_of(text):
     missing = max(n_rstb) - len(heads)
     heads = heads + [[n_head[0]] * n_layer[0]] * missing
     ratios = ratios + [[mlp_ratio[0]] * n_layer[0]] * missing
-    for r, (of_heads, of_ratios) in enumerate(zip(heads, ratios, strict=True), 1):
-        arch |= {f"n_layer_{r}": len(of_heads), f"n_head_{r}": of_heads, f"mlp_ratio_{r}": of_ratios}
+    for r, (h, m) in enumerate(zip(heads, ratios, strict=True), 1):
+        arch |= {f"n_layer_{r}": len(h), f"n_head_{r}": h, f"mlp_ratio_{r}": m}
     return arch
 
 

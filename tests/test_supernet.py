@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ops import mixed_norm
-from model import mixed_rotary_attention, rotary
+from fused_ops import mixed_norm, mixed_rotary_attention, rotary
 from supernet import Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, prefix_masks, slice_dim
 
 pytestmark = pytest.mark.usefixtures("implementation")
