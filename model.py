@@ -27,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError, check_range
 from fused_ops import causal_attention, mixed_attention, mixed_rotary_attention, rotary
-from supernet import ALL, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size
-from supernet import check_arch, extract, one_hot, prefix_masks, run_blocks
-from supernet import straight_through, transformer_choices, transformer_sizes
+from supernet import (
+    ALL, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, check_arch, extract, one_hot,
+    prefix_masks, run_blocks, straight_through, transformer_choices, transformer_sizes,
+)
 
 DATA = "tokens" # the kind of data it takes
 
@@ -157,7 +158,7 @@ class MLP(nn.Module):
         super().__init__()
         self.n_embd, self.mlp_ratio = n_embd, mlp_ratio
         n_hidden = [[int(m * e) for m in mlp_ratio] for e in n_embd] # (n_embd, mlp_ratio)
-        N = n_hidden[-1][-1]
+        N = n_hidden[-1][-1] # of the largest network
         if n_hidden[0][0] < 1:
             raise ConfigError(f"mlp_ratio={mlp_ratio[0]} of n_embd={n_embd[0]} is less than one "
                               "neuron: choose a larger one.")
@@ -196,14 +197,12 @@ class MoE(nn.Module):
     logits (Shazeer et al. 2017).
 
     In training the logits are noisy, and aux_loss is CV(importance)^2 + CV(load)^2. CV is the
-    standard deviation over the mean. An expert's importance is the sum of its weights; its load is
-    the expected number of tokens if its noise were drawn again: the sum of
-    Phi((clean - threshold) / scale).
+    standard deviation over the mean. An expert's importance is the sum of its weights; its load the
+    expected number of tokens if its noise were drawn again, sum Phi((clean - threshold) / scale).
     """
     def __init__(self, config, n_embd, mlp_ratio):
         super().__init__()
-        self.top_k = config.top_k
-        n = config.n_expert
+        self.top_k, n = config.top_k, config.n_expert
         self.experts = nn.ModuleList([MLP(config, n_embd, mlp_ratio) for _ in range(n)])
         self.router = Linear(n_embd[-1], 2 * n, bias=False) # clean logits, and their noise's scale
 
@@ -217,9 +216,8 @@ class MoE(nn.Module):
         if self.training:
             # what an expert must exceed to be chosen: the k-th largest logit of the others
             threshold = torch.where(logits > top[:, [-1]], top[:, [-1]], top[:, [-2]])
-            load = torch.special.ndtr((clean - threshold) / scale).sum(0)
-            variations = [t.var(correction=0) / t.mean().square() for t in (gates.sum(0), load)]
-            self.aux_loss = sum(variations)
+            both = gates.sum(0), torch.special.ndtr((clean - threshold) / scale).sum(0)
+            self.aux_loss = sum(t.var(correction=0) / t.mean().square() for t in both)
         y = torch.zeros_like(tokens)
         for i, expert in enumerate(self.experts):
             rows = (chosen[:, :-1] == i).any(1).nonzero().squeeze(1)
@@ -283,8 +281,7 @@ class GPT(nn.Module):
         """Raises ConfigError if a key of the blocks has a value that it cannot have."""
         c = self.config
         for name, allowed in OPTIONS.items():
-            if allowed and getattr(c, name) not in list(allowed):
-                value = getattr(c, name)
+            if allowed and (value := getattr(c, name)) not in list(allowed):
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
         check_range(c, 0, "head_size", "loss_chunk", "router_aux_loss_coef")
         check_range(c, 0, "dropout", below=1)
@@ -305,13 +302,10 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, idx, targets=None, arch=None, cache=None):
-        """idx, targets: (B, T) token ids -> logits (B, T, vocab_size), None with loss_chunk, and
-        the loss, which ignores targets of -1. targets=None: logits (B, 1, vocab_size) of the last
-        position, and None.
-
-        arch: None for a network without choices, else an architecture, or weights for a mixture.
-        cache: a dict a layer, for generate().
-        """
+        """idx, targets: (B, T) token ids, of which -1 is ignored -> logits (B, T, vocab_size), or
+        None with loss_chunk, and the loss. Without targets: logits (B, 1, vocab_size) of the last
+        position, and None. arch: None for a network without choices, else an architecture, or
+        weights for a mixture. cache: a dict a layer, for generate()."""
         T, past = idx.size(1), cache[0]["k"].size(1) if cache and cache[0] else 0
         block_size = self.config.block_size
         assert past + T <= block_size, f"{past + T} tokens, but block_size is {block_size}"
@@ -399,8 +393,7 @@ class GPT(nn.Module):
             mlp, mlp_bias = (2 + gated) * hidden * e, bias * ((1 + gated) * hidden + e)
             of_layer = norms * norm + attention + bias * (3 * inner + e) + router
             params = params + used * (of_layer + n_expert * (mlp + mlp_bias))
-            products = attention + top_k * mlp + router
-            flops = flops + used * (2 * T * products + 4 * T * T * inner)
+            flops = flops + used * 2 * T * (attention + top_k * mlp + router + 2 * T * inner)
         cost = {"params": weights["n_embd"] @ params, "flops": weights["n_embd"] @ flops}
         if arch and isinstance(arch["n_layer"], torch.Tensor):
             return cost

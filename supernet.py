@@ -51,8 +51,7 @@ class Choice:
         return (k,) if self.repeat is None else (self.repeat, k)
 
     def units(self, used):
-        """The rows that are chosen together, as ranges within the first `used` rows: the edges of
-        one node, or every row on its own."""
+        """The rows that are chosen together, as ranges: a node's edges, or every row on its own."""
         ends = list(itertools.accumulate(self.inputs or (1,) * used, initial=0))
         return [range(*pair) for pair in itertools.pairwise(ends)]
 
@@ -143,8 +142,7 @@ class Sampled(NamedTuple):
         return [] if self.option is None else [(self.option, self.weight)]
 
     def size(self, sizes, mask, last=None):
-        """The Size of a dimension of which option k uses the first sizes[k] channels. mask and
-        last are for a mixture: see Size."""
+        """The Size of a dimension of which option k uses the first sizes[k] channels, see Size."""
         if self.is_mixture:
             return Size(sizes, mask=mask, p=self.weights, last=last)
         if self.option is None:
@@ -185,8 +183,7 @@ def sampled(net, arch):
 
 
 def straight_through_arch(choices, weights):
-    """The option of the largest weight in every row, of all rows, as sampled() returns it; the
-    weights get gradients."""
+    """Of every row the option of the largest weight, as sampled() returns it, with gradients."""
     def largest(choice, row):
         k = row.argmax().item()
         return Sampled(choice.options, choice.options[k], row, row[k])

@@ -6,8 +6,8 @@ has 1.06e9 architectures.
     relative positions -> LayerNorm -> mean of the patches, without the class token -> classifier
 
 The keys are those of T; S and B are in config/. Heads have a fixed size: fewer of them are the
-first ones, and the queries, keys and values are each the first rows of their own matrix. All choices
-are entangled by mixed weights. The genotype is the width, and heads x ratio of every layer:
+first ones, and the queries, keys and values are each the first rows of their own matrix. All
+choices are entangled by mixed weights. The genotype is the width, and heads x ratio of every layer:
 192: 3x3.5 4x4 ...
 
 The published MACs (1.344 G, 4.892 G and 11.237 G of the subnets of T, S and B) are from a formula
@@ -26,8 +26,10 @@ from torch.nn import functional as F
 from configurator import ConfigError, check_range
 from model import MLP
 from search_spaces.convs import Conv2d, ImageNetwork, drop_path as drop, settings, with_loss
-from supernet import ALL, LayerNorm, Linear, Size, options_of, prefix_masks, run_blocks, slice_dim
-from supernet import straight_through, times_weight, transformer_choices, transformer_sizes
+from supernet import (
+    ALL, LayerNorm, Linear, Size, options_of, prefix_masks, run_blocks, slice_dim, straight_through,
+    times_weight, transformer_choices, transformer_sizes,
+)
 
 # -----------------------------------------------------------------------------
 n_embd = [192, 216, 240] # of all layers

@@ -6,8 +6,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import ConfigError
-from search_spaces.convs import BatchNorm2d, Conv2d, ImageNetwork
-from search_spaces.convs import check_entanglement, drop_path, measure_cost
+from search_spaces.convs import (
+    BatchNorm2d, Conv2d, ImageNetwork, check_entanglement, drop_path, measure_cost,
+)
 from supernet import ALL, Choice, Sampled, one_hot, set_choices, straight_through
 
 # -----------------------------------------------------------------------------

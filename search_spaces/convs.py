@@ -13,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_ops
 from configurator import ConfigError, defaults
 from fused_ops import depthwise
-from supernet import ALL, Sampled, Size, check_arch, extract, slice_dim
-from supernet import straight_through, times_weight, visit_slices
+from supernet import (
+    ALL, Sampled, Size, check_arch, extract, slice_dim, straight_through, times_weight,
+    visit_slices,
+)
 
 ENTANGLEMENTS = ("weights", "outputs", "none") # see Entangled
 

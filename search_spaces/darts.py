@@ -13,8 +13,10 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import ConfigError, check_range
-from search_spaces.cells import CellNetwork, DilConv, Edge, FactorizedReduce, Pool, ReLUConvBN
-from search_spaces.cells import SepConv, Skip, from_genotype, nodes, partial, to_genotype
+from search_spaces.cells import (
+    CellNetwork, DilConv, Edge, FactorizedReduce, Pool, ReLUConvBN, SepConv, Skip, from_genotype,
+    nodes, partial, to_genotype,
+)
 from search_spaces.convs import BatchNorm2d, Conv2d, settings
 from supernet import Linear, sampled
 

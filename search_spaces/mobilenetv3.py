@@ -21,8 +21,10 @@ from torch.nn import functional as F
 from configurator import ConfigError, as_list, check_range, check_whole
 from pretrained import ranking, reorder
 from search_spaces.convs import BatchNorm2d, Conv2d, ImageNetwork, settings, with_loss
-from supernet import ALL, Choice, Linear, one_hot, options_of, prefix_masks
-from supernet import run_blocks, sampled, set_choices, straight_through
+from supernet import (
+    ALL, Choice, Linear, one_hot, options_of, prefix_masks, run_blocks, sampled, set_choices,
+    straight_through,
+)
 
 # -----------------------------------------------------------------------------
 depth = [2, 3, 4] # blocks of each stage

@@ -17,10 +17,12 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import ConfigError
-from search_spaces.convs import BatchNorm2d, Conv2d, Entangled, ImageNetwork, check_entanglement
-from search_spaces.convs import settings, with_loss
-from supernet import ALL, Choice, check_arch, options_of, prefix_masks
-from supernet import sampled, set_choices, straight_through
+from search_spaces.convs import (
+    BatchNorm2d, Conv2d, Entangled, ImageNetwork, check_entanglement, settings, with_loss,
+)
+from supernet import (
+    ALL, Choice, check_arch, options_of, prefix_masks, sampled, set_choices, straight_through,
+)
 
 # -----------------------------------------------------------------------------
 channels = [8, 16, 24, 32, 40, 48, 56, 64] # of each stage

@@ -26,10 +26,12 @@ from torch.nn import functional as F
 
 from configurator import ConfigError, check_range
 from fused_ops import window_attention
-from model import CausalSelfAttention, MLP
+from model import MLP, CausalSelfAttention
 from search_spaces.convs import Conv2d, ImageNetwork, drop_path as drop_samples, settings
-from supernet import ALL, Choice, Embedding, LayerNorm, Size, options_of, prefix_masks
-from supernet import run_blocks, sampled, set_choices, straight_through
+from supernet import (
+    ALL, Choice, Embedding, LayerNorm, Size, options_of, prefix_masks, run_blocks, sampled,
+    set_choices, straight_through,
+)
 
 # -----------------------------------------------------------------------------
 n_embd = [36, 48, 60] # width

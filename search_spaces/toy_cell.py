@@ -11,8 +11,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import ConfigError, check_range
-from search_spaces.cells import CellNetwork, DilConv, Edge, ReLUConvBN, SepConv
-from search_spaces.cells import from_genotype, nodes, to_genotype
+from search_spaces.cells import (
+    CellNetwork, DilConv, Edge, ReLUConvBN, SepConv, from_genotype, nodes, to_genotype,
+)
 from search_spaces.convs import settings, with_loss
 from supernet import Linear, sampled
 

@@ -17,8 +17,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import ConfigError, check_range
-from search_spaces.convs import Conv2d, Entangled, ImageNetwork, check_entanglement
-from search_spaces.convs import settings, with_loss
+from search_spaces.convs import (
+    Conv2d, Entangled, ImageNetwork, check_entanglement, settings, with_loss,
+)
 from supernet import Choice, Linear, options_of, prefix_masks, sampled, set_choices
 
 # -----------------------------------------------------------------------------
