@@ -47,7 +47,7 @@ from fused_ops import use_fused_ops
 from optim_nas import (METHODS, arch_key, best_of, entropy, evolutionary_search, random_search,
                        uniform, unrolled_gradient)
 from prepare import prepare_own
-from pretrained import load_gpt2
+from pretrained import load_gpt2, sort_by_importance
 from run import (Log, add_checksum, all_gather_scalar, all_reduce_mean, append, atomic_write,
                  check_same_network, content_hash, draw_figures, init_out_dir, is_pretrained,
                  is_resuming, load_checkpoint, load_model, main, original_init_from, read_lines,
@@ -599,7 +599,8 @@ def search(config):
     # what the supernet starts with
     if is_pretrained(original_init_from(config)):
         load_gpt2(net, original_init_from(config))
-        net.sort(importance(net, splits["train"], config, run).__getitem__)
+        scores = importance(net, splits["train"], config, run)
+        sort_by_importance(net, scores.__getitem__)
     if config.inherit and original_init_from(config) == "scratch":
         init_supernet(net, config, run)
     teacher = load_trained(config.teacher, "teacher", config, run) if config.teacher else None
