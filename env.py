@@ -12,7 +12,8 @@ how alike two tables rank the networks: the third command asks that of inherited
 
     entry        one training sequence of block_size tokens
     shard        a part of train.bin, with its number of entries; all have the same test split
-    evaluation   the test loss, perplexity and time a sample of a network on a shard with a seed
+    evaluation   the test loss and perplexity of a network trained on a shard with a seed, and the
+                 time of its training step, a sample
     reward       an evaluation as one number, the higher the better
     regret       how far the reward of an action is below the best one on the shard, as a share of
                  the range from the worst to the best
@@ -45,7 +46,7 @@ from train import * # noqa: F403 (its keys, with their comments)
 from train import check_run, configure_optimizer, estimate_all, loop, train, train_step
 
 TRAIN_DEFAULTS = defaults(globals()) # every key of train.py
-# Those that are no keys here: the agent picks the network's size, an evaluation sets what its
+# Those that are not keys of env.py: the agent picks the network's size, an evaluation sets what its
 # training writes and when, and the data is text.
 HIDDEN_KEYS = set("""
     n_layer n_head n_embd
@@ -87,8 +88,8 @@ COLUMNS = {"entries": int, "n_head": int, "n_layer": int, "seed": int, # of the 
            "loss": float, "ppl": float, "time": float, "params": int, "flops": int}
 
 
-# ---- rewards: reward(metrics, trade_off) -> float. metrics: {"loss" in nats, "ppl", "time" in
-# seconds a sample}
+# ---- rewards: reward(metrics, trade_off) -> float
+# metrics: has the "loss" in nats, its "ppl", and the "time" in seconds a sample.
 
 def seed_reward(metrics, trade_off=None):
     """The published system's: the sum of three terms less 0.8 times their mean absolute deviation.
@@ -104,14 +105,15 @@ def seed_reward(metrics, trade_off=None):
 
 
 def balance_reward(metrics, trade_off=0.1):
-    """A network of e times the time must have a loss that is lower by trade_off nats."""
+    """A network that takes e times as long must have a loss that is lower by trade_off nats."""
     return -metrics["loss"] - trade_off * math.log(1000 * metrics["time"])
 
 
 REWARDS = {"seed": seed_reward, "balance": balance_reward}
 
 
-# ---- architectures: an arch is {"n_head", "n_layer"}; its width is n_embd = n_head * head_size
+# ---- architectures and their times
+# arch: {"n_head", "n_layer"}; the width of its network is n_embd = n_head * head_size.
 
 def arch_of(action):
     """The arch of an action, 0 to 63."""
@@ -179,10 +181,10 @@ class Training:
     config: dict # for train.py
 
 
-def plan_training(prefix, config, shard, **sizes):
-    """The Training on a shard of the network of these sizes. prefix: of the file's name."""
+def plan_training(prefix, config, shard, **changes):
+    """The Training on a shard with these changes of config. prefix: of the name in cache_dir."""
     config = TRAIN_DEFAULTS | config
-    settings = {key: config[key] for key in RESULT_KEYS} | sizes | {"seed": shard["seed"]}
+    settings = {key: config[key] for key in RESULT_KEYS} | changes | {"seed": shard["seed"]}
     meta = load_meta(config["data_dir"], shard["dataset"])
     data = {"entries": shard["entries"], "train": meta["train_sha256"], "test": meta["val_sha256"]}
     content = json.dumps([settings, data], sort_keys=True)

@@ -1,30 +1,32 @@
 """
-Learns how many heads and layers suit a number of entries: DQN, PPO or A2C over env.py.
+Learns how many heads and layers suit a number of entries (training sequences), by DQN, PPO or A2C.
 
     python train_rl.py                         # on the table of all 64 networks: half a minute
     python train_rl.py --evaluator=train --shards=10 --budget=100 --n_envs=2 --seeds=[1]  # minutes
-    python train_rl.py --evaluator=supernet    # with weights inherited from a supernet a shard
+    python train_rl.py --evaluator=supernet    # inherited weights, of one supernet for each shard
     python train_rl.py --algo=ppo              # or a2c, or random: the best of random draws
     python train_rl.py --n_iterations=10       # alternates between the two halves of the shards
     python train_rl.py --mode=1                # on one half alone
     python train_rl.py --help                  # every key with its default
 
-Writes to out_dir: run.json (what was run), log.jsonl (a line for each evaluation and each look at
-the policy), ckpt.pt after every iteration, result.json (the policy and its regret) and the figures
-of analyze.py. With --init_from=resume a run goes on, also to a higher --n_iterations.
+Writes to out_dir: run.json (what was run), log.jsonl (a line for each evaluation, and one for the
+policy every eval_interval evaluations), ckpt.pt after every iteration, result.json (the policy and
+its regret) and the figures of analyze.py. With --init_from=resume a run goes on from its last
+iteration, also to a higher --n_iterations.
 
-Entry, shard, evaluation, reward and regret are what env.py says. Besides:
+The header of env.py defines entry, shard, evaluation, reward and regret. Here there are besides:
 
     policy      the action that the agent takes for each number of entries when it does not explore
-    update      of the agent: one gradient step of DQN or A2C; of PPO a pass over its newest rollout
-    iteration   `budget` evaluations with one half of the shards, or with all; then a checkpoint
+    update      of the agent: a gradient step of DQN or A2C, a pass of PPO over its newest rollout
+    iteration   `budget` evaluations on one half of the shards, or on all; then a checkpoint
 
-The agents are those of stable-baselines3. They differ from its defaults, in brackets, so as to
-learn from 1,000 evaluations and not from millions of steps (for --budget=1000 --n_envs=1):
+The agents are those of stable-baselines3, with these deviations from its defaults (in brackets).
+With them an agent learns from 1,000 evaluations, and not from a million steps. The numbers are
+those of --budget=1000 --n_envs=1; agent_settings() has the rest.
 
-    all   gamma 0 (0.99): an action has no influence on which shard comes next.
-          Rewards less their running mean, over their running standard deviation (VecNormalize does
-          not subtract the mean, and clips). On the CPU.
+    all   gamma 0 (0.99): an action has no influence on which shard comes next. So no agent looks
+          ahead, and DQN's target network has no effect. Rewards are normalised by their running
+          mean and standard deviation (VecNormalize leaves the mean, and clips). On the CPU.
     dqn   learning_rate 0.001 (0.0001), learning_starts 16 (100), train_freq 1 (4),
           gradient_steps 4 (1), exploration_final_eps 0.1 (0.05), buffer_size 1002 (1000000), which
           keeps every evaluation. With --q_network=outputs exploration_fraction 0.5 (0.1); else
@@ -55,14 +57,14 @@ from run import (Log, draw_figures, init_out_dir, main, read_json, resume, resum
 from search_spaces import network_keys
 from train import check_run
 
-del against # noqa: F821 (of env.py's table alone)
+del against # noqa: F821 (only env.py compares tables)
 # -----------------------------------------------------------------------------
 # the other keys of env.py, and:
 # I/O
 out_dir = 'out/rl'
 overwrite = False # start anew in an out_dir that holds a run, and replace its files
 init_from = 'scratch' # 'resume': from ckpt.pt; 'previous': from the checkpoint before it
-eval_interval = 25 # evaluations between two looks at the policy
+eval_interval = 25 # evaluations between two log lines of the policy
 wandb_log = False
 wandb_project = 'nas'
 tensorboard = False
@@ -77,8 +79,8 @@ q_network = 'numbers' # of dqn: heads and layers are inputs; 'outputs': every ac
 budget = 1000 # evaluations an iteration
 n_iterations = 1 # in all, with those before --init_from=resume
 learning_starts = 0 # of dqn: evaluations before the first update; 0: 16, or half of a small budget
-updates = 4000 # of dqn, an iteration; whatever the budget, for an evaluation costs much more
-temperature = 0.2 # of numbers: exploration; Q is in standard deviations of the reward
+updates = 4000 # of dqn: in an iteration, whatever its budget, for an evaluation costs much more
+temperature = 0.2 # of numbers: how much it explores; in standard deviations of the reward
 rl_learning_rate = 0.0 # 0: the algorithm's, see agent_settings()
 # -----------------------------------------------------------------------------
 
@@ -100,7 +102,7 @@ class Search:
     """A run: what all of its iterations share, and its state."""
     config: SimpleNamespace
     run: SimpleNamespace # of run.setup()
-    env: ArchEnv # of all shards; the agent learns in environments of its own
+    env: ArchEnv # with all shards, to look at the policy; an agent learns in its own
     rewards: np.ndarray | None # (S, 64) of the table; None where they are not known
     state: State = field(default_factory=State)
     log: Log | None = None
@@ -109,7 +111,7 @@ class Search:
 # ---- the agents
 
 def agent_settings(config):
-    """The arguments of stable-baselines3's class. The header lists how they differ from its own."""
+    """The arguments of stable-baselines3's class; the header lists which are not its defaults."""
     common = {"gamma": 0.0, "seed": config.seed, "device": "cpu"}
     if config.algo == "dqn":
         return common | dqn_settings(config)
@@ -123,6 +125,7 @@ def agent_settings(config):
 
 
 def dqn_settings(config):
+    """Those of DQN alone."""
     numbers = config.q_network == "numbers"
     total = config.budget * config.n_iterations
     policy = {"net_arch": [64, 64]}
@@ -138,10 +141,11 @@ def dqn_settings(config):
 
 
 class NumbersNet(torch.nn.Module):
-    """Q of all actions, (B, F) -> (B, 64): a network of (features, heads, layers), by which one
-    evaluation also teaches about similar networks, plus an output an action for what is not smooth.
+    """Q of all actions, (B, F) -> (B, 64), with heads and layers as inputs.
 
-    Heads and layers are logarithms, scaled to -1 to 1. The outputs for single actions start at 0.
+    `net` maps (features, heads, layers) to Q, so that an evaluation also teaches about similar
+    sizes. `rest` adds an output for each action, for what is not smooth in them; it starts at 0.
+    Heads and layers enter as logarithms, scaled to lie from -1 to 1.
     """
     def __init__(self, n_features, net_arch, activation_fn):
         super().__init__()
@@ -161,8 +165,8 @@ class NumbersNet(torch.nn.Module):
 
 
 class NumbersPolicy(DQNPolicy):
-    """DQN's policy with a NumbersNet. Besides DQN's random actions, it explores by drawing from
-    softmax(Q / temperature): mostly among the actions that it takes for good."""
+    """DQN's policy with a NumbersNet. Where DQN does not act at random, it takes the best action;
+    this one explores there too, by drawing from softmax(Q / temperature)."""
     def __init__(self, *args, temperature, **kwargs):
         self.temperature = temperature
         super().__init__(*args, **kwargs)
@@ -240,7 +244,7 @@ def build_envs(config, mode):
 # ---- the log
 
 def log_evaluation(search, info, episode, value=None):
-    """Counts an evaluation and writes its line. info: of ArchEnv.step(); value: as expected."""
+    """Counts and logs an evaluation. info: of ArchEnv.step(); value: the reward expected."""
     state = search.state
     state.step += 1
     state.seen.append([info["entries"], info["action"], info["reward"]])
@@ -251,14 +255,14 @@ def log_evaluation(search, info, episode, value=None):
 
 
 def policy_actions(search, policy):
-    """[the policy's action for each shard]. policy: observations (S, 1) -> actions (S,)."""
+    """The action of the policy for each shard. policy: observations (S, 1) -> actions (S,)."""
     env = search.env
     observed = np.stack([env.observe(shard) for shard in env.shards])
     return [int(action) for action in policy(observed)]
 
 
 def log_policy(search, policy):
-    """A look at the policy: its actions, and their regret where it is known."""
+    """The line of the policy: its actions, and their regret where the rewards are known."""
     config, state = search.config, search.state
     actions = policy_actions(search, policy)
     recent = np.mean([reward for *_, reward in state.seen[-config.eval_interval:]])
@@ -370,8 +374,10 @@ def load_agent(model, agent):
 
 
 def load_buffer(model, saved):
-    """Fills the replay buffer with what was saved, {name: (steps, n_envs, ...)}, and makes room for
-    it: where the budget was larger before, a buffer for this run's budget does not hold it all."""
+    """Gives the model a replay buffer with the saved steps, {name: (steps, n_envs, ...)}.
+
+    Its own may be too small for them, for the iterations before may have had a larger budget.
+    """
     old, (n_seen, n_envs) = model.replay_buffer, saved["rewards"].shape
     if n_envs != old.n_envs:
         raise SystemExit(f"n_envs={old.n_envs} differs from the n_envs={n_envs} that this agent "
@@ -419,13 +425,14 @@ def learn(config):
     config = SimpleNamespace(**TRAIN_DEFAULTS | config | {"seeds": as_list(config["seeds"])})
     check(config)
     check_run(config)
-    run, env, rewards, model = setup(config), build_env(config), None, None
+    run, env, rewards = setup(config), build_env(config), None
     if config.evaluator == "table":
         rewards = reward_table(reward_function(config), vars(config))
     search = Search(config, run, env, rewards)
     state = search.state
 
-    # the agent, from scratch or from a checkpoint; none where the search is random
+    # the agent, from scratch or from a checkpoint; random search has none
+    model = None
     if config.algo != "random":
         envs = build_envs(config, mode_of(config, state.iteration))
         model = ALGOS[config.algo](env=envs, **agent_settings(config))
@@ -433,16 +440,17 @@ def learn(config):
         restore(search, model)
     init_out_dir(config, run)
 
-    # the iterations
-    total = SimpleNamespace(**vars(config) | {"max_iters": config.budget * config.n_iterations})
-    with Log(total, run, state.step) as search.log, signals(run):
+    # the iterations, with a progress bar of their evaluations
+    total = config.budget * config.n_iterations
+    log_config = SimpleNamespace(**vars(config) | {"max_iters": total})
+    with Log(log_config, run, state.step) as search.log, signals(run):
         while state.iteration < config.n_iterations:
             if model:
                 iterate_agent(search, model)
             else:
                 iterate_random(search)
             state.iteration += 1
-            if model: # a random search that is resumed starts anew, which comes to the same
+            if model: # random search needs no checkpoint: it starts anew, to the same result
                 save(config, run, "ckpt.pt", model.policy, model.policy.optimizer,
                      state=vars(state), agent=agent_state(model))
     search.log.bar.close()
