@@ -34,16 +34,18 @@ from types import SimpleNamespace
 import gymnasium
 import numpy as np
 import torch
+from scipy.stats import kendalltau
 from tqdm import tqdm
 
-from configurator import as_list, check_range, check_whole, defaults
-from data import load_data, load_meta, load_shards
+from configurator import WHOLE, above, as_list, at_least, check_limits, configure, defaults
+from data import load_meta, load_shards
 from model import build
 from prepare import cut_shards, prepare_own
-from run import (Log, atomic_write, init_out_dir, load_checkpoint, load_model, main, read_json, rng,
+from run import (atomic_write, init_out_dir, load_checkpoint, load_model, main, read_json, rng,
                  save, setup, silenced, write_json)
 from train import * # noqa: F403 (its keys, with their comments)
-from train import check_run, configure_optimizer, estimate_all, loop, train, train_step
+from search_spaces import data_kind
+from train import check_config, configure_optimizer, estimate_all, get_lr, train, train_step
 
 TRAIN_DEFAULTS = defaults(globals()) # every key of train.py
 # Those that are not keys of env.py: the agent picks the network's size, an evaluation sets what its
@@ -52,8 +54,7 @@ HIDDEN_KEYS = set("""
     n_layer n_head n_embd
     out_dir overwrite init_from eval_interval eval_iters early_stopping log_interval save_interval
     save_minutes wandb_log wandb_project tensorboard backend timeout_minutes zero_stage fused
-    space crop flip cutout resized_crop rand_augment color_jitter random_erasing
-    repeated_augmentation label_smoothing mixup cutmix mix_prob mix_switch resolutions bn_batches
+    space
     """.split())
 for _key in HIDDEN_KEYS & TRAIN_DEFAULTS.keys():
     del globals()[_key]
@@ -83,6 +84,8 @@ learning_rate = 1e-3
 min_lr = 1e-3
 # -----------------------------------------------------------------------------
 
+LIMITS = {**dict.fromkeys(("n_envs", "max_iters", "supernet_iters"), at_least(1)), "seeds": WHOLE,
+          "flops_per_second": above(0)}
 N_OPTIONS = 8 # heads and layers are 1 to N_OPTIONS
 COLUMNS = {"entries": int, "n_head": int, "n_layer": int, "seed": int, # of the table
            "loss": float, "ppl": float, "time": float, "params": int, "flops": int}
@@ -132,12 +135,12 @@ def with_width(arch, config):
 
 def open_data(config):
     """(run, train tokens, test tokens) of config, a namespace, which also gets the vocab_size."""
-    check_run(config)
+    check_config(config)
     run = setup(config)
     prepare_own(config, run)
-    train_tokens, test_tokens, facts = load_data(config, run)
+    splits, facts = data_kind(config.space).load(config)
     vars(config).update(facts)
-    return run, train_tokens, test_tokens
+    return run, splits["train"], splits["val"]
 
 
 def measure_times(archs, config, rounds=20):
@@ -267,17 +270,13 @@ def load_supernet(config, shard):
 def train_supernet(net, tokens, config, run):
     """SPOS (Guo et al. 2019): every step trains one of the 64 networks, drawn uniformly."""
     init_out_dir(config, run)
-    optimizer = configure_optimizer(net, config, run)
-    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0)
-
-    def step(lr):
+    optimizer, state = configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
+    for state.step in range(config.max_iters):
+        torch.manual_seed(rng(config.seed, "dropout", state.step, run.rank).initial_seed())
         generator = rng(config.seed, "sample", state.step)
         action = torch.randint(N_OPTIONS * N_OPTIONS, (), generator=generator)
-        arch = supernet_arch(arch_of(action), vars(config))
-        return train_step(net, net, optimizer, tokens, config, run, state, lr, (arch,))
-
-    with Log(config, run) as log:
-        loop(config, run, state, log, 0, step, lambda: False, lambda: None)
+        arch, lr = supernet_arch(arch_of(action), vars(config)), get_lr(state.step, config)
+        train_step(net, net, optimizer, tokens, config, run, state, lr, [arch])
 
 
 def table_evaluator(config):
@@ -386,10 +385,7 @@ def check_options(config, options):
 def check_env(config, evaluators):
     """SystemExit for a value of this script's keys that is not allowed. config: a namespace."""
     check_options(config, {"evaluator": evaluators, "time_from": ["measured", "flops"]})
-    check_range(config, 1, "n_envs", "max_iters", "supernet_iters")
-    check_whole(config, "seeds")
-    if config.flops_per_second <= 0:
-        raise SystemExit(f"flops_per_second={config.flops_per_second} must be above 0.")
+    check_limits(config, LIMITS)
 
 
 def read_table(path):
@@ -502,11 +498,8 @@ def compare(rows, others):
 
     for entries in sorted({row["entries"] for row in rows}):
         a, b = losses(rows, entries), losses(others, entries)
-        agree = np.sign(a[:, None] - a) * np.sign(b[:, None] - b) # (64, 64): of every pair, 1 or -1
-        tau = agree.sum() / (len(a) * (len(a) - 1))
-        print(f"{entries:6d} entries: Kendall's tau {tau:.2f}")
+        print(f"{entries:6d} entries: Kendall's tau {kendalltau(a, b).statistic:.2f}")
 
 
 if __name__ == "__main__":
-    from configurator import configure
     main(make_table, configure(globals()))

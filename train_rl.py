@@ -48,14 +48,14 @@ from stable_baselines3.common.torch_layers import create_mlp
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from stable_baselines3.dqn.policies import DQNPolicy
 
-from configurator import as_list, check_range
+from configurator import above, as_list, at_least, check_limits, configure
 from env import * # noqa: F403 (its keys, with their comments)
 from env import (ArchEnv, EVALUATORS, N_OPTIONS, REWARDS, TRAIN_DEFAULTS, all_archs, arch_of,
                  check_env, check_options, regret, reward_table, shards_of)
-from run import (Log, draw_figures, init_out_dir, main, read_json, resume, resumes, rng, save,
+from run import (Log, Run, draw_figures, init_out_dir, is_resuming, main, read_json, resume, rng, save,
                  setup, signals, stop_if_signaled, write_json)
 from search_spaces import network_keys
-from train import check_run
+from train import check_config
 
 del against # noqa: F821 (only env.py compares tables)
 # -----------------------------------------------------------------------------
@@ -101,7 +101,7 @@ class State:
 class Search:
     """A run: what all of its iterations share, and its state."""
     config: SimpleNamespace
-    run: SimpleNamespace # of run.setup()
+    run: Run
     env: ArchEnv # with all shards, to look at the policy; an agent learns in its own
     rewards: np.ndarray | None # (S, 64) of the table; None where they are not known
     state: State = field(default_factory=State)
@@ -409,22 +409,24 @@ def restore(search, model):
 
 # ---- the run
 
+RL_LIMITS = {**dict.fromkeys(("budget", "n_iterations", "eval_interval", "updates"), at_least(1)),
+             **dict.fromkeys(("learning_starts", "rl_learning_rate"), at_least(0)),
+             "temperature": above(0)}
+
+
 def check(config):
     """SystemExit for a value of this script's keys that is not allowed."""
     check_options(config, {"algo": [*ALGOS, "random"], "reward": list(REWARDS),
                            "q_network": ["numbers", "outputs"], "mode": [0, 1, 2]})
     check_env(config, list(EVALUATORS))
-    check_range(config, 1, "budget", "n_iterations", "eval_interval", "updates")
-    check_range(config, 0, "learning_starts", "rl_learning_rate")
-    if config.temperature <= 0:
-        raise SystemExit(f"temperature={config.temperature} must be above 0.")
+    check_limits(config, RL_LIMITS)
 
 
 def learn(config):
     """Runs all iterations of config, a dict; returns what it writes to result.json."""
     config = SimpleNamespace(**TRAIN_DEFAULTS | config | {"seeds": as_list(config["seeds"])})
     check(config)
-    check_run(config)
+    check_config(config)
     run, env, rewards = setup(config), build_env(config), None
     if config.evaluator == "table":
         rewards = reward_table(reward_function(config), vars(config))
@@ -436,7 +438,7 @@ def learn(config):
     if config.algo != "random":
         envs = build_envs(config, mode_of(config, state.iteration))
         model = ALGOS[config.algo](env=envs, **agent_settings(config))
-    if resumes(config):
+    if is_resuming(config):
         restore(search, model)
     init_out_dir(config, run)
 
@@ -511,5 +513,4 @@ def seen_rewards(search):
 
 
 if __name__ == "__main__":
-    from configurator import configure
     draw_figures(main(learn, configure(globals()))["out_dir"])
