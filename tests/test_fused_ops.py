@@ -234,6 +234,16 @@ def test_attention_is_causal():
             assert torch.equal(mixed_attention(changed, ones, ones, (3,))[:, :t], y[:, :t])
 
 
+@pytest.mark.parametrize("windows", [0, 3])
+def test_window_attention_is_the_same_on_every_device(windows):
+    """The form for a GPU, also computed here on a CPU."""
+    q, k, v = (torch.randn(6, 4, 5, 8, dtype=torch.float64) for _ in range(3)) # (B * M, h, T, d)
+    bias = torch.randn(4, 5, 5, dtype=torch.float64)
+    mask = torch.randn(windows, 5, 5, dtype=torch.float64) if windows else None
+    y = fused_ops.biased_attention(q, k, v, bias, mask)
+    assert torch.allclose(y, fused_ops.biased_attention_cpu(q, k, v, bias, mask), rtol=1e-12)
+
+
 def test_not_a_number_stays_one():
     """A fault must be seen, and not be hidden by the kernel's own exp."""
     for reference, _, inputs in cases(1, torch.float32):
