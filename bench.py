@@ -40,19 +40,17 @@ from scipy.optimize import nnls
 from tqdm import tqdm
 
 from analyze import save_figure
-from budget import latency as predictor
-from budget import latency_features, latency_key, network_of
-from configurator import as_list, check_range, check_whole
-from data import Images, Pairs, draw, load_data, load_meta, vocabulary
+from budget import latency_features, latency_key, latency_predictor, network_id
+from configurator import WHOLE, as_list, at_least, below, check_limits, configure
+from data import Images, Pairs, Tokens, load_meta, padded_vocab_size
 from fused_ops import use_fused_ops
-from optim_nas import ArchOptimizer, discretize, random_search
+from optim_nas import discretize, method_class, random_search
 from prepare import prepare_own
 from run import peak_flops, pick_device, rng, setup, write_json
-from sample import data_kind
-from search_spaces import build, with_space
+from search_spaces import build, data_kind, with_space
 from supernet import one_hot
-from train import check_run, configure_optimizer, train_step, update
-from train_search import arch_step, bilevel_step, weight_arch
+from train import TrainState, check_config, configure_optimizer, train_step
+from train_search import SearchState, arch_step, compiled, train_archs
 from train_search import * # noqa: F403 (every key of a search)
 
 # -----------------------------------------------------------------------------
@@ -83,8 +81,16 @@ batch_size = 4
 block_size = 224
 # -----------------------------------------------------------------------------
 
+INTEGERS = ("growth_options", "growth_layers", "latency_batch_size", "latency_length")
+LIMITS = {
+    **dict.fromkeys(("max_iters", "latency_batch_size", "latency_samples", "latency_heldout"),
+                    at_least(1)),
+    **dict.fromkeys(("warmup", "latency_length", "img_size"), at_least(0)),
+    "growth_options": below(2, 10),
+    "growth_layers": at_least(3)} # for three options of n_layer
 # tokens of data sets that need not be prepared
-VOCAB_SIZE = {"pydocs": 97, "shakespeare_char": 65, "tinystories": 50257, "openwebtext": 50257}
+VOCAB_SIZE = {"pydocs": 96, "this_python": 96, "shakespeare_char": 65, "tinystories": 50257,
+              "openwebtext": 50257}
 REPEATS = 3 # measurements of the parts of a step
 COLUMNS = { # key of the results -> head of the table's column
     "ratio": "ratio", "low": "from", "high": "to", "ms": "ms", "arch_ms": "arch ms",
@@ -94,11 +100,6 @@ COLUMNS = { # key of the results -> head of the table's column
 
 # -----------------------------------------------------------------------------
 # what is measured: the plain largest network, and supernets in search
-
-def draws_a_round(method):
-    """Iterations a round: two where a method draws one architecture each, larger and smaller."""
-    return 2 if method in ("gdas", "spos") else 1
-
 
 def largest(net):
     """The architecture with the most parameters.
@@ -126,7 +127,7 @@ def vocab_size_of(config):
     size = None if is_prepared(config) else VOCAB_SIZE.get(config.dataset)
     if size is None:
         size = load_meta(config.data_dir, config.dataset, "text")["vocab_size"]
-    return vocabulary(size, config)
+    return padded_vocab_size(size, config)
 
 
 def is_prepared(config):
@@ -135,11 +136,11 @@ def is_prepared(config):
 
 def random_data(net, config):
     """Random data of the kind that the network takes, for some batches."""
-    kind, random = data_kind(config), np.random.default_rng(config.seed)
-    if kind == "tokens":
-        shape, generator = (100 * config.block_size,), rng(config.seed, "bench")
-        return torch.randint(config.vocab_size, shape, generator=generator).numpy().astype("uint16")
-    if kind == "pairs":
+    kind, random = data_kind(config.space), np.random.default_rng(config.seed)
+    if kind is Tokens:
+        ids = random.integers(0, config.vocab_size, 100 * config.block_size, dtype=np.uint32)
+        return Tokens(ids)
+    if kind is Pairs:
         sides, s = np.full((config.batch_size, 2), net.config.patch), net.config.scale
         sizes = 3 * sides.prod(1) * (1 + s * s)
         pixels = random.integers(0, 256, sizes.sum(), dtype=np.uint8)
@@ -159,35 +160,36 @@ class Contender:
         net = build(vars(config))
         data = random_data(net, config)
         self.splits = {"train": data, "search": data}
-        net = net if method else build(vars(config), largest(net))
-        self.net = net.to(run.device)
-        self.method, self.run = method or "plain", run
-        self.config = SimpleNamespace(**vars(config) | {"optimizer": method})
-        self.forward = self.net
-        if config.compile:
-            in_parts = method and data_kind(config) == "tokens"
-            self.forward = self.net.compile_parts() if in_parts else torch.compile(self.net)
-        self.optimizer = configure_optimizer(self.net, config, run)
-        self.state = SimpleNamespace(step=0, skipped=0, began=0)
-        self.arch_optimizer = None
+        self.method, self.config, self.run = method or "plain", config, run
         if method:
-            self.arch_optimizer = ArchOptimizer(method, net.choices, rng(config.seed, "alphas"),
-                                                config.arch_learning_rate)
+            self.net = net.to(run.device)
+            self.forward = compiled(self.net, config)
+            self.arch_optimizer = method_class(method)(net.choices, rng(config.seed, "alphas"),
+                                                       learning_rate=config.arch_learning_rate)
+            self.state = SearchState()
+        else:
+            self.net = build(vars(config), largest(net)).to(run.device)
+            self.forward = torch.compile(self.net) if config.compile else self.net
+            self.arch_optimizer, self.state = None, TrainState()
+        self.optimizer = configure_optimizer(self.net, config, run)
         self.seconds, self.ratios = [], [] # of a step or iteration; over two plain steps
 
     @property
     def has_alphas(self):
-        return self.arch_optimizer is not None and bool(self.arch_optimizer.alphas)
+        return self.arch_optimizer is not None and self.arch_optimizer.has_alphas
+
+    @property
+    def draws_a_round(self):
+        """Iterations a round: a method that draws single architectures has larger and smaller."""
+        return 2 if self.arch_optimizer.is_hard else 1
 
     def step(self):
         """One plain training step, or one iteration of the search."""
-        config, run, lr = self.config, self.run, self.config.learning_rate
-        if self.arch_optimizer is None:
-            train_step(self.net, self.forward, self.optimizer, self.splits["train"], config, run,
-                       self.state, lr)
-        else:
-            bilevel_step(self.net, self.forward, self.arch_optimizer, self.optimizer, self.splits,
-                         config, run, self.state, lr)
+        if self.has_alphas:
+            self.arch_step()
+        archs = self.archs(self.state) if self.arch_optimizer else (None,)
+        train_step(self.net, self.forward, self.optimizer, self.splits["train"], self.config,
+                   self.run, self.state, self.config.learning_rate, archs)
 
     def advance(self, times=1):
         for _ in range(times):
@@ -199,15 +201,14 @@ class Contender:
         arch_step(self.net, self.forward, self.arch_optimizer, self.splits, self.config, self.run,
                   self.state)
 
+    def archs(self, state):
+        """What the weights of the supernet are trained as."""
+        return train_archs(self.arch_optimizer, self.config, self.run, state)
+
     def inputs(self, i):
-        """The network's arguments in the i-th weight step: x, y and, of a supernet, the mixture or
-        architecture that is trained."""
-        x, y = draw(self.splits["train"], self.config, self.run, "train", i)
-        if self.arch_optimizer is None:
-            return x, y
-        generator = rng(self.config.seed, i)
-        return x, y, weight_arch(self.net, self.arch_optimizer, self.config, self.run, i / REPEATS,
-                                 generator)
+        """The arguments of the network in the i-th weight step."""
+        x, y = self.splits["train"].batch(self.config, "train", i, device=self.run.device)
+        return (x, y, self.archs(SearchState(step=i))[0]) if self.arch_optimizer else (x, y)
 
 # -----------------------------------------------------------------------------
 # ratios
@@ -233,7 +234,7 @@ def interleave(plain, searches, config, run, label="rounds"):
     for i in tqdm(range(config.warmup + config.rounds), desc=label, leave=False):
         before = clock(plain.advance, run)
         for c in searches:
-            draws = draws_a_round(c.method)
+            draws = c.draws_a_round
             seconds = clock(lambda c=c, draws=draws: c.advance(draws), run) / draws
             after = clock(plain.advance, run)
             if i >= config.warmup:
@@ -262,7 +263,9 @@ def parts(c, config, run):
             loss = c.forward(*inputs)[1]
 
     def optimize():
-        update(c.net, c.optimizer, loss.detach(), config, run, c.state)
+        torch.nn.utils.clip_grad_norm_(c.net.parameters(), config.grad_clip or torch.inf)
+        c.optimizer.step()
+        c.optimizer.zero_grad(set_to_none=True)
 
     for i in range(REPEATS):
         inputs = c.inputs(i)
@@ -323,9 +326,9 @@ def peak(function, run):
 def measure(config):
     """{"plain": {...}, "drnas": {"ratio": ..., ...}, ...}: all that the table shows."""
     config = SimpleNamespace(**config)
-    check_run(config)
+    check_config(config)
     run = setup(config)
-    if data_kind(config) == "tokens":
+    if data_kind(config.space) is Tokens:
         config.vocab_size = vocab_size_of(config)
     config.gradient_accumulation_steps = 1
     config.arch_warmup_iters = 0 # the alphas move in every iteration
@@ -402,7 +405,7 @@ def growth_space(K, L, head_size):
 
 def growth_ratio(config, label):
     config = SimpleNamespace(**config | {"gradient_accumulation_steps": 1})
-    check_run(config)
+    check_config(config)
     run = setup(config)
     use_fused_ops(config.fused and run.device_type == "cpu")
     plain, search = Contender(config, run), Contender(config, run, "drnas")
@@ -437,11 +440,12 @@ def growth_figure(results, out_dir):
 def facts_of(config, run):
     """What the networks must know of the data: of prepared data the facts in its meta.json; of
     other data the usual vocabulary, or nothing, which leaves the space's usual images."""
-    if data_kind(config) == "tokens":
+    kind = data_kind(config.space)
+    if kind is Tokens:
         return {"vocab_size": vocab_size_of(config)}
     if config.dataset == "digits":
         prepare_own(config, run)
-    facts = load_data(config, run)[2] if is_prepared(config) else {}
+    facts = kind.load(config)[1] if is_prepared(config) else {}
     if "img_size" in vars(config):
         facts = facts | {"img_size": config.img_size}
     return facts
@@ -473,9 +477,9 @@ def forward_pass(net, config, of, batch_size, length, run):
     A GPT runs as in generate(): on a prompt of `length` tokens, or, for decode, on one token with
     the cached keys and values of those before it.
     """
-    if data_kind(config) != "tokens":
+    if data_kind(config.space) is not Tokens:
         sized = SimpleNamespace(**vars(config) | {"batch_size": batch_size})
-        x, _ = draw(random_data(net, config), sized, run, "latency", 0)
+        x, _ = random_data(net, config).batch(sized, "latency", 0, device=run.device)
         return lambda: lambda: net(x)
     n = length if of == "prefill" else 1
     x = torch.randint(config.vocab_size, (batch_size, n), device=run.device)
@@ -627,7 +631,7 @@ def fit(features, ms):
 
 def comparison(net, coefficients, archs, measured):
     """What the coefficients predict for networks, beside the milliseconds that were measured."""
-    predict = predictor(net, coefficients)
+    predict = latency_predictor(net, coefficients)
     rows = [{"arch": arch, "measured": m, "predicted": predict(arch)}
             for arch, m in zip(archs, measured, strict=True)]
     errors = [abs(row["predicted"] / row["measured"] - 1) for row in rows]
@@ -663,11 +667,11 @@ def measure_latency(config):
     """Writes latency.json; returns the relative errors on the held-out networks,
     {key: {"mean_error", "max_error"}}."""
     config = SimpleNamespace(**config)
-    check_run(config)
-    run, tokens = setup(config), data_kind(config) == "tokens"
+    check_config(config)
+    run, tokens = setup(config), data_kind(config.space) is Tokens
     vars(config).update(facts_of(config, run))
-    use_fused_ops(config.fused and run.device_type == "cpu" and not tokens)
     net, lengths = build(vars(config)), latency_lengths(config, tokens)
+    use_fused_ops(config.fused and run.device_type == "cpu" and net.has_plain_kernels)
     heldout, fitted, marked = latency_archs(net.choices, config, by_parts=tokens)
     nets = stand_alone_networks(config, [*heldout, *fitted, *marked], run.device)
     unmarked, watch = len(heldout) + len(fitted), Stopwatch(run)
@@ -678,7 +682,7 @@ def measure_latency(config):
     modes = ("prefill", "decode") if tokens else ("prefill",)
     batch_sizes = as_list(config.latency_batch_size)
     for of, batch_size, length in itertools.product(modes, batch_sizes, lengths):
-        key = latency_key(config, of, batch_size, length)
+        key = latency_key(net, of, batch_size, length)
         with torch.inference_mode(), run.amp:
             passes = [forward_pass(small, config, of, batch_size, length, run) for small in nets]
             times = fast_times(passes, watch, config, key)
@@ -701,7 +705,7 @@ def measure_latency(config):
 
 def write_latency(net, config, run, latencies):
     path = os.path.join(config.out_dir, "latency.json")
-    write_json(path, {"network": network_of(net, config), "latencies": latencies,
+    write_json(path, {"network": network_id(net, config), "latencies": latencies,
                       "machine": machine(config), "dtype": run.dtype,
                       "threads": torch.get_num_threads(), "torch": torch.__version__,
                       "config": vars(config)})
@@ -714,19 +718,10 @@ def machine(config):
     return torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
 
 
-def check(config):
-    """SystemExit for keys of bench.py that cannot be measured."""
-    check_whole(config, "growth_options", "growth_layers", "latency_batch_size", "latency_length")
-    check_range(config, 1 if config.latency else 2, "rounds") # quartiles need two
-    check_range(config, 1, "max_iters", "latency_batch_size", "latency_samples", "latency_heldout")
-    check_range(config, 0, "warmup", "latency_length", "img_size")
-    check_range(config, 2, "growth_options", below=10)
-    check_range(config, 3, "growth_layers") # for three options of n_layer
-
-
 def main(config):
     c = SimpleNamespace(**config)
-    check(c)
+    check_limits(c, dict.fromkeys(INTEGERS, WHOLE))
+    check_limits(c, LIMITS | {"rounds": at_least(1 if c.latency else 2)}) # quartiles need two
     os.makedirs(c.out_dir, exist_ok=True)
     if not c.img_size: # the space's usual size
         config = {name: value for name, value in config.items() if name != "img_size"}
@@ -735,7 +730,7 @@ def main(config):
         return
     results = measure_growth(config) if c.growth else measure(config)
     if not c.growth:
-        tokens = data_kind(c) == "tokens"
+        tokens = data_kind(c.space) is Tokens
         batch = f"{c.batch_size} x {c.block_size} tokens" if tokens else f"{c.batch_size} images"
         print(f"{batch} on {machine(c)}; ratio: an iteration over two plain steps of the largest "
               "network, median and quartiles")
@@ -746,7 +741,6 @@ def main(config):
 
 
 if __name__ == "__main__":
-    from configurator import configure
     if sys.argv[1:2] == ["latency"]:
         sys.argv[1] = "--latency=True"
     main(configure(with_space(globals())))

@@ -50,11 +50,12 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from configurator import check_range
+from configurator import at_least, check_limits, configure, one_of
+from data import Tokens
 from fused_ops import use_fused_ops
 from run import atomic_write, rng
-from sample import data_kind, load_run
-from search_spaces import build
+from sample import load_run
+from search_spaces import build, data_kind
 from train import configure_optimizer
 
 # -----------------------------------------------------------------------------
@@ -302,7 +303,7 @@ def uniform_weights(net, n_head, n_hidden):
 
 def example(trained, batch_size, time, img_size, generator):
     """A random batch of what the network takes. time: the length as a share of block_size."""
-    if data_kind(trained) == "tokens":
+    if data_kind(trained.space) is Tokens:
         shape = batch_size, max(1, int(time * trained.block_size))
         return torch.randint(trained.vocab_size, shape, generator=generator)
     # networks for super-resolution have neither key
@@ -330,12 +331,10 @@ def export(config):
     Returns its path and the largest difference of its outputs, relative to the largest output.
     """
     config = SimpleNamespace(**config)
-    check_range(config, 0, "img_size")
-    if config.format not in FORMATS:
-        raise SystemExit(f"format='{config.format}' is not one of {', '.join(FORMATS)}.")
+    check_limits(config, {"img_size": at_least(0), "format": one_of(*FORMATS)})
     use_fused_ops(False) # no other program knows their operations
     net, trained = load_run(config.out_dir, "cpu")
-    tokens = data_kind(trained) == "tokens"
+    tokens = data_kind(trained.space) is Tokens
     if tokens and config.img_size:
         raise SystemExit(f"img_size={config.img_size} is for images, and a GPT has none: "
                          "leave it out.")
@@ -385,5 +384,4 @@ def save(path, data):
 
 
 if __name__ == "__main__":
-    from configurator import configure
     export(configure(globals()))

@@ -304,7 +304,15 @@ def run_blocks(blocks, x, n_layer, depths, args):
     return out if mixed else x + out
 
 
+def compiled(function):
+    """function(x, e, ...) compiled with the sizes as symbols; for mixtures, whose sizes never change, as numbers: half as many kernels,
+    and Triton 3.6 fails on one with symbols, in the backward pass of mixed_norm() (triton-lang/triton issue 8257)."""
+    symbols, numbers = (torch.compile(function, dynamic=dynamic) for dynamic in (True, False))
+    return lambda x, e, *args: (numbers if e is not None and e.mixed else symbols)(x, e, *args)
+
+
 class GPT(nn.Module):
+    has_plain_kernels = False # only its mixtures have kernels in fused_ops.cpp
 
     def __init__(self, config, arch=None):
         """config: GPTConfig. arch: the sizes of a stand-alone network, where config has lists."""
@@ -384,14 +392,14 @@ class GPT(nn.Module):
         return total / (targets != -1).sum()
 
     def compile_parts(self):
-        """Compiles what all layers and all architectures share: one block, with sizes that are symbols, and the head. Any number
-        of architectures then needs no more than a few graphs: for full and part widths, with and without gradients."""
+        """Compiles what all layers and all architectures share: one block and the head. Any number of architectures then needs no
+        more than a few graphs: for mixtures, for full and part widths, with and without gradients."""
         torch._dynamo.config.recompile_limit = 32
         # its keys leave out for which sizes a graph is right, and another run gets wrong numbers (pytorch/pytorch issue 194001)
         torch._functorch.config.enable_autograd_cache = False
         for block in self.transformer.h:
-            block.compile(dynamic=True)
-        self.head = torch.compile(self.head, dynamic=True)
+            block.forward = compiled(block.forward)
+        self.head = compiled(self.head)
         return self
 
     def extract(self, arch):
@@ -525,3 +533,6 @@ def mixed_rotary_attention(qkv, n, p, y_scale, n_head, dropout=0.0):
         k = torch.cat([part[1] for part in parts], -1).flatten(2)
         y = y + causal_attention(q, k, v, h, dropout, scale=1.0) * y_scale[j].to(v.dtype)
     return y
+
+
+DATA = "tokens"

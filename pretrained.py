@@ -3,7 +3,8 @@ import json
 import math
 import os
 from model import SIZES
-from run import pretrained
+from run import is_pretrained, load_checkpoint, load_model
+from search_spaces import build, data_kind
 from supernet import extremes
 
 
@@ -77,8 +78,29 @@ def load_gpt2(net, source, arch=None):
 
 def check_init_from(config):
     """SystemExit unless init_from names something that a run can start with."""
-    if pretrained(config.init_from) and config.init_from not in GPT2 and not os.path.isdir(config.init_from):
-        raise SystemExit(f"init_from='{config.init_from}' is not 'scratch', 'resume' or 'previous', nor a pretrained network: "
-                         f"{', '.join(GPT2)}, or a folder with such a config.json and model.safetensors.")
-    if pretrained(config.init_from) and vars(config).get("space") != "gpt":
-        raise SystemExit(f"init_from='{config.init_from}' is for the GPT alone.")
+    source = config.init_from
+    if not is_pretrained(source):
+        return
+    if source not in GPT2 and not os.path.isdir(source):
+        raise SystemExit(f"init_from='{source}' is not 'scratch', 'resume' or 'previous', nor a "
+                         f"pretrained network: {', '.join(GPT2)}, or a folder with such a "
+                         "config.json and model.safetensors.")
+    if data_kind(config.space).metric:
+        raise SystemExit(f"init_from='{source}' is for the GPT alone.")
+
+
+def load_pretrained(net, arch, source, run):
+    """Fills net from what init_from names: a GPT-2, or the out_dir of a search, whose supernet has
+    weights for this architecture."""
+    path = os.path.join(source, "ckpt.pt")
+    if not os.path.exists(path):
+        return load_gpt2(net, source, arch)
+    checkpoint = load_checkpoint(path, run.device)
+    kind, of = ("search", source) if "chooser" in checkpoint else ("training", "OUT_DIR")
+    if kind == "training" or arch is None:
+        raise SystemExit(f"init_from='{source}' is the out_dir of a {kind}, and of our own runs "
+                         "only a search has weights to start with, those of one of its "
+                         f"architectures: python train_base.py --arch={of}/arch.json "
+                         f"--init_from={of}.")
+    whole = load_model(build(checkpoint["config"]).to(run.device), checkpoint, path)
+    return load_model(net, {"model": whole.extract(arch).state_dict()}, path)

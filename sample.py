@@ -11,11 +11,10 @@ from types import SimpleNamespace
 
 import torch
 
-import model
-from configurator import check_range
-from data import load_meta, load_tokenizer
+from configurator import at_least, below, check_limits, configure
+from data import Tokens, load_meta, load_tokenizer
 from run import DTYPES, load_checkpoint, load_model, pick_device, pick_dtype
-from search_spaces import build, space_module
+from search_spaces import build, data_kind
 
 # -----------------------------------------------------------------------------
 out_dir = 'out/train'
@@ -29,11 +28,8 @@ device = 'auto'
 dtype = 'auto'
 # -----------------------------------------------------------------------------
 
-
-def data_kind(config):
-    """What the networks of config.space take: "tokens", "images" or "pairs"."""
-    module = space_module(config.space)
-    return "tokens" if module is model else "pairs" if hasattr(module, "scale") else "images"
+LIMITS = {"num_samples": at_least(1), "max_new_tokens": at_least(1), "temperature": at_least(0),
+          "top_k": at_least(0), "seed": below(-2**63, 2**63)}
 
 
 def load_run(out_dir, device):
@@ -60,12 +56,10 @@ def read_prompt(prompt):
 def main(config):
     """Prints num_samples continuations of the prompt."""
     config = SimpleNamespace(**config)
-    check_range(config, 1, "num_samples", "max_new_tokens")
-    check_range(config, 0, "temperature", "top_k")
-    check_range(config, -2**63, "seed", below=2**63)
+    check_limits(config, LIMITS)
     device = pick_device(config.device)
     net, trained = load_run(config.out_dir, device)
-    if data_kind(trained) != "tokens":
+    if data_kind(trained.space) is not Tokens:
         raise SystemExit(f"out_dir={config.out_dir} holds a network of {trained.space}, which "
                          "writes no text: name the out_dir of a GPT.")
     encode, decode = load_tokenizer(trained.data_dir, trained.dataset)
@@ -88,5 +82,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    from configurator import configure
     main(configure(globals()))

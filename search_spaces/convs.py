@@ -181,6 +181,7 @@ def drop_path(x, p):
 
 
 class ImageNetwork(nn.Module):
+    has_plain_kernels = True
     """What the networks of search_spaces/ have in common; each has its config, its choices and expected_cost(weights)."""
 
     def run(self, arch=None):

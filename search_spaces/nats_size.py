@@ -24,6 +24,7 @@ affine = True # weight and bias in the BatchNorms of cells; searches do without
 # -----------------------------------------------------------------------------
 
 CHANNELS = tuple(channels)
+NATS_BENCH = "sss", "90" # this space's name in NATS-Bench, and the epochs that its networks were trained for
 STAGES = ((0, 0), (0, 1), (1, 2), (2, 3), (3, 4)) # in and out of cell, residual block, cell, residual block, cell
 
 
@@ -172,3 +173,6 @@ def build(config, arch=None):
     """A network from a dict of the keys above, with img_size, in_channels and num_classes; other keys are left alone."""
     known = defaults(globals()) | {"img_size": 32, "in_channels": 3, "num_classes": 10}
     return NATSSize(SimpleNamespace(**known | {name: value for name, value in config.items() if name in known}), arch)
+
+
+DATA = "images"

@@ -133,3 +133,6 @@ def build(config, arch=None):
     """A network from a dict of the keys above, with img_size, in_channels and num_classes; other keys are left alone."""
     known = defaults(globals()) | {"img_size": 32, "in_channels": 3, "num_classes": 10}
     return NB201(SimpleNamespace(**known | {name: value for name, value in config.items() if name in known}), arch)
+
+
+DATA = "images"

@@ -281,3 +281,6 @@ def build(config, arch=None):
     """A network from a dict of the keys above; other keys are left alone."""
     known = defaults(globals())
     return SwinIR(SimpleNamespace(**known | {name: value for name, value in config.items() if name in known}), arch)
+
+
+DATA = "pairs"

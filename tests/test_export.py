@@ -175,7 +175,7 @@ def test_mistakes_are_one_sentence(trained, tmp_path, monkeypatch):
     macro, gpt = trained("toy_conv_macro"), trained("gpt")
     mistakes = {
         "There is no checkpoint": options(tmp_path),
-        "'caffe' is not one of onnx, torch, safe": options(out, "caffe"),
+        "'caffe' must be one of onnx, torch, safe": options(out, "caffe"),
         "toy_conv_macro takes no images of 16 pixels": options(macro, img_size=16),
         "img_size=28 is for images, and a GPT has none: leave it out": options(gpt, img_size=28),
         "img_size=-1 must be 0 or more": options(out, img_size=-1),

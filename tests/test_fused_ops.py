@@ -13,7 +13,7 @@ import fused_ops
 import supernet
 from fused_ops import depthwise, mixed_attention, mixed_linear, mixed_norm
 from model import build
-from optim_nas import ArchOptimizer, discretize, picked, uniform
+from optim_nas import METHODS, discretize, picked, uniform
 from search_spaces.convs import Conv2d
 
 FORWARD_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -339,7 +339,7 @@ def test_compiled_parts_do_not_recompile():
     eager = build(vars(net.config))
     eager.load_state_dict(net.state_dict())
     net.compile_parts()
-    drnas, gdas = (ArchOptimizer(name, net.choices, generator) for name in ("drnas", "gdas"))
+    drnas, gdas = (METHODS[name](net.choices, generator) for name in ("drnas", "gdas"))
 
     def thirds():
         yield uniform(net.choices, generator)

@@ -12,7 +12,6 @@ from model import build
 from run import setup
 from supernet import extremes
 from train_search import importance, split_data
-import data
 import train
 
 
@@ -84,11 +83,11 @@ def test_the_first_half_of_a_trained_network_loses_less_after_ordering(data_dir,
                           n_layer=2, n_head=[4, 8], n_embd=[32, 64], mlp_ratio=[2, 4], head_size=8)
     config = SimpleNamespace(**defaults(vars(train_search)) | options)
     run = setup(config)
-    splits = split_data(config, run)
+    splits, _ = split_data(config, run)
     net = build(vars(config))
     largest, optimizer = sizes(net), torch.optim.AdamW(net.parameters(), 3e-3)
     for step in range(150):
-        for x, y in data.micro_batches(splits["train"], config, run, "train", step):
+        for x, y in train.micro_batches(splits["train"], config, run, "train", step):
             net(x, y, largest)[1].backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -194,13 +194,13 @@ def test_images_that_have_a_psnr_are_evaluated(scale):
         pixels = np.random.default_rng(0).integers(0, 256, 15 * side * (1 + scale ** 2), dtype=np.uint8)
         return data.Pairs(pixels, np.array([[side, 5]]), np.array([0]), scale)
     config, net = SimpleNamespace(dataset="small", patch=8), make(window_size=8, scale=scale)
-    data.check_split(pairs(3), config, "val")
+    pairs(3).check(config, "val")
     small, run = net.extract(extremes(net.choices)[0]).eval(), SimpleNamespace(amp=contextlib.nullcontext())
     with torch.no_grad():
-        loss, psnr, n = train.tally(small, data.pair_batches(pairs(3), [0], "cpu"), run).tolist()
+        loss, psnr, n = train.tally(small, pairs(3), [(*data.pair_batches(pairs(3), [0], "cpu").__next__(), None)], run).tolist()
     assert n == 1 and 0 < loss < 10 and 0 < psnr < 50
     with pytest.raises(SystemExit, match="the smallest of 2 pixels"):
-        data.check_split(pairs(2), config, "val")
+        pairs(2).check(config, "val")
 
 
 def test_tiles_make_the_whole_image():
@@ -278,7 +278,7 @@ def test_bicubic_interpolation_of_set5_has_the_published_psnr_and_ssim(sets, sca
     pairs, found = data.load_pairs(sets, "set5", "val", scale), []
     for i, (x, y) in enumerate(data.pair_batches(pairs, range(5))):
         up = F.interpolate(x, scale_factor=scale, mode="bicubic", antialias=True)
-        found.append(data.fidelity(up, y, scale, structure=True))
+        found.append(data.image_quality(up, y, scale, structure=True))
         low, high = pairs.pair(i)
         assert np.abs(p.shrink(high, scale).astype(int) - low).max() <= 2, "what we make is what MATLAB made"
     assert np.mean([row["psnr_y"] for row in found]) == pytest.approx(psnr, abs=0.02)
@@ -299,8 +299,8 @@ def test_psnr_is_of_8_bits_and_without_the_border():
     x = y + 0.4 / 255 # rounds away
     x[..., 2:-2, 2:-2] += 10 / 255
     x[..., :2, :] = 1
-    found = data.fidelity(x, y, 2)
-    assert all(100 < value < 200 for value in data.fidelity(y, y, 2).values()) # and a number, which a mean can hold
+    found = data.image_quality(x, y, 2)
+    assert all(100 < value < 200 for value in data.image_quality(y, y, 2).values()) # and a number, which a mean can hold
     assert found == pytest.approx({"psnr_rgb": 20 * np.log10(255 / 10), "psnr_y": 20 * np.log10(255 / (10 * 219 / 255))})
 
 # ---- pairs
@@ -329,7 +329,7 @@ def test_photographs_of_scikit_learn(tmp_path):
         low, high = train_pairs.pair(i)
         assert low.dtype == np.uint8 and high.shape == (3 * low.shape[0], 3 * low.shape[1], 3)
         up = F.interpolate(data.as_batch([low]), scale_factor=3, mode="bicubic", antialias=True)
-        assert data.fidelity(up, data.as_batch([high]), 3)["psnr_y"] > 17, "low and high are of the same place"
+        assert data.image_quality(up, data.as_batch([high]), 3)["psnr_y"] > 17, "low and high are of the same place"
 
 
 def test_images_of_any_size_with_and_without_a_low_resolution(tmp_path):
@@ -361,7 +361,7 @@ def test_crops_are_of_the_same_place_and_what_the_generator_says(tmp_path):
 def test_search_and_training_never_share_a_pixel(tmp_path):
     config = SimpleNamespace(**dict(dataset="sr_samples", data_dir=str(tmp_path), scale=2, patch=24, train_portion=0.5))
     import train_search
-    splits = train_search.split_data(config, SimpleNamespace(world=1, master=True))
+    splits, _ = train_search.split_data(config, SimpleNamespace(world=1, master=True))
     taken = [set(map(int, splits[name].offsets)) for name in ("train", "search")]
     assert len(taken[0]) == len(taken[1]) == 9 and not taken[0] & taken[1]
     config.patch = 200
