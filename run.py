@@ -443,11 +443,12 @@ def finite(value, what):
 
 
 def draw_figures(out_dir):
-    """Runs analyze.py, which draws the figures of a run from its files and prints where they are."""
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "analyze.py")
-    sys.stdout.flush()
+    """Runs analyze.py on the run in out_dir and prints where its figures are; on rank 0 alone."""
     if os.environ.get("RANK", "0") == "0":
-        subprocess.run([sys.executable, script, f"--out_dir={out_dir}"], check=False)
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "analyze.py")
+        command = [sys.executable, script, f"--out_dir={out_dir}"]
+        output = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True).stdout
+        print("\n".join(line for line in output.splitlines() if line.startswith("figure: ")))
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from analyze import heat_map, main, search_figure, train_figure
-from run import read_lines, add_checksum, write_json
+from analyze import analyze, search_figure, train_figure, weight_history
+from run import add_checksum, read_lines, write_json
 from search_spaces import describe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +21,7 @@ SPACES = { # lists of different lengths, numbers, and a choice that the config d
     "quick": dict(n_layer=[2, 3, 4], n_embd=[64, 96, 128], n_head=[2, 4, 8], mlp_ratio=[1, 2, 4]),
     "ragged": dict(n_layer=[1, 3], n_embd=[64, 96, 128, 192, 1024], n_head=4, mlp_ratio=[0.5, 4.0]),
     "gpt2": dict(n_layer=[10, 11, 12], n_embd=[384, 576, 768], n_head=[6, 8, 12], mlp_ratio=[2, 3, 4]),
+    "deep": dict(n_layer=[22, 23, 24], n_embd=[64, 96], n_head=[2, 4], mlp_ratio=[1, 2, 3]),
     "one": dict(n_layer=2, n_embd=[64], n_head=2, mlp_ratio=4),
 }
 
@@ -39,6 +40,7 @@ def evaluation(space, step, rng):
         arch[name] = options[w.argmax()] if w.ndim == 1 else [options[i] for i in w.argmax(-1)][:arch["n_layer"]]
     losses = dict(arch_loss=3 + rng.random(), mixture_loss=3.5, val_arch_loss=4 + rng.random())
     return {"step": step, "arch": arch, **losses, "gap": losses["arch_loss"] - 3.5, "entropy": {}, "weights": weights,
+            "options": options_of(space),
             "cost": {"params": 432_100, "flops": 51_000_000}}
 
 
@@ -122,7 +124,7 @@ def test_a_missing_file_stops_with_its_name(tmp_path):
 def test_the_heat_map_is_the_logged_weights(space):
     rng = np.random.default_rng(1)
     lines = [evaluation(space, step, rng) for step in (0, 10, 30)]
-    labels, matrix = heat_map(lines, SPACES[space])
+    labels, matrix = weight_history(lines, SPACES[space])
     shown = {(label, column): matrix[row, column] for row, label in enumerate(labels) for column in range(len(matrix[row]))}
     logged = {}
     for column, line in enumerate(lines):
@@ -138,7 +140,7 @@ def test_the_heat_map_is_the_logged_weights(space):
 def test_options_that_the_config_does_not_hold_are_labelled_by_index():
     line = {"arch": {"edge": [["sep", 3], "skip"], "ops": "b", "cut": 2},
             "weights": {"edge": [[0.75, 0.25], [0.5, 0.5]], "ops": [0.2, 0.8], "cut": [0.1, 0.9]}}
-    labels, matrix = heat_map([line], {"ops": ["a", "b"], "cut": [1, 2, 3]})
+    labels, matrix = weight_history([line], {"ops": ["a", "b"], "cut": [1, 2, 3]})
     assert labels == ["edge.0 0", "edge.0 1", "edge.1 0", "edge.1 1", "ops a", "ops b", "cut 0", "cut 1"]
     assert matrix.tolist() == [[0.75], [0.25], [0.5], [0.5], [0.2], [0.8], [0.1], [0.9]]
 
@@ -147,7 +149,7 @@ def test_options_that_the_config_does_not_hold_are_labelled_by_index():
 def test_the_figure_shows_the_matrix_and_the_best_architecture_under_labels_apart(tmp_path, drawn, space):
     traj = search_run(tmp_path, space)
     search_figure(tmp_path)
-    labels, matrix = heat_map(traj, SPACES[space])
+    labels, matrix = weight_history(traj, SPACES[space])
     ax = drawn[0].axes[2]
     mesh, = ax.collections
     assert np.array_equal(mesh.get_array().reshape(matrix.shape), matrix) and mesh.get_clim() == (0, 1)
@@ -174,6 +176,7 @@ def test_the_figure_shows_the_matrix_and_the_best_architecture_under_labels_apar
 
 @pytest.mark.parametrize(("space", "n", "optimizer", "searched", "panels"), [
     ("quick", 1, "drnas", 0, 4), ("quick", 2, "gdas", 0, 4), ("ragged", 150, "darts", 0, 4), ("gpt2", 3, "drnas", 0, 4),
+    ("deep", 3, "drnas", 0, 7), # the last weights of each choice, in the place of all rows' history
     ("one", 3, "drnas", 0, 2), ("quick", 1, "spos", 0, 2), ("quick", 4, "spos", 1, 3), ("quick", 4, "spos", 40, 3)])
 def test_every_search_gets_a_whole_figure(tmp_path, drawn, space, n, optimizer, searched, panels):
     search_run(tmp_path, space, n, optimizer, searched)
@@ -215,7 +218,7 @@ def test_a_run_without_an_evaluation_says_so_and_keeps_the_old_figure(tmp_path, 
     if name == "log.jsonl":
         (tmp_path / "arch_traj.jsonl").unlink()
     with pytest.raises(SystemExit, match=f"{name} holds no evaluation yet"):
-        main(str(tmp_path))
+        analyze(str(tmp_path))
     assert (tmp_path / "search.png").read_bytes() == b"old"
 
 
@@ -256,10 +259,14 @@ def test_the_script_redraws_real_runs(tmp_path):
     search, base = tmp_path / "search", tmp_path / "train"
     space = ["--n_layer=[1,2]", "--n_embd=[8,16]", "--n_head=[2,4]", "--mlp_ratio=2"]
     for command in (["prepare.py", "--dataset=text", f"--path={text}", "--name=own", data],
-                    ["train_search.py", *tiny, *space, f"--out_dir={search}"],
-                    ["train.py", *tiny, "--n_layer=1", "--n_embd=8", "--n_head=2", f"--out_dir={base}"]):
+                    ["train.py", *tiny, "--n_layer=1", "--n_embd=8", "--n_head=2",
+                     f"--out_dir={base}"],
+                    ["train_search.py", *tiny, *space, f"--out_dir={search}"]):
         done = run(*command)
         assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines() # a search says where its figure is, and nothing more of analyze.py
+    assert said[-1] == f"figure: {search / 'search.png'}" and "best " not in done.stdout
+    assert_whole(search / "search.png", search)
     best = json.loads((search / "arch.json").read_text())
     result = json.loads((base / "result.json").read_text())
     for folder, figure, step in [(search, "search.png", best["step"]), (base, "loss.png", result["best_step"])]:
@@ -280,7 +287,7 @@ def test_the_best_of_a_progressive_search_is_what_it_keeps(tmp_path, drawn, caps
     traj = [line | {"arch_loss": loss} for line, loss in zip(search_run(tmp_path, n=4), (3.0, 1.0, 2.5, 2.0), strict=True)]
     jsonl(tmp_path / "arch_traj.jsonl", map(add_checksum, traj))
     write_json(tmp_path / "arch.json", traj[3])
-    main(str(tmp_path))
+    analyze(str(tmp_path))
     said = capsys.readouterr().out
     assert next(line.split() for line in said.splitlines() if line.split()[0] == "best")[1] == "300" and describe(traj[3]["arch"]) in said
     assert {line.get_xdata()[0] for ax in drawn[0].axes for line in ax.lines if line.get_marker() == "*"} == {300}
@@ -294,7 +301,7 @@ def test_the_best_of_images_is_that_of_the_weights_that_are_kept(tmp_path, drawn
             for step, loss, value in ((0, 2.0, 10.0), (100, 0.5, 80.0), (200, 0.7, 90.0), (300, 0.9, 90.0))]
     jsonl(tmp_path / "log.jsonl", [*log, {"step": 300, "test_loss": 0.8}])
     (tmp_path / "run.json").write_text(json.dumps({"config": {}}))
-    main(str(tmp_path))
+    analyze(str(tmp_path))
     best = next(line.split() for line in capsys.readouterr().out.splitlines() if line.split()[0] == "best")
     assert best[1] == "200" and "90.0000" in best
     star, = (line for ax in drawn[0].axes for line in ax.lines if line.get_marker() == "*")
