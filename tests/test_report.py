@@ -56,14 +56,14 @@ def test_the_largest_by_exhaustion_and_nanogpts_shape():
     for target in (9_000, 20_000, 33_000):
         budget = Budget(net.choices, net.cost, {"params": target})
         everything = {arch_key(arch): net.cost(arch)["params"] for arch in architectures(net.choices)}
-        arch = report.largest(net.choices, budget, torch.Generator().manual_seed(0))
+        arch = report.largest_in_budget(net.choices, budget, torch.Generator().manual_seed(0))
         assert everything[arch_key(arch)] == max(params for params in everything.values() if params <= target)
-        assert report.largest(net.choices, budget, torch.Generator().manual_seed(0), other_than=arch) != arch
+        assert report.largest_in_budget(net.choices, budget, torch.Generator().manual_seed(0), other_than=arch) != arch
     net = build(CHARS)
     for target, (depth, width) in ((10_800_000, (6, 384)), (2_750_000, (6, 192))):
-        arch = report.standard(net.choices, Budget(net.choices, net.cost, {"params": target}))
+        arch = report.standard_shape(net.choices, Budget(net.choices, net.cost, {"params": target}))
         assert arch == dict(n_layer=depth, n_embd=width, n_head=[{384: 6, 192: 4}[width]] * depth, mlp_ratio=[4] * depth)
-    assert report.standard(net.choices, Budget(net.choices, net.cost, {"params": 340_000})) is None # mlp_ratio 4 does not fit
+    assert report.standard_shape(net.choices, Budget(net.choices, net.cost, {"params": 340_000})) is None # mlp_ratio 4 does not fit
 
 
 def test_a_network_is_the_same_whatever_it_says_of_blocks_that_it_does_not_have():
@@ -74,7 +74,7 @@ def test_a_network_is_the_same_whatever_it_says_of_blocks_that_it_does_not_have(
     found = {"n_embd": 12, "n_rstb": 1} | {f"{name}_{r}": value for r, rows in blocks.items() for name, value in rows.items()}
     budget = Budget(net.choices, net.cost, {"params": net.cost(found)["params"]}) # it alone is the largest that fits
     archs = report.networks_of(net, {"arch": found, "space": "swinir"}, budget, None, dict(n_pick=0, n_random=8, seed=1), own=True)
-    texts = {name: report.text_of(arch, "swinir") for name, arch in archs.items()}
+    texts = {name: report.arch_text(arch, "swinir") for name, arch in archs.items()}
     assert "largest" not in archs and texts["found"] in [text for name, text in texts.items() if name != "found"]
     assert all((archs[a] == archs[b]) == (texts[a] == texts[b]) for a, b in itertools.combinations(archs, 2))
 
@@ -143,10 +143,10 @@ def test_kendalls_tau_by_pairs():
     trained, inherited = rng.random(20), rng.random(20)
     inherited += trained
     agree = [np.sign((inherited[i] - inherited[j]) * (trained[i] - trained[j])) for i, j in itertools.combinations(range(20), 2)]
-    found = report.ranks({"inherited": inherited, "same": trained ** 3}, trained)
+    found = report.rank_correlations({"inherited": inherited, "same": trained ** 3}, trained)
     assert found["inherited"]["tau"] == pytest.approx(np.mean(agree)) and found["inherited"]["tau_p"] < 0.05
     assert found["same"]["tau"] == pytest.approx(1) and found["same"]["rho"] == pytest.approx(1)
-    assert report.ranks({"all alike": np.ones(20)}, trained) == {} # it has no order
+    assert report.rank_correlations({"all alike": np.ones(20)}, trained) == {} # it has no order
 
 
 @pytest.mark.parametrize("optimizer, order, draws, batches", [
