@@ -97,9 +97,9 @@ def reads_tokens(space):
 
 
 def arch_text(arch, space):
-    """An architecture in its space's text form; the same for equal networks.
+    """An architecture in its space's text form, which equal networks share.
 
-    (An architecture may also list options of blocks that it does not have.)
+    Architectures themselves may differ in blocks that the network does not have.
     """
     return getattr(space_module(space), "genotype", describe)(arch)
 
