@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 import configurator
 import env
 import train_rl
-from analyze import main
+from analyze import analyze
 from run import load_checkpoint, read_json, read_lines
 from train_rl import learn
 
@@ -45,6 +45,7 @@ def test_an_agent_learns(changes, tmp_path):
     evaluated, looks = log_of(tmp_path)
     assert np.mean([line["reward"] for line in evaluated[-100:]]) > np.mean([line["reward"] for line in evaluated[:100]])
     assert np.mean(looks[-1]["regret"]) == pytest.approx(result["regret"], abs=0.05) or changes.get("algo") # that updates once more
+    analyze(str(tmp_path))
     for name in ("aggregate", "frames", "two", "regret", "surface"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
@@ -181,16 +182,16 @@ def test_an_agent_that_goes_on_forgets_nothing(n_envs, changes, tmp_path, monkey
 def test_groups_of_runs_are_compared(tmp_path, capsys):
     for seed in (1, 2):
         learn(settings(tmp_path / f"r_{seed}", algo="random", seed=seed))
-    main(str(tmp_path), f"draws:{tmp_path}/r_*,the first:{tmp_path}/r_1")
+    analyze(str(tmp_path), f"draws:{tmp_path}/r_*,the first:{tmp_path}/r_1")
     assert (tmp_path / "regret.png").stat().st_size > 10_000
     last = [np.mean(log_of(tmp_path / f"r_{seed}")[1][-1]["regret"]) for seed in (1, 2)]
     assert f"draws: regret after the last evaluation {100 * np.mean(last):.2f}%" in capsys.readouterr().out
     learn(settings(tmp_path / "short", algo="random", budget=8)) # it ends before its first look at the policy
     for folders in ("none_*", "short"):
         with pytest.raises(SystemExit, match="names no runs"):
-            main(str(tmp_path), f"x:{tmp_path}/{folders}")
+            analyze(str(tmp_path), f"x:{tmp_path}/{folders}")
     with pytest.raises(SystemExit, match="more than 5 groups"):
-        main(str(tmp_path), ",".join([f"x:{tmp_path}/r_1"] * 6))
+        analyze(str(tmp_path), ",".join([f"x:{tmp_path}/r_1"] * 6))
 
 
 def test_what_ends_in_an_environments_process_is_said_without_a_traceback(data_dir, tmp_path):
