@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from configurator import as_list, configure
 from budget import nondominated_sort
+from optim_nas import METHODS
 from run import add_checksum, atomic_write, load_checkpoint, load_model, pick_device
 from run import read_json, read_lines
 from search_spaces import build, describe
@@ -83,11 +84,6 @@ def kept_evaluation(out_dir, lines):
     path = os.path.join(out_dir, "arch.json")
     kept = add_checksum(read_json(path)) if os.path.exists(path) else None
     return next((line for line in lines if line == kept), best_evaluation(lines))
-
-
-def has_alphas(optimizer):
-    """Whether a search method learns weights of the options; those of spos stay uniform."""
-    return optimizer != "spos"
 
 
 def choice_rows(line):
@@ -291,7 +287,7 @@ def search_figure(out_dir):
     path = os.path.join(out_dir, "arch_search.jsonl")
     searched = read_lines(path) if os.path.exists(path) else []
     labels, weights = [], None
-    if has_alphas(config["optimizer"]):
+    if METHODS[config["optimizer"]].has_alphas:
         labels, weights = weight_history(lines, config)
 
     # panels over the steps, each a height in inches and what draws it

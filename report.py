@@ -35,7 +35,7 @@ from scipy.stats import kendalltau, spearmanr, ttest_ind
 from tqdm import tqdm
 
 from train_base import * # noqa: F403 (its keys; first, so that the names below win)
-from analyze import BLUE, GREY, RED, has_alphas, save_figure, search_figure
+from analyze import BLUE, GREY, RED, save_figure, search_figure
 from budget import Budget, load_latency, make_budget, with_latency
 from configurator import WHOLE, as_list, at_least, check_limits, configure, given
 from fused_ops import use_fused_ops
@@ -327,7 +327,7 @@ def search_flops(net, search, evaluated, first=None):
                  (net, net.choices, subnets, search.max_iters - half)]
 
     alphas_cost = 0
-    if has_alphas(search.optimizer):
+    if METHODS[search.optimizer].has_alphas:
         alphas_cost = 12 if search.order == 2 else 2
     passes = evaluated * search.eval_iters
     total = passes * batch_flops(net, phases[-1].choices, search)
