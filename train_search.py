@@ -513,7 +513,7 @@ def search(config):
         return {"H": round(rows.mean().item(), 4)}
 
     def checkpoint():
-        save(config, run, "ckpt.pt", net, optimizer, arch_optimizer=arch_optimizer.state_dict(), state=vars(state))
+        save(config, run, "ckpt.pt", net, optimizer, chooser=arch_optimizer.state_dict(), state=vars(state))
 
     with Log(config, run, state.step) as log, signals(run):
         log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +
