@@ -14,7 +14,7 @@ import torch
 from torch.distributions import Dirichlet, kl_divergence
 from torch.nn import functional as F
 
-from supernet import check_arch
+from supernet import check_arch, straight_through_arch
 
 # -----------------------------------------------------------------------------
 # from alphas (..., K) to weights (..., K)
@@ -87,20 +87,6 @@ def top_edges(choice, weights):
         for i in best[list(node)].topk(choice.keep).indices.tolist():
             edges[node[i]] = choice.options[operations[index[node[i]]]]
     return edges
-
-
-def picked(choices, arch_weights):
-    """The argmax architecture for the network's forward, each option paired with its weight.
-
-    A number of layers comes with all weights of its row: (option, (K,)).
-    """
-    depths = {c.depth for c in choices.values()} | {n for n, c in choices.items() if c.is_depth}
-
-    def pair(name, row):
-        k = row.argmax().item()
-        return choices[name].options[k], row if name in depths else row[k]
-    return {name: [pair(name, row) for row in w] if choices[name].repeat else pair(name, w)
-            for name, w in arch_weights.items()}
 
 # -----------------------------------------------------------------------------
 # the methods
@@ -288,7 +274,7 @@ class GDAS(ArchOptimizer):
         return argmax_arch(self.choices, self.sample(progress, generator))
 
     def run_with(self, arch_weights):
-        return picked(self.choices, arch_weights)
+        return straight_through_arch(self.choices, arch_weights)
 
 
 class SPOS(ArchOptimizer):

@@ -10,8 +10,8 @@ import optim_nas
 from budget import architectures
 from optim_nas import METHODS, arch_key, argmax_arch, best_of, crossover, dirichlet, discretize
 from optim_nas import entropy, evolutionary_search, gumbel, kl_to_uniform, method_class, mutate
-from optim_nas import picked, random_search, space_size, sparsemax, uniform, unrolled_gradient
-from supernet import Choice, check_arch, one_hot
+from optim_nas import random_search, space_size, sparsemax, uniform, unrolled_gradient
+from supernet import straight_through_arch, Choice, check_arch, one_hot
 
 CHOICES = {"n_layer": Choice((1, 2, 3)), "n_embd": Choice((8, 16)),
            "n_head": Choice((1, 2, 4), repeat=3, depth="n_layer")}
@@ -143,7 +143,7 @@ def test_gdas_runs_what_it_sampled_and_the_others_a_mixture():
     for name in ("darts", "drnas", "gdas"):
         method = METHODS[name](CHOICES, generator())
         leaves = method.sample(0.3, generator(1))
-        expected = picked(CHOICES, leaves) if name == "gdas" else leaves
+        expected = straight_through_arch(CHOICES, leaves) if name == "gdas" else leaves
         assert str(method.run_with(leaves)) == str(expected)
 
 
