@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY_IMAGES, TINY_SPACES, flags
@@ -192,3 +193,29 @@ def test_a_missing_package_is_one_sentence(space, name, package, monkeypatch, tm
         budget.Benchmark(str(tmp_path / name), space, {}, "cifar10")
     assert re.search(f"needs the package.*{package}.*pip install", e.value.code)
     assert "\n" not in e.value.code
+
+
+@pytest.mark.parametrize("space, part, epochs", [(nb201, "tss", "200"), (nats_size, "sss", "90")])
+def test_official_rows_are_those_of_the_spaces_part(space, part, epochs, monkeypatch):
+    """Of a package that only notes what it is asked for."""
+    asked = []
+
+    class Api:
+        def __len__(self):
+            return 2
+
+        def arch(self, i):
+            return f"genotype {i}"
+
+        def get_more_info(self, i, dataset, hp, is_random):
+            asked.append((dataset, hp, is_random))
+            return {"test-accuracy": 90.0 + i}
+
+    def create(path, part, **rest):
+        asked.append(part)
+        return Api()
+    monkeypatch.setitem(sys.modules, "nats_bench", SimpleNamespace(create=create))
+    rows = budget.official_rows("NATS", space, "imagenet16_120")
+    assert rows == [{"genotype": "genotype 0", "test_acc": 90.0},
+                    {"genotype": "genotype 1", "test_acc": 91.0}]
+    assert asked == [part, *[("ImageNet16-120", epochs, False)] * 2]
