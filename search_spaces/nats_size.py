@@ -31,6 +31,7 @@ affine = True # weight and bias in the BatchNorms of cells; searches do without
 # -----------------------------------------------------------------------------
 
 DATA = "images" # the kind of data it takes
+NATS_BENCH = "sss", "90" # its name in NATS-Bench, and the epochs of the trainings there
 CHANNELS = tuple(channels)
 # in and out of cell, residual block, cell, residual block, cell
 STAGES = ((0, 0), (0, 1), (1, 2), (2, 3), (3, 4))

@@ -1,4 +1,4 @@
-"""budget.Benchmark, tables of trained architectures: in every form, by hand on small ones, and the facts of the published ones."""
+"""budget.Benchmark: tables in every form, small ones by hand, and facts of published ones."""
 import gzip
 import itertools
 import json
@@ -8,6 +8,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY_IMAGES, TINY_SPACES, flags
@@ -24,17 +25,21 @@ ACCURACIES = [91.0, 88.5, 93.25, 88.5, 10.0, 90.0]
 
 
 def rows():
-    return [(nb201.genotype(arch), accuracy) for arch, accuracy in zip(ARCHS, ACCURACIES, strict=True)]
+    return list(zip(map(nb201.genotype, ARCHS), ACCURACIES, strict=True))
 
 
 def text_of(some):
     return "genotype,test_acc,seed\n" + "".join(f"{text},{accuracy},1\n" for text, accuracy in some)
 
 
+def columns():
+    return {text: {"test_acc": accuracy, "seed": 1} for text, accuracy in rows()}
+
+
 FORMS = {"table.csv": lambda path: path.write_text(text_of(rows())),
          "table.csv.gz": lambda path: path.write_bytes(gzip.compress(text_of(rows()).encode())),
          "table.json": lambda path: path.write_text(json.dumps(dict(rows()))),
-         "columns.json": lambda path: path.write_text(json.dumps({text: {"test_acc": accuracy, "seed": 1} for text, accuracy in rows()}))}
+         "columns.json": lambda path: path.write_text(json.dumps(columns()))}
 
 
 def written(tmp_path, name="table.csv"):
@@ -44,19 +49,22 @@ def written(tmp_path, name="table.csv"):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_says_the_same(name, tmp_path):
-    """Rank 1 is the best; two of the same accuracy share the better rank; regret is the distance to the best."""
+    """Rank 1 is the best; equal ones share the better rank; regret is the distance to the best."""
     table = written(tmp_path, name)
     ranks = [2, 4, 1, 4, 6, 3]
     for arch, accuracy, rank in zip(ARCHS, ACCURACIES, ranks, strict=True):
-        assert table(arch) == {"accuracy": accuracy, "rank": rank, "of": 6, "regret": 93.25 - accuracy,
-                               "percentile": pytest.approx(100 * (7 - rank) / 6)}
+        percentile = pytest.approx(100 * (7 - rank) / 6)
+        assert table(arch) == {"accuracy": accuracy, "rank": rank, "of": 6,
+                               "regret": 93.25 - accuracy, "percentile": percentile}
 
 
 def test_rows_of_one_architecture_are_averaged(tmp_path):
     path = tmp_path / "table.csv"
-    path.write_text(text_of([*rows(), (nb201.genotype(ARCHS[1]), 94.5), (nb201.genotype(ARCHS[1]), 93.0)]))
+    genotype = nb201.genotype(ARCHS[1])
+    path.write_text(text_of([*rows(), (genotype, 94.5), (genotype, 93.0)]))
     table = Benchmark(str(path), nb201, ARCHS[0])
-    assert table(ARCHS[1])["accuracy"] == pytest.approx((88.5 + 94.5 + 93.0) / 3) and len(table.sorted) == 6
+    assert table(ARCHS[1])["accuracy"] == pytest.approx((88.5 + 94.5 + 93.0) / 3)
+    assert len(table.sorted) == 6
     assert table(ARCHS[1])["rank"] == 2 and table(ARCHS[0])["rank"] == 3
 
 
@@ -77,38 +85,50 @@ def real(name, module, arch):
 
 
 def test_the_table_of_toy_cells():
-    """Best, median and worst, the best of 100 draws, and the architectures that are known by name."""
+    """Best, median and worst, the best of 100 draws, and architectures that are known by name."""
     def uniform(op):
         return {"normal": [op] * 3, "reduce": [op] * 3}
     table = real("tanglenas_toy_cell_fmnist.csv.gz", toy_cell, uniform("sep_conv_3x3"))
     assert (len(table.sorted), table.sorted[0], table.sorted[-1]) == (4096, 91.63, 86.06)
-    assert round(statistics.median(table.sorted), 2) == 90.54 and table.random_best(100) == pytest.approx(91.43, abs=0.01)
+    assert round(statistics.median(table.sorted), 2) == 90.54
+    assert table.random_best(100) == pytest.approx(91.43, abs=0.01)
     s3, s5, d3 = "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3"
-    assert table({"normal": [s3, s3, d3], "reduce": [s3, d3, s3]}) == {"accuracy": 91.63, "rank": 1, "of": 4096, "percentile": 100,
-                                                                       "regret": 0}
+    assert table({"normal": [s3, s3, d3], "reduce": [s3, d3, s3]}) == {
+        "accuracy": 91.63, "rank": 1, "of": 4096, "percentile": 100, "regret": 0}
     assert table({"normal": [s5, s3, s5], "reduce": [s3, s3, s5]})["accuracy"] == 91.60
     assert (table(uniform(s3))["accuracy"], table(uniform(s3))["rank"]) == (90.88, 986)
-    assert [table(uniform(op))["accuracy"] for op in (s5, d3, "dil_conv_5x5")] == [90.32, 87.75, 87.48]
+    accuracies = [table(uniform(op))["accuracy"] for op in (s5, d3, "dil_conv_5x5")]
+    assert accuracies == [90.32, 87.75, 87.48]
     for least, count in ((91.0, 641), (91.2, 220), (91.4, 43), (91.5, 11)):
         assert sum(accuracy >= least for accuracy in table.sorted) == count
 
 
 def test_the_table_of_the_conv_macro_space():
-    table = real("tanglenas_conv_macro_cifar10.csv.gz", toy_conv_macro, macro([[8, 16, 32, 64], [3] * 4]))
-    assert (len(table.sorted), table.sorted[0], table.sorted[-1]) == (6561, 84.41, 10.0) and table.sorted.count(10.0) == 14
-    assert round(statistics.median(table.sorted), 2) == 78.58 and table.random_best(100) == pytest.approx(83.12, abs=0.01)
-    for sizes, accuracy, rank in (([[32, 64, 128, 128], [3, 7, 5, 7]], 84.41, 1), ([[16, 64, 128, 256], [3, 5, 5, 7]], 84.13, 2),
-                                  ([[32, 64, 128, 64], [5, 5, 7, 7]], 83.02, 56), ([[32, 64, 128, 128], [5, 5, 7, 7]], 82.82, 94),
-                                  ([[32, 64, 128, 256], [7, 7, 7, 7]], 81.50, 606), ([[32, 64, 128, 128], [5, 7, 7, 7]], 81.54, None),
-                                  ([[16, 32, 128, 256], [3, 5, 5, 5]], 81.29, None), ([[16, 32, 128, 64], [3, 3, 5, 7]], 80.23, None),
-                                  ([[32, 32, 128, 128], [5, 5, 7, 5]], 81.42, None), ([[16, 64, 128, 256], [3, 5, 5, 5]], 82.91, None),
-                                  ([[8, 16, 32, 64], [3, 3, 3, 3]], 10.0, 6548)):
+    smallest = macro([[8, 16, 32, 64], [3] * 4])
+    table = real("tanglenas_conv_macro_cifar10.csv.gz", toy_conv_macro, smallest)
+    assert (len(table.sorted), table.sorted[0], table.sorted[-1]) == (6561, 84.41, 10.0)
+    assert table.sorted.count(10.0) == 14
+    assert round(statistics.median(table.sorted), 2) == 78.58
+    assert table.random_best(100) == pytest.approx(83.12, abs=0.01)
+    for sizes, accuracy, rank in (
+            ([[32, 64, 128, 128], [3, 7, 5, 7]], 84.41, 1),
+            ([[16, 64, 128, 256], [3, 5, 5, 7]], 84.13, 2),
+            ([[32, 64, 128, 64], [5, 5, 7, 7]], 83.02, 56),
+            ([[32, 64, 128, 128], [5, 5, 7, 7]], 82.82, 94),
+            ([[32, 64, 128, 256], [7, 7, 7, 7]], 81.50, 606),
+            ([[32, 64, 128, 128], [5, 7, 7, 7]], 81.54, None),
+            ([[16, 32, 128, 256], [3, 5, 5, 5]], 81.29, None),
+            ([[16, 32, 128, 64], [3, 3, 5, 7]], 80.23, None),
+            ([[32, 32, 128, 128], [5, 5, 7, 5]], 81.42, None),
+            ([[16, 64, 128, 256], [3, 5, 5, 5]], 82.91, None),
+            ([[8, 16, 32, 64], [3, 3, 3, 3]], 10.0, 6548)):
         found = table(macro(sizes))
         assert found["accuracy"] == accuracy and rank in (None, found["rank"]), found
 
 
 def test_a_damaged_table_is_one_sentence_or_the_same(tmp_path):
-    """Every form cut off or with a byte changed; only a plain .csv, which has no checksum, can then say something else."""
+    """Every form is cut off or has a bit changed. A .csv.gz, which has a checksum, is then refused
+    or says the same."""
     dice, refused = random.Random(0), 0
     for name in FORMS:
         right = written(tmp_path, name).accuracies
@@ -124,7 +144,8 @@ def test_a_damaged_table_is_one_sentence_or_the_same(tmp_path):
                 found = Benchmark(str(tmp_path / name), nb201, ARCHS[0]).accuracies
                 assert not name.endswith(".gz") or found == right
             except SystemExit as e:
-                assert isinstance(e.code, str) and "\n" not in e.code and str(tmp_path / name) in e.code, e.code
+                assert isinstance(e.code, str) and "\n" not in e.code, e.code
+                assert str(tmp_path / name) in e.code, e.code
                 refused += 1
     assert refused > 100
 
@@ -132,9 +153,11 @@ def test_a_damaged_table_is_one_sentence_or_the_same(tmp_path):
 MACRO = "c1,c2,c3,c4,k1,k2,k3,k4,test_acc\n8,16,32,64,3,3,3,3,10.0\n"
 MISTAKES = {
     "missing": ("table.csv", None, ["cannot be read", "table.csv"]),
-    "an architecture is missing": ("table.csv", text_of(rows()), ["lacks the architecture", "--benchmark"]),
+    "an architecture is missing": ("table.csv", text_of(rows()),
+                                   ["lacks the architecture", "--benchmark"]),
     "of another space": ("table.csv", MACRO, ["row 1"]),
-    "without accuracies": ("table.csv", text_of(rows()).replace("test_acc", "accuracy"), ["no test_acc", "row 1"]),
+    "without accuracies": ("table.csv", text_of(rows()).replace("test_acc", "accuracy"),
+                           ["no test_acc", "row 1"]),
     "not a number": ("table.csv", text_of(rows()).replace("88.5", "good"), ["row 2", "good"]),
     "empty": ("table.csv", "", ["empty"]),
     "a head alone": ("table.csv", "genotype,test_acc\n", ["empty"]),
@@ -154,16 +177,45 @@ def test_a_mistake_is_one_sentence_of_the_script(case, digits_dir, tmp_path):
         (tmp_path / name).mkdir()
     elif content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = sentence("train_search.py", "--space=nb201", *flags(TINY_IMAGES | TINY_SPACES["nb201"]), f"--data_dir={digits_dir}",
+    message = sentence("train_search.py", "--space=nb201", f"--data_dir={digits_dir}",
+                       *flags(TINY_IMAGES | TINY_SPACES["nb201"]),
                        f"--benchmark={tmp_path / name}", f"--out_dir={tmp_path}/o")
     assert all(word in message for word in words) and not (tmp_path / "o").exists(), message
 
 
-@pytest.mark.parametrize("space, name, package", [(nb201, "NAS-Bench-201-v1_1-096897.pth", "nas_201_api"),
-                                                  (nb201, "NATS-tss-v1_0-3ffb9-simple", "nats_bench"),
-                                                  (nats_size, "NATS-sss-v1_0-50262-simple", "nats_bench")])
+@pytest.mark.parametrize("space, name, package", [
+    (nb201, "NAS-Bench-201-v1_1-096897.pth", "nas_201_api"),
+    (nb201, "NATS-tss-v1_0-3ffb9-simple", "nats_bench"),
+    (nats_size, "NATS-sss-v1_0-50262-simple", "nats_bench")])
 def test_a_missing_package_is_one_sentence(space, name, package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None) # as if it were not installed
     with pytest.raises(SystemExit) as e:
         budget.Benchmark(str(tmp_path / name), space, {}, "cifar10")
-    assert re.search(f"needs the package.*{package}.*pip install", e.value.code) and "\n" not in e.value.code
+    assert re.search(f"needs the package.*{package}.*pip install", e.value.code)
+    assert "\n" not in e.value.code
+
+
+@pytest.mark.parametrize("space, part, epochs", [(nb201, "tss", "200"), (nats_size, "sss", "90")])
+def test_official_rows_are_those_of_the_spaces_part(space, part, epochs, monkeypatch):
+    """Of a package that only notes what it is asked for."""
+    asked = []
+
+    class Api:
+        def __len__(self):
+            return 2
+
+        def arch(self, i):
+            return f"genotype {i}"
+
+        def get_more_info(self, i, dataset, hp, is_random):
+            asked.append((dataset, hp, is_random))
+            return {"test-accuracy": 90.0 + i}
+
+    def create(path, part, **rest):
+        asked.append(part)
+        return Api()
+    monkeypatch.setitem(sys.modules, "nats_bench", SimpleNamespace(create=create))
+    rows = budget.official_rows("NATS", space, "imagenet16_120")
+    assert rows == [{"genotype": "genotype 0", "test_acc": 90.0},
+                    {"genotype": "genotype 1", "test_acc": 91.0}]
+    assert asked == [part, *[("ImageNet16-120", epochs, False)] * 2]
