@@ -257,7 +257,7 @@ def prefix_masks(n, N, groups=1):
 
 def slice_dim(w, dim, size):
     """The slice of w along dim that a hard size uses; a view wherever one part is asked for."""
-    # under torch.compile a full slice stays a slice: full and part widths then share a graph
+    # under torch.compile a full slice stays a slice: the shortcut would make two graphs of one
     if size is None or (size.n == w.shape[dim] and not torch.compiler.is_compiling()):
         return w
     if size.groups == 1:
@@ -326,8 +326,8 @@ class Linear(nn.Linear):
         return {"weight": weight, "bias": bias}
 
     def forward(self, x, i=None, o=None):
-        mix_i, mix_o = bool(i and i.is_mixture), bool(o and o.is_mixture)
-        joint = bool(i and o) and i.p is o.p
+        mix_i, mix_o = i is not None and i.is_mixture, o is not None and o.is_mixture
+        joint = i is not None and o is not None and i.p is o.p
         if mix_i and mix_o and joint:
             M = (o.p[:, None] * o.mask[:, o.last]).T @ i.mask[:, i.last] # (len(o.n), len(i.n))
             bias = self.bias if self.bias is None else self.bias * o.coverage
