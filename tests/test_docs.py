@@ -115,13 +115,18 @@ def test_the_cost_of_a_new_space_of_text(monkeypatch, tmp_path):
         assert expected.item() == pytest.approx(mean)
 
 
-def test_a_new_space_of_images_is_searched_and_trained(copy, digits_dir, tmp_path):
-    options = [f"--data_dir={digits_dir}", *flags(TINY_IMAGES)]
-    out, found = f"--out_dir={tmp_path}/s", f"--arch={tmp_path}/s/arch.json"
-    text = succeeds("train_search.py", "--space=two_convs", out, *options, cwd=copy)
-    assert "choices width=[8, 16] kernel_size=[3, 5]x2" in text
-    succeeds("train_base.py", found, f"--out_dir={tmp_path}/b", *options, cwd=copy)
-    assert "width = [8, 16]" in succeeds("train_search.py", "--space=two_convs", "--help", cwd=copy)
+@pytest.mark.parametrize("name, choices", [
+    ("two_convs", "choices width=[8, 16] kernel_size=[3, 5]x2"),
+    ("last_tokens", "choices n_embd=[16, 32] n_hidden=[64, 128]")])
+def test_a_new_space_is_searched_and_trained(name, choices, copy, data_dir, digits_dir, tmp_path):
+    images = name == "two_convs"
+    options = flags((TINY_IMAGES if images else TINY) |
+                    dict(data_dir=digits_dir if images else data_dir))
+    search = ["train_search.py", f"--space={name}"]
+    assert choices in succeeds(*search, f"--out_dir={tmp_path}/s", *options, cwd=copy)
+    base = ["train_base.py", f"--arch={tmp_path}/s/arch.json", f"--out_dir={tmp_path}/b"]
+    succeeds(*base, *options, cwd=copy)
+    assert choices.split()[1].partition("=")[0] + " = [" in succeeds(*search, "--help", cwd=copy)
 
 
 def test_a_new_norm_obeys_the_law(copy):
