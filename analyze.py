@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import load_pairs, pair_batches
-from optim_nas import nondominated_sort
+from budget import nondominated_sort
 from run import read_json, read_lines, add_checksum, atomic_write
 from search_spaces import describe
 import run as runs

@@ -133,7 +133,7 @@ def at_least(low):
     return Limit(lambda value: low <= value, f"{low} or more")
 
 
-def below(low, high):
+def at_least_below(low, high):
     return Limit(lambda value: low <= value < high, f"at least {low} and below {high}")
 
 
@@ -148,13 +148,35 @@ def one_of(*words):
 WHOLE = Limit(lambda value: type(value) is int, "whole numbers, such as 2 and not 2.0")
 
 
-def check_limits(config, limits):
-    """SystemExit unless every key of config (a namespace) is within its Limit; of a list, all of
-    it. Keys that config does not have count as right."""
+def beyond_limits(config, limits):
+    """The sentence for the first key of config (a namespace) that is not within its Limit, or None.
+
+    Of a list, all of it must be. Keys that config does not have count as right.
+    """
     for key, limit in limits.items():
         value = getattr(config, key, None)
         if value is not None and not all(map(limit.fits, as_list(value))):
-            stop(f"{key}={value!r} must be {limit.words}.")
+            return f"{key}={value!r} must be {limit.words}."
+    return None
+
+
+def check_limits(config, limits):
+    """SystemExit, for a script, unless every key of config is within its Limit."""
+    if sentence := beyond_limits(config, limits):
+        stop(sentence)
+
+
+def check_range(config, low, *keys, below=math.inf):
+    """ConfigError, in a layer, unless these keys of config are `low` or more, and below `below`."""
+    limit = at_least(low) if below == math.inf else at_least_below(low, below)
+    if sentence := beyond_limits(config, dict.fromkeys(keys, limit)):
+        raise ConfigError(sentence)
+
+
+def check_whole(config, *keys):
+    """ConfigError, in a layer, unless these keys of config are whole numbers."""
+    if sentence := beyond_limits(config, dict.fromkeys(keys, WHOLE)):
+        raise ConfigError(sentence)
 
 
 def check_rules(config, rules):
@@ -165,17 +187,6 @@ def check_rules(config, rules):
     for broken, sentence in rules:
         if broken(config):
             stop(sentence.format_map(vars(config)))
-
-
-def check_range(config, low, *keys, below=math.inf):
-    """SystemExit unless these keys of config are `low` or more, and below `below`."""
-    inner = at_least(low) if below == math.inf else globals()["below"](low, below)
-    check_limits(config, dict.fromkeys(keys, inner))
-
-
-def check_whole(config, *keys):
-    """SystemExit unless these keys of config are whole numbers."""
-    check_limits(config, dict.fromkeys(keys, WHOLE))
 
 
 def as_list(value):

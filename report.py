@@ -124,9 +124,9 @@ def largest(choices, budget, generator, text=arch_key, other_than=None):
     def utilization(arch, cost):
         share = budget.utilization(cost)
         return share if share <= 1 else -share
-    ends = [check_arch(choices, budget.hill_climb(budget.whole(uniform(choices, generator)), used, generator)) for _ in range(20)]
+    ends = [check_arch(choices, budget.hill_climb(budget.with_all_layers(uniform(choices, generator)), used, generator)) for _ in range(20)]
     taken = [text(arch) for arch in (other_than,) if arch]
-    return max((arch for arch in ends if text(arch) not in taken), key=lambda arch: used(arch, budget.of(arch)), default=None)
+    return max((arch for arch in ends if text(arch) not in taken), key=lambda arch: used(arch, budget.cost_of(arch)), default=None)
 
 
 def standard(choices, budget, head_size=0):
@@ -138,7 +138,7 @@ def standard(choices, budget, head_size=0):
     for depth, width in itertools.product(choices["n_layer"].options, choices["n_embd"].options):
         rows = {"n_head": nearest("n_head", width / (head_size or 64)), "mlp_ratio": nearest("mlp_ratio", 4)}
         arch = {"n_layer": depth, "n_embd": width, **{name: [value] * depth for name, value in rows.items()}}
-        found.append((budget.utilization(budget.of(arch)), abs(math.log(width / depth / 64)), {name: arch[name] for name in choices}))
+        found.append((budget.utilization(budget.cost_of(arch)), abs(math.log(width / depth / 64)), {name: arch[name] for name in choices}))
     fitting = [entry for entry in found if entry[0] <= 1]
     most = max((used for used, *_ in fitting), default=0)
     return min((entry[1:] for entry in fitting if entry[0] >= 0.9 * most), key=lambda entry: entry[0], default=(0, None))[1]
@@ -451,7 +451,7 @@ def report(config):
     for name, arch in archs.items():
         runs = [results[arch_key(arch), seed] for seed in seeds]
         val, test = ([r[part] for r in runs] for part in (f"best_val_{key}", f"test_{key}"))
-        nets[name] = {"arch": arch, "params": runs[0]["params"], "flops": runs[0]["flops"], "used": budget.utilization(budget.of(arch)),
+        nets[name] = {"arch": arch, "params": runs[0]["params"], "flops": runs[0]["flops"], "used": budget.utilization(budget.cost_of(arch)),
                       "hours": np.mean([r["seconds"] for r in runs]) / 3600, "val": val, "test": test,
                       **(compare(nets["found"]["test"], test, sign) if nets else {})}
     draws = [n for name, n in nets.items() if name.startswith("random")] or list(nets.values())

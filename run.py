@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import as_list
+from configurator import ConfigError, as_list
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGS = ("log.jsonl", "arch_traj.jsonl") # a checkpoint remembers how long they were
@@ -507,13 +507,13 @@ def draw_figures(out_dir):
 
 
 def main(function, config):
-    """function(config) of a script. Ends it with one sentence where a number is not finite or
-    another process has ended, and without one after Ctrl-C."""
+    """function(config) of a script. Ends it with one sentence for a ConfigError, for a number that
+    is not finite and where another process has ended, and without one after Ctrl-C."""
     try:
         return function(config)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except FloatingPointError as e:
+    except (FloatingPointError, ConfigError) as e:
         raise SystemExit(str(e)) from None
     except RuntimeError as e:
         if "gloo" not in str(e): # gloo has no error class of its own

@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import (as_list, at_least, below, check_limits, check_rules, configure, one_of)
+from configurator import (as_list, at_least, at_least_below, check_limits, check_rules, configure,
+                          one_of)
 from fused_ops import use_fused_ops
 from prepare import prepare_own
 from pretrained import check_init_from, load_pretrained
@@ -109,8 +110,8 @@ LIMITS = {
     **dict.fromkeys(("max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip",
                      "warmup_iters", "lr_decay_iters", "milestones", "save_interval",
                      "save_minutes", "skip_nonfinite", "early_stopping"), at_least(0)),
-    **dict.fromkeys(("beta1", "beta2", "momentum", "val_portion"), below(0, 1)),
-    "seed": below(-2**63, 2**63), # what PyTorch takes
+    **dict.fromkeys(("beta1", "beta2", "momentum", "val_portion"), at_least_below(0, 1)),
+    "seed": at_least_below(-2**63, 2**63), # what PyTorch takes
     "weight_optimizer": one_of("adamw", "adam", "sgd")}
 RULES = [
     (lambda c: c.weight_optimizer == "sgd" and c.nesterov and not c.momentum,

@@ -24,9 +24,9 @@ from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from budget import read_table
+from budget import architectures, read_table
 from configurator import (ConfigError, as_list, check_limits, configure, given, WHOLE)
-from optim_nas import architectures, space_size
+from optim_nas import space_size
 from run import main, read_json, read_lines, silenced, verify_checksum
 from search_spaces import (build, check_recorded, data_kind, recorded_keys, space_module,
                            with_space)

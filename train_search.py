@@ -40,13 +40,14 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from budget import Benchmark, load_latency, make_budget, with_latency
+from budget import (Benchmark, load_latency, make_budget, nondominated_sort, pareto_rank,
+                    with_latency)
 from configurator import at_least, configure, one_of
 from fused_ops import use_fused_ops
-from optim_nas import (METHODS, arch_key, best_of, entropy, evolutionary_search,
-                       nondominated_sort, random_search, rank_by_front, uniform, unrolled_gradient)
+from optim_nas import (METHODS, arch_key, best_of, entropy, evolutionary_search, random_search,
+                       uniform, unrolled_gradient)
 from prepare import prepare_own
-from pretrained import load_gpt2
+from pretrained import load_gpt2, sort_by_importance
 from run import (Log, add_checksum, all_gather_scalar, all_reduce_mean, append, atomic_write,
                  check_same_network, content_hash, draw_figures, init_out_dir, is_pretrained,
                  is_resuming, load_checkpoint, load_model, main, original_init_from, read_lines,
@@ -198,7 +199,7 @@ def arch_step(net, forward, arch_optimizer, splits, config, run, state):
         # the same dropout every time: order 2 takes differences of gradients
         seed = rng(config.seed, "dropout", "arch", step, run.rank).initial_seed()
         torch.manual_seed(seed)
-        arch = arch_optimizer.alphas_arch(leaves)
+        arch = arch_optimizer.run_with(leaves)
         batches = micro_batches(splits[split], config, run, split, step)
         backward(forward, ((x, y, arch) for x, y in batches), run)
         grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
@@ -230,7 +231,7 @@ def train_archs(arch_optimizer, config, run, state):
     """The architectures (or mixtures) that this step of the weights trains."""
     progress = state.step / config.max_iters
     generator = rng(config.seed, "sample", "weights", state.step)
-    archs = [to_device(arch_optimizer.weights_arch(progress, generator), run)
+    archs = [to_device(arch_optimizer.sample_weights_arch(progress, generator), run)
              for _ in range(config.subnets_per_step)]
     if config.sandwich:
         archs[-1], archs[0] = extremes(arch_optimizer.open)
@@ -531,7 +532,7 @@ def resume_search(net, optimizer, arch_optimizer, config, run, state):
                 write_json(os.path.join(config.out_dir, "arch.json"), line)
                 break # of equal ones the first was kept
     budget = arch_optimizer.budget
-    if budget and state.best_arch and budget.utilization(budget.of(state.best_arch)) > 1:
+    if budget and state.best_arch and budget.utilization(budget.cost_of(state.best_arch)) > 1:
         state.best_loss, state.evaluated = math.inf, -1 # the search had no budget before
     return net, optimizer
 
@@ -553,9 +554,9 @@ def load_benchmark(net, config):
 def make_arch_optimizer(net, config, cost, phases):
     method = METHODS[config.optimizer]
     own = {key: getattr(config, key) for key in method.keys}
-    return method(net.choices, rng(config.seed, "alphas"), config.arch_learning_rate,
-                  config.arch_weight_decay, **own,
-                  budget=make_budget(net, config, cost, phases[-1].choices))
+    return method(net.choices, rng(config.seed, "alphas"),
+                  learning_rate=config.arch_learning_rate, weight_decay=config.arch_weight_decay,
+                  budget=make_budget(net, config, cost, phases[-1].choices), **own)
 
 
 def compiled(net, config):
@@ -598,7 +599,8 @@ def search(config):
     # what the supernet starts with
     if is_pretrained(original_init_from(config)):
         load_gpt2(net, original_init_from(config))
-        net.sort(importance(net, splits["train"], config, run).__getitem__)
+        scores = importance(net, splits["train"], config, run)
+        sort_by_importance(net, scores.__getitem__)
     if config.inherit and original_init_from(config) == "scratch":
         init_supernet(net, config, run)
     teacher = load_trained(config.teacher, "teacher", config, run) if config.teacher else None
@@ -739,7 +741,7 @@ def search_inherited(net, forward, cost, arch_optimizer, splits, config, run, st
     if config.arch_search == "random":
         history = random_search(arch_optimizer.open, loss_of, config.arch_evals, generator, budget)
     else:
-        rank = (lambda history: rank_by_front(history, cost_of)) if pareto else None
+        rank = (lambda history: pareto_rank(history, cost_of)) if pareto else None
         history = evolutionary_search(
             arch_optimizer.open, loss_of, config.arch_evals, generator, config.population,
             config.parents, config.mutate_prob, config.depth_mutate_prob, budget, rank)

@@ -23,6 +23,7 @@ import torch
 import model
 from configurator import ConfigError, check, defaults, given
 from data import KINDS
+from supernet import SIZES
 
 SHARED = ("__init__", "cells", "convs") # files here that are no space
 # keys of networks that may change when a run is resumed, or that its shapes tell apart
@@ -61,7 +62,7 @@ def network_keys(space):
 def recorded_keys(space):
     """The keys of the network that arch.json records under "model"."""
     if space_module(space) is model:
-        return [*model.SIZES, "head_size", "bias", "block_size", *model.OPTIONS]
+        return [*SIZES, "head_size", "bias", "block_size", *model.OPTIONS]
     return list(space_keys(space))
 
 

@@ -9,6 +9,7 @@ from test_model import BLOCKS, agree, supernet, tokens
 import train_search
 from configurator import defaults
 from model import build
+from pretrained import sort_by_importance
 from run import setup
 from supernet import extremes
 from train_search import importance, split_data
@@ -27,7 +28,7 @@ def test_the_largest_network_computes_what_it_did(block, head_size):
     net, (x, y) = supernet("even", head_size=head_size, **BLOCKS.get(block, {}) | {"loss_chunk": 0}), tokens()
     least, largest = extremes(net.choices)
     before = net(x, y, largest)[0], net(x, y, least)[0]
-    net.sort(torch.abs)
+    sort_by_importance(net, torch.abs)
     agree(net(x, y, largest)[0], before[0], "logits")
     assert (net(x, y, least)[0] - before[1]).abs().max() > 0.1
 
@@ -48,7 +49,7 @@ def test_everything_that_may_move_is_in_order(block, head_size):
             block.attn.c_attn.weight.abs().sum(0) + sum(p.abs().reshape(E, -1).sum(1) for p in block.attn.c_proj.parameters())
             for block in net.transformer.h)
     before = channels()
-    net.sort(torch.abs)
+    sort_by_importance(net, torch.abs)
     still = options.get("position") == "sinusoidal" or options.get("norm") == "partial_rmsnorm"
     assert torch.allclose(channels(), before) if still else falls(channels())
     for layer in net.transformer.h:
@@ -74,7 +75,7 @@ def test_what_is_dead_goes_last():
     whole = net(x, y, sizes(net))[0]
     assert (net(x, y, sizes(net, n_head=2, mlp_ratio=1))[0] - whole).abs().max() > 0.1
     reads = {p for block in net.transformer.h for p in (block.attn.c_proj.weight, block.mlp.c_proj.weight)}
-    net.sort(lambda p: p.abs() if p in reads else torch.zeros_like(p))
+    sort_by_importance(net, lambda p: p.abs() if p in reads else torch.zeros_like(p))
     agree(net(x, y, sizes(net, n_head=2, mlp_ratio=1))[0], whole, "logits")
 
 
@@ -97,7 +98,7 @@ def test_the_first_half_of_a_trained_network_loses_less_after_ordering(data_dir,
         return [train.estimate(net, splits["search"], config, run, "search", lambda i, half=half: sizes(net, **half))["loss"]
                 for half in ({}, *halves)]
     before = losses()
-    net.sort(importance(net, splits["train"], config, run).__getitem__)
+    sort_by_importance(net, importance(net, splits["train"], config, run).__getitem__)
     after = losses()
     assert after[0] == pytest.approx(before[0], abs=1e-5)
     assert all(b < a for a, b in zip(before[1:], after[1:], strict=True)), (before, after)

@@ -18,7 +18,7 @@ import train_base
 import train_search
 from data import Tokens, load_meta, load_tokens
 from model import build
-from pretrained import load_gpt2, read_gpt2
+from pretrained import load_gpt2, read_gpt2, sort_by_importance
 from run import read_json, read_lines
 from sample import load_run
 from supernet import extremes
@@ -80,7 +80,7 @@ def test_the_largest_network_of_the_supernet_is_the_pretrained_one(head_size, gp
     for _ in range(2):
         for one in (net.extract(extremes(net.choices)[1]).eval(), lambda x, y: net(x, y, extremes(net.choices)[1])):
             assert (one(x, x)[0] - theirs(x).logits).abs().max() < 1e-4
-        net.sort(torch.abs)
+        sort_by_importance(net, torch.abs)
 
 
 def test_a_file_as_on_the_hub(gpt2, tmp_path):

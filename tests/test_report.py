@@ -13,9 +13,9 @@ from conftest import TINY, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, 
 from test_pretrained import SPACE, save_gpt2
 
 import report
-from budget import Budget
+from budget import Budget, architectures
 from model import build
-from optim_nas import architectures, arch_key
+from optim_nas import arch_key
 from run import read_json, write_json
 from search_spaces import space_module
 from supernet import extremes

@@ -24,7 +24,7 @@ import train_search
 from configurator import defaults
 from data import Tokens, bytes_hash, get_batch, load_tokens
 from model import build
-from optim_nas import METHODS, ArchOptimizer
+from optim_nas import METHODS
 from run import read_json, read_lines, add_checksum, write_json
 import run as runs
 import optim_nas
@@ -201,7 +201,8 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     split_of = {int(0.8 * length): "train", length - int(0.8 * length): "search", len(load_tokens(data_dir, "pydocs", "val")): "val"}
     batches, evaluated, draws, frozen, rates, choosers = [], [], [], [], [], []
     real_batches, real_estimate, real_backward = train.micro_batches, train.estimate, train.backward
-    real_sample, real_step, real_init = ArchOptimizer.sample, train.train_step, ArchOptimizer.__init__
+    method = METHODS[OPTIMIZERS[name]["optimizer"]]
+    real_sample, real_step, real_init = method.sample, train.train_step, method.__init__
 
     def spy_batches(tokens, *args):
         batches.append(split_of[len(tokens)])
@@ -230,7 +231,7 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     for module, attribute, spy in ((train_search, "micro_batches", spy_batches), (train, "micro_batches", spy_batches),
                                    (train_search, "backward", spy_backward), (train, "backward", spy_backward),
                                    (train_search, "estimate", spy_estimate), (train_search, "train_step", spy_step),
-                                   (ArchOptimizer, "sample", spy_sample), (ArchOptimizer, "__init__", spy_init)):
+                                   (method, "sample", spy_sample), (method, "__init__", spy_init)):
         monkeypatch.setattr(module, attribute, spy)
     settings = dict(train_portion=0.8, arch_learning_rate=0.007, arch_weight_decay=0.002)
     config = search_config(data_dir, tmp_path / "s", **settings, **OPTIMIZERS[name])

@@ -23,7 +23,7 @@ import train
 import train_base
 import train_search
 from budget import read_table
-from configurator import defaults, usage
+from configurator import ConfigError, defaults, usage
 from data import load_images
 from optim_nas import architectures, uniform
 from prepare import prepare
@@ -65,7 +65,7 @@ def parts(config):
     """What a search works with: its config, run and splits, and the supernet."""
     config = SimpleNamespace(**config)
     run = runs.setup(config)
-    splits, _ = train_search.split_data(config, run)
+    splits = train_search.split_data(config, run)
     return config, run, splits, build(vars(config))
 
 
@@ -158,7 +158,7 @@ def test_a_resumed_search_is_one_that_was_not_stopped(stop, digits_dir, tmp_path
     space, options, steps = STOPS[stop]
     config = search_config(space, digits_dir, tmp_path / "whole", **LONG | options)
     train_search.search(config)
-    with signalled(train_search, "train_step", lambda *args: args[6].step == steps - 1):
+    with signalled(train, "update", lambda *args: args[-1].step == steps - 1):
         train_search.search(config | {"out_dir": str(tmp_path / "parts")})
     assert torch.load(tmp_path / "parts/ckpt.pt", weights_only=True)["state"]["step"] == steps
     train_search.search(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"})
@@ -179,7 +179,7 @@ def test_a_resumed_training_is_one_that_was_not_stopped(digits_dir, tmp_path):
     arch = uniform(build(search_config("darts", "", "")).choices, rng(0))
     config = space_config(train, "darts", digits_dir, tmp_path / "whole", **LONG, drop_path=0.5)
     train.train(config, arch)
-    with signalled(train_search, "train_step", lambda *args: args[6].step == 4):
+    with signalled(train, "update", lambda *args: args[-1].step == 4):
         train.train(config | {"out_dir": str(tmp_path / "parts")}, arch)
     train.train(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"}, arch)
     assert state_of(tmp_path / "whole") == state_of(tmp_path / "parts")
@@ -292,21 +292,21 @@ def test_a_score_does_not_depend_on_what_was_evaluated_before(space, digits_dir,
     """The statistics of the BatchNorms are measured anew for each architecture: they are the mean over training batches by hand."""
     config, run, splits, net = parts(search_config(space, digits_dir, tmp_path, batch_size=32))
     a, b = (uniform(net.choices, rng(i)) for i in range(2))
-    before = train_search.score(net, net, a, splits, config, run)[0]
-    assert train_search.score(net, net, b, splits, config, run)[0] != before
-    assert train_search.score(net, net, a, splits, config, run)[0] == before
+    before = train_search.score(net, net, a, splits, config, run)
+    assert train_search.score(net, net, b, splits, config, run) != before
+    assert train_search.score(net, net, a, splits, config, run) == before
     norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.running_mean.fill_(3.0)
         norm.running_var.fill_(7.0)
-    assert train_search.score(net, net, a, splits, config, run)[0] == before
+    assert train_search.score(net, net, a, splits, config, run) == before
     small = net.extract(a) # alone it has the same statistics, by their definition
     first = next(module for module in small.modules() if isinstance(module, torch.nn.BatchNorm2d))
     means, hook = [], first.register_forward_pre_hook(lambda module, args: means.append(args[0].mean((0, 2, 3))))
     top_edges = first.running_mean.clone()
     with torch.no_grad():
         for i in range(config.bn_batches):
-            small.train()(splits["train"].batch(config, "train", i)[0])
+            small.train()(data.draw(splits["train"], config, run, "train", i)[0])
     hook.remove()
     torch.testing.assert_close(top_edges, torch.stack(means).mean(0), atol=1e-5, rtol=1e-5)
 
@@ -392,7 +392,7 @@ def test_a_step_of_sgd_is_nesterovs(digits_dir, tmp_path):
     optimizer, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
     for state.step in range(2):
         expected = {}
-        train.backward(net, [(x, y, arch) for x, y in train.micro_batches(splits["train"], config, run, "train", state.step)], run)
+        train.backward(net, data.micro_batches(splits["train"], config, run, "train", state.step), run, (arch,))
         params = {name: p for name, p in net.named_parameters() if p.grad is not None}
         norm = sum(p.grad.square().sum() for p in params.values()).sqrt()
         assert norm > 0.1
@@ -437,7 +437,7 @@ def test_a_table_holds_every_network_once_a_seed(table, digits_dir, tmp_path):
 
 def test_an_interrupted_table_goes_on(table, digits_dir, tmp_path):
     steps = []
-    with signalled(train, "train_step", lambda *args: steps.append(1) or len(steps) == 7): # the fourth network
+    with signalled(train, "update", lambda *args: steps.append(1) or len(steps) == 7): # the fourth network
         script("train_base.py", *table_options(digits_dir, tmp_path / "parts.csv"))
     assert len(read_table(str(tmp_path / "parts.csv"))) == 3 and os.listdir(tmp_path) == ["parts.csv"]
     script("train_base.py", *table_options(digits_dir, tmp_path / "parts.csv"))
@@ -476,7 +476,7 @@ def test_a_table_is_a_benchmark(table, digits_dir, tmp_path):
 def test_one_image_has_no_statistics(digits_dir, tmp_path):
     """Where the maps end at 1 x 1: batches of one are one sentence, and one image that is left over is no batch of an evaluation."""
     options = dict(stem_stride=2, strides=[4, 1], max_iters=1, eval_iters=9)
-    with pytest.raises(SystemExit, match=r"more than one value a channel, .* give a larger batch_size"):
+    with pytest.raises(ConfigError, match=r"more than one value a channel, .* give a larger batch_size"):
         train_search.search(search_config("mobilenetv3", digits_dir, tmp_path / "one", **options, batch_size=1))
     config = search_config("mobilenetv3", digits_dir, tmp_path / "left", **options, batch_size=359)
     assert len(parts(config)[2]["search"]) == 2 * 359 + 1
