@@ -4,7 +4,7 @@ Turns text or images, once, into a folder data/<name> that data.py reads.
     python prepare.py                           # pydocs: Python 3.11.7's documentation, no network
     python prepare.py --dataset=this_python     # that of the Python that runs, no network
     python prepare.py --dataset=shakespeare_char
-    python prepare.py --dataset=tinystories     # from Hugging Face
+    python prepare.py --dataset=tinystories     # or openwebtext; from Hugging Face
     python prepare.py --dataset=tinystories --path=train.txt.gz --val_path=valid.txt.gz  # your copy
     python prepare.py --dataset=text --path=my_folder --tokenizer=sentencepiece --vocab_size=1024
     python prepare.py --shards=50               # also 50 shards of different sizes, for train_rl.py
