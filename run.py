@@ -499,11 +499,12 @@ def silenced():
 
 
 def draw_figures(out_dir):
-    """Starts analyze.py, which draws a run's figures from its files and prints their paths."""
+    """Starts analyze.py on the run in out_dir, and prints the paths of its figures; on rank 0."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "analyze.py")
     if os.environ.get("RANK", "0") == "0" and os.path.exists(script):
-        sys.stdout.flush()
-        subprocess.run([sys.executable, script, f"--out_dir={out_dir}"], check=False)
+        command = [sys.executable, script, f"--out_dir={out_dir}"]
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        print("\n".join(line for line in done.stdout.splitlines() if line.startswith("figure: ")))
 
 
 def main(function, config):

@@ -190,6 +190,7 @@ def test_a_search_for_both_goes_on_with_another_cost(data_dir, tmp_path, monkeyp
     figures = []
     monkeypatch.setattr(analyze, "draw_front", lambda ax, searched, cost: figures.append((searched, cost)))
     train_search.search(config | dict(init_from="resume", pareto_cost="params", arch_evals=8))
+    analyze.search_figure(str(tmp_path))
     (searched, cost), = figures
     net = build(json.loads((tmp_path / "run.json").read_text())["config"])
     assert cost == "params" and [line["cost"] for line in searched] == [net.cost(line["arch"])["params"] for line in searched]

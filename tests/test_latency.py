@@ -133,7 +133,7 @@ def test_a_search_ends_in_its_latency(data_dir, tmp_path):
 
     path.rename(tmp_path / "moved.json") # a report without the search's table is told where it is
     few = dict(n_rank=0, n_pick=0, n_random=1, seeds=[1, 2], data_dir=data_dir)
-    report = ["analyze.py", "report", str(tmp_path / "s"), *flags(TINY | few)]
+    report = ["report.py", str(tmp_path / "s"), *flags(TINY | few)]
     assert "l/latency.json" in fails(*report)
     succeeds(*report, f"--latency_table={tmp_path}/moved.json")
     page, told = ((tmp_path / f"s/report/report.{kind}").read_text() for kind in ("md", "json"))

@@ -1,6 +1,9 @@
 """Agents that choose heads and layers: they learn, resume exactly, and leave files that hold no pickle."""
+import inspect
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 import configurator
 import env
 import train_rl
-from analyze import main
+from analyze import analyze
 from run import load_checkpoint, read_json, read_lines
 from train_rl import learn
 
@@ -30,7 +33,7 @@ def log_of(out):
 
 def expected_regret():
     """Of an architecture drawn at random."""
-    _, rewards = env.reward_table(TABLE, env.balance_reward, settings(""))
+    rewards = env.reward_table(env.balance_reward, settings(""))
     return np.mean([env.regret(rewards, np.full(len(rewards), a)) for a in range(64)])
 
 
@@ -42,8 +45,30 @@ def test_an_agent_learns(changes, tmp_path):
     evaluated, looks = log_of(tmp_path)
     assert np.mean([line["reward"] for line in evaluated[-100:]]) > np.mean([line["reward"] for line in evaluated[:100]])
     assert np.mean(looks[-1]["regret"]) == pytest.approx(result["regret"], abs=0.05) or changes.get("algo") # that updates once more
+    analyze(str(tmp_path))
     for name in ("aggregate", "frames", "two", "regret", "surface"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("algo", train_rl.ALGOS)
+@pytest.mark.parametrize("q_network", ["numbers", "outputs"])
+def test_the_header_lists_every_deviation_from_stable_baselines3(algo, q_network):
+    """Each number of ours that differs, with the library's own in brackets, and no other one."""
+    changes = dict(algo=algo, q_network=q_network, budget=1000, updates=4000, learning_starts=0)
+    config = SimpleNamespace(**settings("", **changes))
+    ours = train_rl.agent_settings(config)
+    defaults = inspect.signature(train_rl.ALGOS[algo]).parameters
+    differing = {key: (ours[key], defaults[key].default) for key in ours.keys() & defaults.keys()
+                 if isinstance(ours[key], int | float) and ours[key] != defaults[key].default}
+    differing.pop("seed")
+    paragraph = r"^    (all|dqn|ppo|a2c) (.*?)(?=^    \w|\Z)"
+    paragraphs = re.findall(paragraph, train_rl.__doc__, re.M | re.S)
+    text = " ".join(words for name, words in paragraphs if name in ("all", algo))
+    numbers = re.findall(r"(\w+) ([\d.]+) \(([\d.]+)\)", text)
+    listed = {key: (float(own), float(default)) for key, own, default in numbers}
+    if q_network == "numbers":
+        listed.pop("exploration_fraction", None)
+    assert listed == differing
 
 
 def test_a_run_without_an_update_is_an_error(tmp_path):
@@ -128,7 +153,8 @@ def test_a_number_is_a_list_of_one_seed(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(n_envs=1, n_iterations=3), "has learned in n_envs=2, and not in n_envs=1: take the --n_envs of before"),
+    (dict(n_envs=1, n_iterations=3),
+     "n_envs=1 differs from the n_envs=2 that this agent has learned with: give --n_envs=2"),
     (dict(n_envs=2, n_iterations=1), "n_iterations=1 is below the 2 that this run has made: give --n_iterations=2 or more")])
 def test_a_resume_that_cannot_be_is_one_sentence(changes, words, tmp_path, monkeypatch):
     monkeypatch.setattr(train_rl, "SubprocVecEnv", lambda envs, start_method: DummyVecEnv(envs)) # no processes: seconds each
@@ -156,16 +182,16 @@ def test_an_agent_that_goes_on_forgets_nothing(n_envs, changes, tmp_path, monkey
 def test_groups_of_runs_are_compared(tmp_path, capsys):
     for seed in (1, 2):
         learn(settings(tmp_path / f"r_{seed}", algo="random", seed=seed))
-    main(str(tmp_path), f"draws:{tmp_path}/r_*,the first:{tmp_path}/r_1")
+    analyze(str(tmp_path), f"draws:{tmp_path}/r_*,the first:{tmp_path}/r_1")
     assert (tmp_path / "regret.png").stat().st_size > 10_000
     last = [np.mean(log_of(tmp_path / f"r_{seed}")[1][-1]["regret"]) for seed in (1, 2)]
     assert f"draws: regret after the last evaluation {100 * np.mean(last):.2f}%" in capsys.readouterr().out
     learn(settings(tmp_path / "short", algo="random", budget=8)) # it ends before its first look at the policy
     for folders in ("none_*", "short"):
         with pytest.raises(SystemExit, match="names no runs"):
-            main(str(tmp_path), f"x:{tmp_path}/{folders}")
+            analyze(str(tmp_path), f"x:{tmp_path}/{folders}")
     with pytest.raises(SystemExit, match="more than 5 groups"):
-        main(str(tmp_path), ",".join([f"x:{tmp_path}/r_1"] * 6))
+        analyze(str(tmp_path), ",".join([f"x:{tmp_path}/r_1"] * 6))
 
 
 def test_what_ends_in_an_environments_process_is_said_without_a_traceback(data_dir, tmp_path):
@@ -175,7 +201,8 @@ def test_what_ends_in_an_environments_process_is_said_without_a_traceback(data_d
                    budget=12, n_envs=2, learning_rate=1e30)
     done = run("train_rl.py", *flags(options))
     assert done.returncode == 1 and "Traceback" not in done.stderr and "try a lower learning_rate" in done.stderr, done.stderr
-    assert "The process of an environment has ended; why, it has said above." in done.stderr.splitlines() # the other one may end later
+    ended = "An environment's process has ended: see its message above."
+    assert ended in done.stderr.splitlines() # the other process may end later
 
 
 def test_parallel_environments_train_for_real(data_dir, tmp_path):
