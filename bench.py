@@ -37,11 +37,11 @@ import torch
 from tqdm import tqdm
 
 from analyze import save_figure
-from budget import latency as predictor, latency_features, latency_key, network_of
+from budget import latency_features, latency_key, latency_predictor, network_id
 from configurator import as_list, check_range, check_whole
 from data import Images, Pairs, draw, load_data, load_meta, vocabulary
 from fused_ops import use_fused_ops
-from optim_nas import ArchOptimizer, discretize, random_search
+from optim_nas import discretize, method_class, random_search
 from run import peak_flops, pick_device, rng, setup, write_json
 from search_spaces import build, with_space
 from supernet import one_hot
@@ -79,7 +79,8 @@ batch_size = 4
 block_size = 224
 # -----------------------------------------------------------------------------
 
-VOCAB_SIZE = {"pydocs": 97, "shakespeare_char": 65, "tinystories": 50257, "openwebtext": 50257} # tokens of data sets
+VOCAB_SIZE = {"pydocs": 96, "this_python": 96, "shakespeare_char": 65,
+              "tinystories": 50257, "openwebtext": 50257} # tokens of data sets
 DRAWS = {"gdas": 2, "spos": 2} # iterations a round of the methods that draw large and small networks by turns
 REPEATS = 3 # measurements of a step's parts
 NUMBERS = {"ratio": "ratio", "low": "from", "high": "to", "ms": "ms", "arch_ms": "arch ms", "forward_ms": "forward",
@@ -130,9 +131,9 @@ def contender(config, run, method=""):
                         config=SimpleNamespace(**vars(config) | {"optimizer": method}), arch_step=None, seconds=[], ratios=[])
     c.step = lambda: train_step(net, c.forward, c.optimizer, tokens, config, run, c.state, config.learning_rate)
     if method:
-        c.arch_optimizer = ArchOptimizer(method, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate)
+        c.arch_optimizer = method_class(method)(net.choices, rng(config.seed, "alphas"), learning_rate=config.arch_learning_rate)
         c.step = lambda: bilevel_step(net, c.forward, c.arch_optimizer, c.optimizer, c.splits, c.config, run, c.state, config.learning_rate)
-        if c.arch_optimizer.alphas:
+        if c.arch_optimizer.has_alphas:
             c.arch_step = lambda: arch_step(net, c.forward, c.arch_optimizer, c.splits, c.config, run, c.state)
     return c
 
@@ -190,7 +191,7 @@ def parts(c, config, run):
 def inputs(c, config, run, i):
     """x, y and a supernet's third argument, as in a weight step."""
     x, y = draw(c.splits["train"], config, run, "train", i)
-    return x, y, () if c.method == "plain" else (weight_arch(c.net, c.arch_optimizer, c.config, run, i / REPEATS, rng(config.seed, i)),)
+    return x, y, () if c.method == "plain" else (weight_arch(c.arch_optimizer, run, i / REPEATS, rng(config.seed, i)),)
 
 
 def memory(c, config, run):
@@ -452,7 +453,7 @@ def fit(features, ms):
 
 def predicted(net, ms, archs, measured):
     """What the coefficients ms say of networks, beside what was measured."""
-    predict = predictor(net, ms)
+    predict = latency_predictor(net, ms)
     rows = [{"arch": arch, "measured": m, "predicted": predict(arch)} for arch, m in zip(archs, measured, strict=True)]
     errors = [abs(row["predicted"] / row["measured"] - 1) for row in rows]
     return {"ms": ms, "mean_error": statistics.mean(errors), "max_error": max(errors), "heldout": rows}
@@ -484,7 +485,7 @@ def measure_latency(config):
         mark_parts(small, mark)
     latencies = {}
     for of, batch_size, length in itertools.product(("prefill", "decode") if gpt else ("prefill",), batch_sizes, lengths):
-        key = latency_key(config, of, batch_size, length)
+        key = latency_key(net, of, batch_size, length)
         with torch.inference_mode(), run.amp:
             times = fast_times([forward_pass(small, config, of, batch_size, length, run) for small in nets], mark, stop, config, key)
         ms = [t.item() for t in times[:last]]
@@ -494,7 +495,7 @@ def measure_latency(config):
         print("{}: {:.3g} to {:.3g} ms; {} networks held out are predicted within {:.1%}, in the mean {:.1%}".format(
             key, min(ms[:held]), max(ms[:held]), held, latencies[key]["max_error"], latencies[key]["mean_error"]), flush=True)
     path = os.path.join(config.out_dir, "latency.json")
-    write_json(path, {"network": network_of(net, config), "latencies": latencies, "machine": where(config), "dtype": run.dtype,
+    write_json(path, {"network": network_id(net, config), "latencies": latencies, "machine": where(config), "dtype": run.dtype,
                       "threads": torch.get_num_threads(), "torch": torch.__version__, "config": vars(config)})
     print(f"table: {path}")
     return {key: {name: found[name] for name in ("mean_error", "max_error")} for key, found in latencies.items()}

@@ -1,334 +1,544 @@
-"""What an architecture may cost, and what tables say of it: budgets, latency, accuracy."""
-import torch
+"""
+What an architecture may cost, how fast it runs, and how good a published table says it is.
+
+    Budget               bounds on params, flops and latency
+    latency_predictor()  from an architecture to milliseconds, by a table of bench.py latency
+    Benchmark            the accuracies of a space's trained architectures
+"""
 import bisect
 import csv
 import gzip
 import heapq
 import itertools
 import os
-from tqdm import tqdm
 import zlib
+
+import torch
+from tqdm import tqdm
+
 from optim_nas import arch_key, discretize, uniform
 from run import read_json, rng
 from supernet import check_arch, one_hot
 
+MIN_UTILIZATION = 0.95 # an architecture in a budget uses at least so much of it
+PRICES = (1, 8, 64, 512, 4096) # of a violation, in units of log likelihood
 
-CLOSE = 0.95 # an architecture uses at least so much of its budget
-
+# -----------------------------------------------------------------------------
+# budgets
 
 class Budget:
-    """
-    Bounds on what an architecture costs: never above one, and within 5 % of the tightest where the space has such an architecture, else
-    as close as was found: a share of `floor`.
+    """Bounds on what an architecture costs.
 
-    cost(weights) -> {"params": (), "flops": (), ...}, float64, linear in each row of the weights and exact at one-hot ones. targets:
-    name -> bound. strength: of the penalty. drawn: the choices without the options that the search never draws. SystemExit if one is
-    out of the space's reach, or all of them together.
+    An architecture is in the budget if no kind of cost is above its target, and one of them is at
+    least `floor` times its target. floor is MIN_UTILIZATION, or less where the space has no
+    architecture so close to its targets.
 
-    Inside, an arch has entries for all layers; those that it does not use cost nothing.
+    cost(arch_weights) -> {"params": (), "flops": (), ...}, float64, linear in each row of the
+    weights, and exact at one-hot ones. targets: kind of cost -> bound. strength: of the penalty.
+    drawn: the choices without the options that the search never draws. SystemExit where no
+    architecture of the space meets the targets.
+
+    Architectures in the budget are found by hill climbing. hill_climb() changes one row at a time,
+    or one node of a cell, to the option of the highest score, until no change improves it. The cost
+    is linear in every row, so one backward pass gives the exact cost of all such changes
+    (costs_near()). The score is the cost itself for the bounds of the space, minus the violation in
+    repair(), and the log likelihood minus a price times the violation in project().
+
+    Inside this class an architecture has entries for all layers. Unused ones cost nothing.
     """
     def __init__(self, choices, cost, targets, strength=1.0, drawn=None):
-        self.choices, self.cost, self.targets, self.strength, self.drawn = choices, cost, targets, strength, drawn or choices
+        self.choices, self.cost, self.targets, self.strength = choices, cost, targets, strength
+        self.drawn = drawn or choices
         generator = torch.Generator().manual_seed(0)
-        start = self.whole(uniform(self.drawn, generator))
-        for name, target in targets.items():
-            low, high = (self.of(self.hill_climb(start, lambda arch, cost, name=name, sign=sign: sign * cost[name]))[name] for sign in (-1, 1))
-            if not low <= target <= high / CLOSE:
-                raise SystemExit(f"target_{name}={target:,} is out of reach: the {name} of this space's architectures are {low:,.10g} to "
-                                 f"{high:,.10g}.")
+        start = self.with_all_layers(uniform(self.drawn, generator))
+        for kind, target in targets.items():
+            low, high = (self.extreme_cost(start, kind, sign) for sign in (-1, 1))
+            if not low <= target <= high / MIN_UTILIZATION:
+                raise SystemExit(f"target_{kind}={target:,} is out of reach: the {kind} of this "
+                                 f"space's architectures are {low:,.10g} to {high:,.10g}.")
         self.smallest = self.hill_climb(start, lambda arch, cost: -self.utilization(cost))
-        if self.utilization(self.of(self.smallest)) > 1:
-            raise SystemExit(f"No architecture of this space meets all of {targets}: the closest costs {self.of(self.smallest)}.")
-        self.floor = CLOSE # some spaces have nothing so close to the target
-        self.floor = min(CLOSE, max(self.utilization(self.of(self.repair(self.smallest, generator))) for _ in range(3)))
+        if self.utilization(self.cost_of(self.smallest)) > 1:
+            raise SystemExit(f"No architecture of this space meets all of {targets}: the closest "
+                             f"costs {self.cost_of(self.smallest)}.")
+        self.floor = MIN_UTILIZATION
+        repaired = [self.repair(self.smallest, generator) for _ in range(3)]
+        used = max(self.utilization(self.cost_of(arch)) for arch in repaired)
+        self.floor = min(MIN_UTILIZATION, used)
 
-    def whole(self, arch, weights=None):
-        """The arch with entries for all layers, those that it does not use from weights, or the first option."""
-        def rest(name, c):
-            rows = weights[name].argmax(-1).tolist() if weights else [0] * c.repeat
-            return [c.options[k] for k in rows[len(arch[name]):]]
-        return {name: [*arch[name], *rest(name, c)] if c.repeat else arch[name] for name, c in self.drawn.items()}
+    def extreme_cost(self, start, kind, sign):
+        """The highest cost of this kind that hill climbing finds; the lowest for sign=-1."""
+        end = self.hill_climb(start, lambda arch, cost: sign * cost[kind])
+        return self.cost_of(end)[kind]
 
-    def of(self, arch):
-        """{name: number}, the cost of one architecture."""
-        return self.around(self.whole(arch))(self.whole(arch))
+    def with_all_layers(self, arch, arch_weights=None):
+        """The arch with entries for all layers: the likeliest options, or the first ones."""
+        whole = {}
+        for name, choice in self.drawn.items():
+            if not choice.repeat:
+                whole[name] = arch[name]
+                continue
+            best = arch_weights[name].argmax(-1).tolist() if arch_weights else [0] * choice.repeat
+            unused = [choice.options[k] for k in best[len(arch[name]):]]
+            whole[name] = [*arch[name], *unused]
+        return whole
 
-    def around(self, arch):
-        """A function from an architecture to its cost, exact for this arch and for all that differ in one row: what an option adds is
-        the derivative, for cost is linear in every row."""
+    def cost_of(self, arch):
+        """{kind: number}, the cost of one architecture."""
+        arch = self.with_all_layers(arch)
+        return self.costs_near(arch)(arch)
+
+    def costs_near(self, arch):
+        """A function from an architecture to its cost, exact if it differs from arch in one row.
+
+        The cost is linear in that row, so changing an option changes it by a derivative.
+        """
         leaves = {name: w.requires_grad_() for name, w in one_hot(self.choices, arch).items()}
-        at, cost = {}, self.cost(leaves)
-        for name in self.targets:
-            grads = torch.autograd.grad(cost[name], leaves.values(), retain_graph=True, materialize_grads=True)
-            at[name] = {key: g.view(-1, g.shape[-1]).tolist() for key, g in zip(leaves, grads, strict=True)}
-        base = {name: cost[name].item() for name in self.targets}
+        cost, slopes = self.cost(leaves), {} # slopes: kind -> choice -> [row][option]
+        for kind in self.targets:
+            grads = torch.autograd.grad(cost[kind], leaves.values(), retain_graph=True,
+                                        materialize_grads=True)
+            slopes[kind] = {name: grad.view(-1, grad.shape[-1]).tolist()
+                            for name, grad in zip(leaves, grads, strict=True)}
+        base = {kind: cost[kind].item() for kind in self.targets}
 
         def cost_of(new):
             total = dict(base)
-            for key, c in self.choices.items():
-                if new[key] != arch[key]:
-                    rows = zip(new[key], arch[key], strict=True) if c.repeat else [(new[key], arch[key])]
-                    for i, (value, old) in enumerate(rows):
-                        for name in total if value != old else ():
-                            g = at[name][key][i]
-                            total[name] += g[c.options.index(value)] - g[c.options.index(old)]
+            for name, choice in self.choices.items():
+                if new[name] == arch[name]:
+                    continue
+                rows = zip(rows_of(choice, new[name]), rows_of(choice, arch[name]), strict=True)
+                for i, (option, before) in enumerate(rows):
+                    if option == before:
+                        continue
+                    k, k_before = choice.options.index(option), choice.options.index(before)
+                    for kind in total:
+                        slope = slopes[kind][name][i]
+                        total[kind] += slope[k] - slope[k_before]
             return total
         return cost_of
 
     def utilization(self, cost):
-        """The share of the budget that a cost uses: of that target of which it uses most."""
-        return max(cost[name] / target for name, target in self.targets.items()) - 1e-12 # rounding
+        """The share of the budget that a cost uses: the largest over the targets."""
+        rounding = 1e-12
+        return max(cost[kind] / target for kind, target in self.targets.items()) - rounding
 
     def violation(self, cost):
-        """0 in the budget, up to 1 for what uses too little of it, and more for what is above."""
+        """0 in the budget, above 1 for a cost above it, between them for one below the floor."""
         used = self.utilization(cost)
         return used if used > 1 else max(1 - used / self.floor, 0.0)
 
-    def gradient(self, weights):
-        """The gradient to the weights of strength * sum over targets of log(expected cost / target)^2."""
-        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    def gradient(self, arch_weights):
+        """The gradient to the weights of strength * sum_kind log(expected cost / target)^2."""
+        leaves = {name: w.detach().requires_grad_() for name, w in arch_weights.items()}
         cost = self.cost(leaves)
-        penalty = self.strength * sum((cost[name] / target).log() ** 2 for name, target in self.targets.items())
-        return dict(zip(leaves, torch.autograd.grad(penalty, leaves.values(), materialize_grads=True), strict=True))
+        misses = [(cost[kind] / target).log() ** 2 for kind, target in self.targets.items()]
+        grads = torch.autograd.grad(self.strength * sum(misses), leaves.values(),
+                                    materialize_grads=True)
+        return dict(zip(leaves, grads, strict=True))
 
     def hill_climb(self, arch, score, generator=None, frozen=()):
-        """Walks over the rows, or the nodes of cells, and takes an option whose score(arch, cost) is higher, until there is none; first
-        over those of layers, then over what the whole network shares, each in random order with a generator; not over what is frozen."""
-        units = [[(name, unit) for name, c in self.choices.items() if bool(c.repeat) == of_layers and name not in frozen
-                  for unit in c.units(c.repeat or 1)] for of_layers in (True, False)]
-        cost = self.around(arch)
+        """The local optimum of score(arch, cost) that single changes lead to from arch.
+
+        The layers' rows change first, then what the whole network shares, each in the order of the
+        space, or in a random order with a generator. The choices in frozen stay.
+        """
+        units = [[(name, unit) for name, choice in self.choices.items()
+                  if bool(choice.repeat) == per_layer and name not in frozen
+                  for unit in choice.units(choice.repeat or 1)] for per_layer in (True, False)]
+        cost = self.costs_near(arch)
         best, before = score(arch, cost(arch)), None
         while best != before:
             before = best
             if generator:
-                units = [[group[i] for i in torch.randperm(len(group), generator=generator).tolist()] for group in units]
+                units = [shuffled(group, generator) for group in units]
             for name, unit in itertools.chain(*units):
-                values = [(score(new, cost(new)), new) for new in changed(self.drawn, arch, name, unit)]
-                value, new = max(values, key=lambda pair: pair[0], default=(best, arch))
+                scores = [(score(new, cost(new)), new)
+                          for new in neighbors(self.drawn, arch, name, unit)]
+                value, new = max(scores, key=lambda pair: pair[0], default=(best, arch))
                 if value > best:
-                    arch, best, cost = new, value, self.around(new)
+                    arch, best, cost = new, value, self.costs_near(new)
         return arch
 
     def repair(self, arch, generator):
-        """An architecture in the budget, by changes of single rows of this one, in random order, each of which brings it closer; if they
-        lead nowhere, of random ones; of the closest if there is none."""
+        """An architecture in the budget near this one; the closest to the budget if none is found.
+
+        Climbs from arch towards the budget, and if that ends outside, from up to 10 random ones.
+        """
         found = []
         for start in itertools.chain([arch], (uniform(self.drawn, generator) for _ in range(10))):
-            found.append(self.hill_climb(self.whole(start), lambda arch, cost: -self.violation(cost), generator))
-            if self.violation(self.of(found[-1])) == 0:
+            start = self.with_all_layers(start)
+            end = self.hill_climb(start, lambda arch, cost: -self.violation(cost), generator)
+            found.append(end)
+            if self.violation(self.cost_of(end)) == 0:
                 break
-        return check_arch(self.choices, min([*found, self.smallest], key=lambda arch: self.violation(self.of(arch))))
+        closest = min([*found, self.smallest], key=lambda a: self.violation(self.cost_of(a)))
+        return check_arch(self.choices, closest)
 
-    def project(self, weights):
-        """
-        The likeliest architecture in the budget that is found: for what the whole network shares, from the likeliest combination on, the
-        layers' rows are changed one at a time at a rising price of a miss, until no further combination could be likelier.
-        """
-        logs = {name: w.clamp_min(1e-30).log().view(-1, w.shape[-1]).tolist() for name, w in weights.items()}
-        shared = [name for name, c in self.choices.items() if not c.repeat]
-        arch, found = self.whole(discretize(self.choices, weights), weights), {}
+    def project(self, arch_weights):
+        """The likeliest architecture in the budget that is found.
 
-        def likely(arch):
-            return likelihood(self.choices, arch, logs)
+        What the whole network shares, such as its width and depth, takes one combination of options
+        after another, the likeliest first. For each of them the layers' rows climb in likelihood at
+        a rising price of a violation. This ends where no later combination can be likelier than the
+        best architecture so far.
+        """
+        logs = {name: w.clamp_min(1e-30).log().view(-1, w.shape[-1]).tolist()
+                for name, w in arch_weights.items()}
+        shared = [name for name, choice in self.choices.items() if not choice.repeat]
+        prices = PRICES if len(shared) < len(self.choices) else ()
+        found = {} # arch_key -> (violation, -log likelihood, arch)
+
+        def likelihood(arch):
+            return log_likelihood(self.choices, arch, logs)
 
         def add(arch):
-            found[arch_key(arch)] = self.violation(self.of(arch)), -likely(arch), arch
+            found[arch_key(arch)] = self.violation(self.cost_of(arch)), -likelihood(arch), arch
+
+        def best():
+            return min(found.values(), key=lambda entry: entry[:2])
+
+        def climb(arch, price, frozen=()):
+            def score(arch, cost):
+                return likelihood(arch) - price * self.violation(cost)
+            return self.hill_climb(arch, score, frozen=frozen)
+
+        likeliest = self.with_all_layers(discretize(self.choices, arch_weights), arch_weights)
+        rows = [(logs[name][0], self.choices[name].options) for name in shared]
         add(self.smallest)
-        for values in itertools.islice(best_first([(logs[name][0], self.choices[name].options) for name in shared]), 500):
-            new = arch | dict(zip(shared, values, strict=True))
-            miss, less_likely, _ = min(found.values(), key=lambda entry: entry[:2])
-            if miss == 0 and likely(new) <= -less_likely:
+        for options in itertools.islice(combinations_by_likelihood(rows), 500):
+            arch = likeliest | dict(zip(shared, options, strict=True))
+            violation, minus_likelihood, _ = best()
+            if violation == 0 and likelihood(arch) <= -minus_likelihood:
                 break
-            for price in (1, 8, 64, 512, 4096) if len(shared) < len(self.choices) else ():
-                new = self.hill_climb(new, lambda a, cost, price=price: likely(a) - price * self.violation(cost), frozen=shared)
-            add(new)
-        if min(found.values(), key=lambda entry: entry[:2])[0] > 0: # single changes led nowhere: from where the budget is met
-            start = self.whole(self.repair(arch, torch.Generator().manual_seed(0)), weights)
-            add(self.hill_climb(start, lambda a, cost: likely(a) - 4096 * self.violation(cost)))
-        return check_arch(self.choices, min(found.values(), key=lambda entry: entry[:2])[2])
+            for price in prices:
+                arch = climb(arch, price, frozen=shared)
+            add(arch)
+        if best()[0] > 0: # single changes led nowhere: climb from inside the budget
+            repaired = self.repair(likeliest, torch.Generator().manual_seed(0))
+            add(climb(self.with_all_layers(repaired, arch_weights), PRICES[-1]))
+        return check_arch(self.choices, best()[2])
 
 
-def best_first(rows):
-    """Every combination of one option a row, in the order of the sum of their logarithms. rows: [(logarithms, options)]"""
-    rows = [sorted(zip(logs, options, strict=True), key=lambda pair: -pair[0]) for logs, options in rows]
+def make_budget(net, config, cost, drawn=None):
+    """The Budget of config's targets, or None without targets. drawn: as in Budget."""
+    targets = {kind: getattr(config, f"target_{kind}") for kind in ("params", "flops", "latency")}
+    targets = {kind: target for kind, target in targets.items() if target}
+    if not targets:
+        return None
+    return Budget(net.choices, cost, targets, config.budget_penalty, drawn)
 
-    def entry(place):
-        return -sum(row[i][0] for row, i in zip(rows, place, strict=True)), place
+
+def rows_of(choice, value):
+    """A choice's value in an architecture as a list of rows."""
+    return value if choice.repeat else [value]
+
+
+def shuffled(values, generator):
+    return [values[i] for i in torch.randperm(len(values), generator=generator).tolist()]
+
+
+def neighbors(choices, arch, name, unit):
+    """The architectures that differ from arch in this row.
+
+    In a node of a cell one edge gets another operation, or passes it to an edge that is 'none'.
+    """
+    choice = choices[name]
+    if not choice.repeat:
+        yield from (arch | {name: option} for option in choice.options if option != arch[name])
+        return
+    kept = [i for i in unit if arch[name][i] != "none"] if choice.keep else unit
+    for old, new in itertools.product(kept, unit if choice.keep else [None]):
+        if choice.keep and new != old and new in kept:
+            continue
+        for option in choice.options:
+            rows = list(arch[name])
+            if choice.keep:
+                rows[old] = "none"
+            rows[old if new is None else new] = option
+            if rows != list(arch[name]) and not (choice.keep and option == "none"):
+                yield arch | {name: rows}
+
+
+def log_likelihood(choices, arch, logs):
+    """The sum of the logarithms of an architecture's options. logs: choice -> [row][option].
+
+    The edges that a node of a cell does not keep do not count.
+    """
+    total = 0
+    for name, choice in choices.items():
+        for log, value in zip(logs[name], rows_of(choice, arch[name]), strict=True):
+            if not (choice.keep and value == "none"):
+                total += log[choice.options.index(value)]
+    return total
+
+
+def combinations_by_likelihood(rows):
+    """Every combination of one option a row, the likeliest first. rows: [(logarithms, options)]"""
+    rows = [sorted(zip(logs, options, strict=True), key=lambda pair: -pair[0])
+            for logs, options in rows]
+
+    def entry(ranks):
+        return -sum(row[rank][0] for row, rank in zip(rows, ranks, strict=True)), ranks
     heap = [entry((0,) * len(rows))]
     seen = {heap[0][1]}
     while heap:
-        _, place = heapq.heappop(heap)
-        yield [row[i][1] for row, i in zip(rows, place, strict=True)]
-        for n in range(len(rows)):
-            new = (*place[:n], place[n] + 1, *place[n + 1:])
+        _, ranks = heapq.heappop(heap)
+        yield [row[rank][1] for row, rank in zip(rows, ranks, strict=True)]
+        for n in range(len(rows)): # the next likely ones: one row goes down one rank
+            new = (*ranks[:n], ranks[n] + 1, *ranks[n + 1:])
             if new[n] < len(rows[n]) and new not in seen:
                 seen.add(new)
                 heapq.heappush(heap, entry(new))
 
+# -----------------------------------------------------------------------------
+# loss against cost, in the search for a Pareto front
 
-def likelihood(choices, arch, logs):
-    """The sum of the logarithms of an architecture's options, name -> [row of them]; rows that a node does not keep do not count."""
-    return sum(row[c.options.index(value)] for name, c in choices.items()
-               for row, value in zip(logs[name], arch[name] if c.repeat else [arch[name]], strict=True) if not (c.keep and value == "none"))
+def nondominated_sort(points):
+    """The indices of points in fronts, the best front first (Deb et al. 2002).
 
-
-def changed(choices, arch, name, unit):
-    """Every architecture that differs in this row, or in one of the operations that a node keeps, at its edge or at another."""
-    c = choices[name]
-    if not c.repeat:
-        yield from (arch | {name: option} for option in c.options if option != arch[name])
-        return
-    stay = [i for i in unit if arch[name][i] != "none"] if c.keep else unit
-    for old, new in itertools.product(stay, unit if c.keep else [None]):
-        if c.keep and new != old and new in stay:
-            continue
-        for option in c.options:
-            rows = list(arch[name])
-            if c.keep:
-                rows[old] = "none"
-            rows[old if new is None else new] = option
-            if rows != list(arch[name]) and not (c.keep and option == "none"):
-                yield arch | {name: rows}
+    points: tuples to be minimised. No point is dominated by one of its own or of a later front.
+    """
+    def dominates(a, b):
+        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+    remaining, fronts = list(range(len(points))), []
+    while remaining:
+        fronts.append([i for i in remaining
+                       if not any(dominates(points[j], points[i]) for j in remaining)])
+        remaining = [i for i in remaining if i not in fronts[-1]]
+    return fronts
 
 
-def make_budget(net, config, cost, drawn=None):
-    """The Budget that config's targets say, of what a progressive shrinking draws in the end; or None."""
-    targets = {name: getattr(config, f"target_{name}") for name in ("params", "flops", "latency") if getattr(config, f"target_{name}")}
-    return Budget(net.choices, cost, targets, config.budget_penalty, drawn) if targets else None
+def pareto_rank(history, cost):
+    """The history of a search for small loss and small cost(arch), front by front.
+
+    The first entries of a front are spread over it: it is ordered by its cost and thinned to every
+    second entry again and again.
+    """
+    order = []
+    for front in nondominated_sort([(loss, cost(arch)) for loss, arch in history]):
+        by_cost = sorted(front, key=lambda i: cost(history[i][1]))
+        stride = 1 << max(len(by_cost) - 1, 0).bit_length()
+        while stride:
+            order += [i for i in by_cost[::stride] if i not in order]
+            stride //= 2
+    return [history[i] for i in order]
+
+# -----------------------------------------------------------------------------
+# latency, predicted from a table
+
+def network_id(net, config):
+    """What two runs on the same networks have in common: the space, its choices, some costs."""
+    choices = {name: list(choice.options) for name, choice in net.choices.items()}
+    costs = [net.cost(uniform(net.choices, rng("network", i))) for i in range(3)]
+    return {"space": config.space, "choices": choices, "costs": costs}
 
 
-def network_of(net, config):
-    """What two runs agree in whose networks are the same: the space, its choices, and what some of its architectures cost."""
-    return {"space": config.space, "choices": {name: list(c.options) for name, c in net.choices.items()},
-            "costs": [net.cost(uniform(net.choices, rng("network", i))) for i in range(3)]}
+def latency_key(net, of, batch_size, length):
+    """The key of a measurement in a latency table, such as 'prefill 1 x 256'.
+
+    length: in tokens, 0 for the network's block_size. Networks of images have no length.
+    """
+    block_size = getattr(net.config, "block_size", None)
+    return f"{of} {batch_size} x {length or block_size}" if block_size else f"{of} {batch_size}"
 
 
-def latency_key(config, of, batch_size, length):
-    """What is measured, in words that are its key in a latency table; length 0 is block_size. An image has no length."""
-    return f"{of} {batch_size} x {length or config.block_size}" if config.space == "gpt" else f"{of} {batch_size}"
+def latency_features(net, arch_weights):
+    """The features that the latency is a linear function of: {name: float64 tensor}.
 
-
-def latency_features(net, weights):
-    """What the latency of a network is a linear function of, {name: float64 tensor}, itself linear in each row of the weights: of a GPT how
-    often it has each part, (n_embd, options); of others params, flops and how often each option is there, in all
-    rows and in each."""
-    weights = {name: w.double().cpu() for name, w in weights.items()}
-    shares = dict(weights)
-    for name, c in net.choices.items():
-        if c.depth: # what a layer chooses counts with the chance that it runs
-            runs = torch.tensor(net.choices[c.depth].options) > torch.arange(c.repeat).unsqueeze(-1) # (repeat, depths)
-            shares[name] = (runs.double() @ weights[c.depth]).unsqueeze(-1) * weights[name]
+    With net.latency_parts(): how often the network has each part. Without: params, flops and how
+    often each option is in use, over all rows and in each row. Each is linear in each weights' row.
+    """
+    arch_weights = {name: w.double().cpu() for name, w in arch_weights.items()}
+    shares = dict(arch_weights)
+    for name, choice in net.choices.items():
+        if choice.depth: # a layer's choice counts with the chance that the layer runs
+            depths = torch.tensor(net.choices[choice.depth].options)
+            runs = depths > torch.arange(choice.repeat).unsqueeze(-1) # (repeat, depths)
+            chance = runs.double() @ arch_weights[choice.depth] # (repeat,)
+            shares[name] = chance.unsqueeze(-1) * arch_weights[name]
     if hasattr(net, "latency_parts"):
         return net.latency_parts(shares)
-    cost = net.cost(weights)
+    cost = net.cost(arch_weights)
     counts = {f"all {name}": share.sum(0) for name, share in shares.items() if share.dim() == 2}
-    return {"constant": torch.ones(()).double(), "params": cost["params"], "flops": cost["flops"], **counts, **shares}
+    totals = {"constant": torch.ones((), dtype=torch.float64),
+              "params": cost["params"], "flops": cost["flops"]}
+    return totals | counts | shares
 
 
-def latency(net, ms):
-    """A function from weights, or an architecture, to milliseconds: float64 and linear in each row of the weights. ms: {name of a feature:
-    the milliseconds of each}."""
+def latency_predictor(net, ms):
+    """A function from an architecture to milliseconds, or from arch_weights to their expectation.
+
+    ms: {feature: the milliseconds of each entry of it}. The expectation is float64, and linear in
+    each row of the weights.
+    """
     ms = {name: torch.tensor(values, dtype=torch.float64) for name, values in ms.items()}
 
     def predict(arch):
-        mixed = all(torch.is_tensor(w) for w in arch.values())
-        found = latency_features(net, arch if mixed else one_hot(net.choices, arch))
-        total = sum((ms[name] * feature).sum() for name, feature in found.items())
-        return total if mixed else total.item()
+        is_mixture = all(torch.is_tensor(value) for value in arch.values())
+        features = latency_features(net, arch if is_mixture else one_hot(net.choices, arch))
+        total = sum((ms[name] * feature).sum() for name, feature in features.items())
+        return total if is_mixture else total.item()
     return predict
 
 
 def load_latency(net, config):
-    """The latency() that config's table predicts, or None. SystemExit if the table is of another space or lacks what config asks for."""
-    path, key = config.latency_table, latency_key(config, config.latency_of, config.latency_batch_size, config.latency_length)
+    """The latency_predictor() of config.latency_table, or None without one.
+
+    SystemExit if the table is of another space, or lacks what config asks for.
+    """
+    path = config.latency_table
     if not path:
-        if config.target_latency or (config.arch_search == "pareto" and config.pareto_cost == "latency"):
-            raise SystemExit("A target or a front of latency needs a --latency_table: measure it by python bench.py latency.")
+        if config.target_latency:
+            raise SystemExit(f"target_latency={config.target_latency} needs a --latency_table: "
+                             "measure one with python bench.py latency.")
+        if config.arch_search == "pareto" and config.pareto_cost == "latency":
+            raise SystemExit("pareto_cost='latency' needs a --latency_table: "
+                             "measure one with python bench.py latency.")
         return None
     table = read_json(path)
-    if table.get("network") != network_of(net, config):
-        raise SystemExit(f"latency_table='{path}' is of another space, or of other sizes in it: run python bench.py "
-                         "latency with this search's config.")
+    if table.get("network") != network_id(net, config):
+        raise SystemExit(f"latency_table='{path}' is of another space, or of other sizes in it: "
+                         "run python bench.py latency with this search's config.")
+    key = latency_key(net, config.latency_of, config.latency_batch_size, config.latency_length)
     if key not in table["latencies"]:
-        raise SystemExit(f"latency_table='{path}' has no {key}, but {', '.join(table['latencies'])}: choose one of these by latency_of, "
-                         "latency_batch_size and latency_length, or measure it by python bench.py latency.")
-    return latency(net, table["latencies"][key]["ms"])
+        measured = ", ".join(table["latencies"])
+        raise SystemExit(f"latency_table='{path}' has no {key}, but {measured}: "
+                         "choose one of these with latency_of, latency_batch_size and "
+                         "latency_length, or measure it with python bench.py latency.")
+    return latency_predictor(net, table["latencies"][key]["ms"])
 
 
 def with_latency(net, arch, predict):
-    """net.cost(), with the latency in milliseconds where there is a load_latency() that predicts it."""
+    """net.cost(arch), with the latency in milliseconds if predict is a latency_predictor()."""
     return net.cost(arch) | ({"latency": predict(arch)} if predict else {})
+
+# -----------------------------------------------------------------------------
+# tables of trained architectures
+
+def architectures(choices):
+    """Every architecture of the space, once."""
+    free = [name for name, c in choices.items() if not c.depth]
+    layered = [name for name, c in choices.items() if c.depth]
+    for values in itertools.product(*(all_rows(choices[name]) for name in free)):
+        arch = {name: list(rows) if choices[name].repeat else rows[0]
+                for name, rows in zip(free, values, strict=True)}
+        layers = (itertools.product(choices[name].options, repeat=arch[choices[name].depth])
+                  for name in layered)
+        for values_of_layers in itertools.product(*layers):
+            found = arch | dict(zip(layered, map(list, values_of_layers), strict=True))
+            yield {name: found[name] for name in choices}
+
+
+def all_rows(choice):
+    """Every tuple of rows that a choice without depth allows."""
+    if not choice.keep:
+        return itertools.product(choice.options, repeat=choice.repeat or 1)
+    operations = [o for o in choice.options if o != "none"]
+
+    def rows_of_node(n):
+        for edges in itertools.combinations(range(n), choice.keep):
+            for kept in itertools.product(operations, repeat=choice.keep):
+                by_edge = dict(zip(edges, kept, strict=True))
+                yield tuple(by_edge.get(i, "none") for i in range(n))
+    return (sum(nodes, ()) for nodes in itertools.product(*map(rows_of_node, choice.inputs)))
 
 
 def read_table(path):
-    """The rows of a table, dicts: of a .csv or .csv.gz with a header, or of a .json, {genotype: accuracy or {column: value}}."""
+    """The rows of a table as dicts.
+
+    path: a .csv or .csv.gz with a header, or a .json of {genotype: accuracy or {column: value}}.
+    """
     try:
         if path.endswith(".json"):
             rows = read_json(path).items()
-            return [{"genotype": text, **(row if isinstance(row, dict) else {"test_acc": row})} for text, row in rows]
+            return [{"genotype": text, **(row if isinstance(row, dict) else {"test_acc": row})}
+                    for text, row in rows]
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", newline="") as f:
             return list(csv.DictReader(f))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error, AttributeError) as e:
-        raise SystemExit(f"The table {path} cannot be read ({e}): give a .csv, .csv.gz or .json of architectures and accuracies.") from None
+        raise SystemExit(f"The table {path} cannot be read ({e}): give a .csv, .csv.gz or .json of "
+                         "architectures and accuracies.") from None
 
 
-def official_rows(path, space, dataset):
-    """The rows of an official benchmark file, by its own Python package, which unpickles it: of NAS-Bench-201, a .pth, by nas_201_api,
-    of NATS-Bench by nats_bench. Test accuracies after 200 epochs, of the sizes after 90; the mean over the seeds that there are."""
+def official_rows(path, module, dataset):
+    """The rows of an official benchmark file, read by its own Python package, which unpickles it.
+
+    A .pth is NAS-Bench-201, read by nas_201_api; others are NATS-Bench, read by nats_bench.
+    module: the space's. Its NATS_BENCH, if it has one, names its part of NATS-Bench and the epochs
+    of the trainings. Accuracies are means over the seeds on the test set.
+    """
+    part, epochs = getattr(module, "NATS_BENCH", ("tss", "200"))
     try:
         if path.endswith(".pth"):
             from nas_201_api import NASBench201API
             api = NASBench201API(path, verbose=False)
         else:
             from nats_bench import create
-            api = create(path, "sss" if space == "nats_size" else "tss", fast_mode=os.path.isdir(path), verbose=False)
+            api = create(path, part, fast_mode=os.path.isdir(path), verbose=False)
     except ImportError as e:
-        raise SystemExit(f"benchmark={path} needs the package of that benchmark ({e}): pip install nats_bench or nas-bench-201, or give "
-                         "a .csv, .csv.gz or .json.") from None
-    name, hp = {"imagenet16_120": "ImageNet16-120"}.get(dataset, dataset), "90" if space == "nats_size" else "200"
-    return [{"genotype": api.arch(i), "test_acc": api.get_more_info(i, name, hp=hp, is_random=False)["test-accuracy"]}
-            for i in tqdm(range(len(api)), desc="benchmark", unit=" architectures")]
+        raise SystemExit(f"benchmark={path} needs the package of that benchmark ({e}): "
+                         "pip install nats_bench or nas-bench-201, or give a .csv, .csv.gz or "
+                         ".json.") from None
+    name, rows = {"imagenet16_120": "ImageNet16-120"}.get(dataset, dataset), []
+    for i in tqdm(range(len(api)), desc="benchmark", unit=" architectures"):
+        info = api.get_more_info(i, name, hp=epochs, is_random=False)
+        rows.append({"genotype": api.arch(i), "test_acc": info["test-accuracy"]})
+    return rows
 
 
 class Benchmark:
-    """The accuracies, in %, of trained architectures of a space: of its rows' column test_acc, the mean over the rows of one architecture.
+    """The accuracies of a space's trained architectures, in %; the mean where one has several rows.
 
-    Rows: see read_table() and official_rows(). module: the space's, whose columns() tell architectures apart, or in their place a
-    column `genotype`; arch: any of its architectures.
+    path: of a table for read_table() or official_rows(), with a column test_acc. module: the
+    space's, whose columns(arch) tell architectures apart unless the table has a column `genotype`.
+    arch: any architecture of the space.
     """
     def __init__(self, path, module, arch, dataset=""):
-        self.path, self.module, found = path, module, {}
-        tables = path.endswith((".csv", ".csv.gz", ".json"))
-        rows = read_table(path) if tables else official_rows(path, module.__name__.split(".")[-1], dataset)
-        self.names = ["genotype"] if rows and "genotype" in rows[0] else list(module.columns(arch))
+        self.path, self.module = path, module
+        if path.endswith((".csv", ".csv.gz", ".json")):
+            rows = read_table(path)
+        else:
+            rows = official_rows(path, module, dataset)
+        has_genotypes = bool(rows) and "genotype" in rows[0]
+        self.columns = ["genotype"] if has_genotypes else list(module.columns(arch))
+        found = {}
         for number, row in enumerate(rows, 1):
             try:
-                found.setdefault(self.key(row), []).append(float(row["test_acc"]))
+                found.setdefault(self.row_key(row), []).append(float(row["test_acc"]))
             except (KeyError, TypeError, ValueError) as e:
-                raise SystemExit(f"The table {path} has no test_acc, or not the columns of this space, in row {number} ({e}).") from None
+                raise SystemExit(f"The table {path} has no test_acc, or not the columns of this "
+                                 f"space, in row {number} ({e}).") from None
         if not found:
-            raise SystemExit(f"The table {path} is empty: give one that holds architectures and their accuracies.")
+            raise SystemExit(f"The table {path} is empty: give one with architectures.")
         self.accuracies = {key: sum(values) / len(values) for key, values in found.items()}
         self.sorted = sorted(self.accuracies.values(), reverse=True)
 
-    def key(self, row):
-        return tuple(str(row[name]) for name in self.names)
+    def row_key(self, row):
+        return tuple(str(row[name]) for name in self.columns)
 
     def __call__(self, arch):
-        """{"accuracy", "rank", "of", "percentile", "regret"}: rank 1 is the best of the table, regret what the best has more; in %."""
-        text = self.module.genotype(arch)
-        accuracy = self.accuracies.get(self.key({"genotype": text, **self.module.columns(arch)}))
-        if accuracy is None:
-            raise SystemExit(f"The table {self.path} lacks the architecture {text}: give this space's table, or leave out --benchmark.")
-        better, of = bisect.bisect_left(self.sorted, -accuracy, key=lambda value: -value), len(self.sorted)
-        return {"accuracy": accuracy, "rank": better + 1, "of": of, "percentile": 100 * (1 - better / of),
-                "regret": self.sorted[0] - accuracy}
+        """{"accuracy", "rank", "of", "percentile", "regret"} of an architecture.
+
+        Rank 1 is the best of the table. regret: by how many % the best is more accurate.
+        """
+        genotype = self.module.genotype(arch)
+        key = self.row_key({"genotype": genotype, **self.module.columns(arch)})
+        if key not in self.accuracies:
+            raise SystemExit(f"The table {self.path} lacks the architecture {genotype}: "
+                             "give this space's table, or leave out --benchmark.")
+        accuracy, of = self.accuracies[key], len(self.sorted)
+        better = bisect.bisect_left(self.sorted, -accuracy, key=lambda value: -value)
+        return {"accuracy": accuracy, "rank": better + 1, "of": of,
+                "percentile": 100 * (1 - better / of), "regret": self.sorted[0] - accuracy}
 
     def random_best(self, draws):
-        """The expected accuracy of the best of so many different architectures drawn at random: sum_i accuracy_i P(it is the best)."""
+        """The expected accuracy of the best of so many different random architectures.
+
+        The sum over architectures of the accuracy times the chance that it is the best one drawn.
+        """
         n, draws = len(self.sorted), min(draws, len(self.sorted))
-        best, left = 0.0, 1.0 # the chance that none of the i better ones is drawn
+        expected, none_better = 0.0, 1.0 # none_better: the chance that no better one is drawn
         for i, accuracy in enumerate(self.sorted):
-            first = left * draws / (n - i)
-            best, left = best + first * accuracy, left - first
-        return best
+            is_best = none_better * draws / (n - i)
+            expected, none_better = expected + is_best * accuracy, none_better - is_best
+        return expected

@@ -174,3 +174,31 @@ def window_attention(qkv, q_scale, y_scale, n_head, bias, mask=None):
             out = F.scaled_dot_product_attention(q, k, v, b.to(q.dtype), scale=1.0).reshape(B, h, *v.shape[2:])
         y = y + out.transpose(1, 2).flatten(2) * y_scale[j].to(q.dtype)
     return y
+
+
+def rotary(qkv, n_head, past=0):
+    """RoPE (Su et al. 2021): rotates channels 2i and 2i + 1 of every head of the queries and keys
+    by position * 10000^(-2i/d). qkv: (B, T, 3n); past: how many tokens came before."""
+    T, n = qkv.shape[1], qkv.shape[2] // 3
+    a, b = qkv[..., :2 * n].unflatten(2, (2 * n_head, -1, 2)).unbind(-1) # (B, T, 2 n_head, d / 2)
+    frequency = 10000 ** (-torch.arange(a.shape[3], device=qkv.device) / a.shape[3]) # (d / 2,)
+    position = torch.arange(past, past + T, device=qkv.device)
+    angle = torch.outer(position, frequency).unsqueeze(1) # (T, 1, d / 2)
+    cos, sin = angle.cos(), angle.sin()
+    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(2) # (B, T, 2n)
+    return torch.cat((rotated.to(qkv.dtype), qkv[..., 2 * n:]), 2)
+
+
+def mixed_rotary_attention(qkv, n, p, y_scale, n_head, dropout=0.0):
+    """mixed_attention() with RoPE, for widths n with weights p: heads of n_k / n_head[j] channels,
+    and scores sum_k p_k scores_k. Each width rotates by frequencies of its own, so the queries and
+    keys of all widths stand side by side."""
+    y, v = 0.0, qkv.chunk(3, dim=2)[2]
+    for j, h in enumerate(n_head):
+        # width e uses the first e / h channels of every head
+        parts = [qkv.unflatten(2, (3 * h, -1))[..., :e // h].flatten(2) for e in n]
+        parts = [rotary(part, h).unflatten(2, (3, h, -1)).unbind(2) for part in parts]
+        q = [part[0] * (w * (e / h) ** -0.5) for part, e, w in zip(parts, n, p, strict=True)]
+        q, k = torch.cat(q, -1).flatten(2), torch.cat([part[1] for part in parts], -1).flatten(2)
+        y = y + causal_attention(q, k, v, h, dropout, scale=1.0) * y_scale[j].to(v.dtype)
+    return y

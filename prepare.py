@@ -1,7 +1,8 @@
 """
 Turns text or images into data/<name>/{train,val}.bin or .npy + meta.json, once, and hands out batches of it to the trainers.
 
-    python prepare.py                                       # pydocs: this Python's own documentation, no network
+    python prepare.py                           # pydocs: Python 3.11.7's documentation, no network
+    python prepare.py --dataset=this_python     # the same of the Python that runs, no network
     python prepare.py --dataset=shakespeare_char
     python prepare.py --dataset=tinystories                 # from Hugging Face
     python prepare.py --dataset=tinystories --path=train.txt.gz --val_path=valid.txt.gz      # the same from local files
@@ -72,7 +73,7 @@ from data import IMAGE_SETS, PAIR_SETS, TOKENIZER, codec, data_dir_option, bytes
 from data import load_tokens
 from run import read_json, rng, atomic_write, write_json
 
-dataset = "pydocs"  # pydocs, shakespeare_char, tinystories, openwebtext, text; of images: see IMAGE_SETS
+dataset = "pydocs"  # this_python, shakespeare_char, tinystories, openwebtext, text; see IMAGE_SETS
 path = ""  # a local file or folder in the place of the download; dataset=text, images and imagenet16_120 need it
 val_path = ""  # the same for the validation split of text
 img_size = 0  # pixels a side: images are cut to a square and resized; 0 = as they are; of pairs, see above, 0 = 480, 160 for sr_samples
@@ -81,7 +82,7 @@ make_low = False  # of pairs: makes every low resolution, also where the path ha
 tokenizer = ""  # char, gpt2, sentencepiece; '' = the data set's usual one
 vocab_size = 0  # of sentencepiece; 0 = 4096
 val_fraction = 0.0  # share of the validation split; 0 = 0.1, 0.2 for digits, and 0.0005 for openwebtext
-seed = 1337  # of the split of pydocs and openwebtext, and of the order of images
+seed = 1337  # of the split of pydocs, this_python and openwebtext, and of the order of images
 num_proc = 8  # threads that tokenize (gpt2, sentencepiece) or decode images
 data_dir = "data"
 name = ""  # folder in data_dir; '' = the data set's name
@@ -90,6 +91,9 @@ entries = [20, 2000]  # of the smallest and the largest shard, the others betwee
 test_entries = 256  # entries of the test split of all shards
 block_size = 64  # tokens an entry, which is one training sequence
 
+PYDOCS = Path(__file__).resolve().parent / "assets/pydocs.txt.xz"  # see read_pydocs()
+PYDOCS_PYTHON = "3.11.7"
+PYDOCS_SHA256 = "3903b23a0572dd373487bd861a8dfa535da72f92dd3ca4b7ff7584bbd2a88a70"  # of its text
 HUB = {"shakespeare_char": "karpathy/tiny_shakespeare", "tinystories": "roneneldan/TinyStories",
        "openwebtext": "Skylion007/openwebtext", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10",
        "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
@@ -97,7 +101,7 @@ COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label")}  # of
 VAL_FRACTION = {"digits": 0.2, "openwebtext": 0.0005}  # of the others: 0.1
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 END = "<|endoftext|>"
-SHORT = 60  # characters: pydocs drops shorter documents, and longer paragraphs that it has already
+SHORT = 60  # characters: python_docs() drops shorter documents, and longer paragraphs it has
 
 
 # ---- sources: for each split a function that returns its documents, so that they can be read twice, and how many they are
@@ -109,7 +113,7 @@ def python_docs():
     files = [f for f in sorted(lib.rglob("*.py")) if not skip & set(f.relative_to(lib).parts)]
     if not files:
         raise SystemExit(f"this Python keeps no sources of its standard library in {lib}: use a full installation of Python, "
-                         "or --dataset=text --path=FILE_OR_FOLDER")
+                         "or --dataset=pydocs, which needs none")
     from pydoc_data.topics import topics
     docs = list(topics.values())
     for file in tqdm(files, desc="docstrings", unit=" files"):
@@ -118,15 +122,42 @@ def python_docs():
                 docs.append(ast.get_docstring(node) or "")
     ascii_of = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "•": "*", "→": "->",
                               "×": "x", "≤": "<=", "\xa0": " "})
-    seen, top_edges = set(), []
+    seen, kept = set(), []
     # some topics contain other topics: the longest first, or the validation text would be trained on
     for doc in sorted({doc.translate(ascii_of) for doc in docs}, key=lambda doc: (-len(doc), doc)):
         paragraphs = [p for p in doc.split("\n\n") if len(p) < SHORT or p.strip() not in seen]
         seen.update(p.strip() for p in paragraphs)
         doc = "\n\n".join(paragraphs).strip()
         if len(doc) >= SHORT and doc.isascii():
-            top_edges.append(doc)
-    return top_edges
+            kept.append(doc)
+    return kept
+
+
+def read_pydocs():
+    """
+    Documents of assets/pydocs.txt.xz: those of python_docs() on Python 3.11.7, the same everywhere.
+    SystemExit if the file is missing or holds anything else.
+
+    Lines <|endoftext|> stand between them; none of them has such a line, many have blank ones. A
+    new PYDOCS_PYTHON makes the file anew, and its text has another PYDOCS_SHA256:
+        import lzma, prepare
+        text = f"\\n{prepare.END}\\n".join(prepare.python_docs()).encode()
+        prepare.PYDOCS.write_bytes(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+        print(prepare.bytes_hash(text))
+    """
+    try:
+        import lzma  # not at the top: a Python that was built without it can do all the rest
+        text = lzma.decompress(PYDOCS.read_bytes())
+        error = f"its text has {bytes_hash(text)}" if bytes_hash(text) != PYDOCS_SHA256 else ""
+    except ImportError as missing:
+        raise SystemExit(f"this Python was built without lzma, which reads {PYDOCS} ({missing}): "
+                         "use one that has it, or --dataset=this_python") from None
+    except (OSError, lzma.LZMAError) as found:
+        error = getattr(found, "strerror", None) or found
+    if error:
+        raise SystemExit(f"{PYDOCS} does not hold the text of sha256 {PYDOCS_SHA256} ({error}): "
+                         "take the file from the repository again, or use --dataset=this_python")
+    return text.decode().split(f"\n{END}\n")
 
 
 def open_any(file, mode, encoding=None):
@@ -250,7 +281,7 @@ def read_splits(dataset, path, val_path, val_fraction, seed):
         parts = download(dataset, "train").train_test_split(test_size=val_fraction, seed=seed)
         train, val = parts["train"]["text"], parts["test"]["text"]
     else:
-        docs = python_docs()
+        docs = read_pydocs() if dataset == "pydocs" else python_docs()
         random.Random(seed).shuffle(docs)
         n = int((1 - val_fraction) * len(docs))
         train, val = docs[:n], docs[n:]
@@ -711,8 +742,10 @@ def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer, 
     check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction, img_size, num_proc, shards, scale)
     # with the size of the files: a rerun must not take other text for the same
     source = ", ".join(f"{p} ({sum(f.stat().st_size for f in list_files(outside(p))):,} bytes)" for p in (path, val_path) if p)
+    version = PYDOCS_PYTHON if dataset == "pydocs" else platform.python_version()
     source = source or HUB.get(dataset) or (
-        f"scikit-learn's {dataset}" if dataset in ("digits", "sr_samples") else f"documentation of Python {platform.python_version()}")
+        f"scikit-learn's {dataset}" if dataset in ("digits", "sr_samples")
+        else f"documentation of Python {version}")
     settings = {"dataset": dataset, "source": source, "tokenizer": tokenizer, "val_fraction": val_fraction, "seed": seed}
     if dataset in IMAGE_SETS:
         settings = {"kind": "images", "dataset": dataset, "source": source, "resize": img_size, "val_fraction": val_fraction, "seed": seed}
@@ -823,7 +856,7 @@ def cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size):
 def prepare_own(config, run):
     """Makes the data sets that need no network, at their first use."""
     scale = vars(config).get("scale")
-    own = {"pydocs", "digits", "sr_samples"} & {config.dataset}
+    own = {"pydocs", "this_python", "digits", "sr_samples"} & {config.dataset}
     folder = f"{config.dataset}_x{scale}" if scale else config.dataset
     if own and run.master and not os.path.exists(os.path.join(config.data_dir, folder, "meta.json")):
         prepare(dataset=config.dataset, data_dir=config.data_dir, **{"scale": scale} if scale else {})

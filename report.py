@@ -35,16 +35,17 @@ from scipy.stats import kendalltau, spearmanr, ttest_ind
 from tqdm import tqdm
 
 from train_base import * # noqa: F403 (its keys; first, so that the names below win)
-from analyze import BLUE, GREY, RED, has_alphas, save_figure, search_figure
+from analyze import BLUE, GREY, RED, save_figure, search_figure
 from budget import Budget, load_latency, make_budget, with_latency
-from configurator import as_list, check_range, check_whole, configure, given
+from configurator import (WHOLE, as_list, at_least, check_limits, check_rules, configure, given)
 from fused_ops import use_fused_ops
-from optim_nas import arch_key, best_of, random_search, uniform
-from run import add_checksum, append, atomic_write, content_hash, load_checkpoint, load_model, main
-from run import read_json, read_lines, resumes, rng, setup, silenced, verify_checksum, write_json
-from search_spaces import build, describe, space_module, with_space
+from optim_nas import METHODS, arch_key, best_of, random_search, uniform
+from run import (add_checksum, append, atomic_write, content_hash, is_resuming, load_checkpoint,
+                 load_model, main, read_json, read_lines, rng, setup, silenced, verify_checksum,
+                 write_json)
+from search_spaces import build, data_kind, text_of, with_space
 from supernet import check_arch, extremes
-from train import check_run
+from train import check_config
 from train_base import read_arch, train_found
 from train_search import read_phases, score, split_data
 
@@ -61,12 +62,30 @@ max_iters = 300
 warmup_iters = 30
 # -----------------------------------------------------------------------------
 
+LIMITS = {"seeds": WHOLE, "max_iters": at_least(1),
+          **dict.fromkeys(("n_random", "n_pick", "n_rank"), at_least(0))}
+RULES = [
+    (lambda c: len(set(as_list(c.seeds))) < max(2, len(as_list(c.seeds))),
+     "seeds={seeds} must be two or more different ones, such as --seeds=[1,2,3]."),
+    (is_resuming,
+     "init_from='{init_from}' continues a training, which a report does by itself: leave it out."),
+    (lambda c: c.n_rank in (1, 2),
+     "n_rank={n_rank} networks have no order to speak of: take 3 or more, or 0."),
+    (lambda c: not c.val_portion,
+     "val_portion=0.0 leaves nothing to choose the strongest rival by: give a share, such as "
+     "--val_portion=0.1."),
+    (lambda c: not os.path.exists(os.path.join(c.out_dir, "result.json")),
+     "{out_dir} holds no finished search: end it by python train_search.py --init_from=resume, or "
+     "name another OUT_DIR.")]
+
 NOT_OF_A_TRAINING = ("out_dir", "overwrite", "seed", "seeds", "latency_table", "n_random", "n_pick",
                      "n_rank") # keys of a report that change no training
 SIGNIFICANCE = 0.05 # two networks count as different if p is below it
 DESCRIPTIONS = {"found": "found by the search", "largest": "uses most of the budget",
                 "standard": "nanoGPT's proportions", "random": "drawn at random",
                 "picked": "the best of {n_pick} random ones by inherited weights"}
+METRICS = {"loss": ("test loss", 1), "acc": ("test accuracy in %", -1),
+           "psnr": ("test PSNR in dB", -1)} # name, and 1 where small is good
 CSS = """:root{color-scheme:light}
 body{max-width:60rem;margin:0 auto;padding:1rem 1rem 3rem;font:16px/1.55 system-ui,sans-serif;
 color:#222;background:#fff}
@@ -84,24 +103,6 @@ td{display:flex;justify-content:space-between;gap:1rem;padding:.1rem 0;border:0}
 td:first-child{font-weight:600}
 td+td::before{content:attr(data-label);color:#666;flex:none}
 td:empty{display:none}.text td{display:block}.text td::before{display:none}}"""
-
-
-def is_hard(optimizer):
-    """Whether a search method runs one architecture at a time, and not a mixture."""
-    return optimizer in ("gdas", "spos")
-
-
-def reads_tokens(space):
-    """Whether the networks of a space read tokens, and not images."""
-    return space == "gpt"
-
-
-def arch_text(arch, space):
-    """An architecture in its space's text form, which equal networks share.
-
-    Architectures themselves may differ in blocks that the network does not have.
-    """
-    return getattr(space_module(space), "genotype", describe)(arch)
 
 # -----------------------------------------------------------------------------
 # the search, and its supernet's inherited weights
@@ -121,20 +122,20 @@ def load_supernet(config):
     ours |= {"out_dir": config["out_dir"], "zero_stage": 0}
     ours["init_from"] = "resume" # a GPT-2's vocabulary is not rounded up
     search = SimpleNamespace(**checkpoint["config"] | ours)
-    check_run(search)
+    check_config(search)
     run = setup(search)
     if run.world > 1:
         raise SystemExit(f"A report is made by one process, not by {run.world}: start it by "
                          "python, without torchrun.")
-    splits = split_data(search, run)
-    use_fused_ops(search.fused and run.device_type == "cpu" and not reads_tokens(search.space))
+    splits, _ = split_data(search, run)
     net = build(vars(search)).to(run.device)
+    use_fused_ops(search.fused and run.device_type == "cpu" and net.has_plain_kernels)
     if pruned:
         net.prune(pruned)
     load_model(net, checkpoint, path)
 
     def loss_of(arch):
-        return score(net, net, arch, splits, search, run)["loss"]
+        return score(net, net, arch, splits, search, run)[0]["loss"]
     memory = os.path.join(config["out_dir"], "report", "inherited.jsonl")
     return search, net, splits, remembered(loss_of, content_hash(checkpoint["model"])[:12], memory)
 
@@ -174,6 +175,11 @@ def search_budget(net, search, found):
     return Budget(net.choices, net.cost, params, drawn=drawn), True
 
 
+def has_standard(space):
+    """Whether nanoGPT's proportions mean something in a space: in those that take tokens."""
+    return data_kind(space).units == "tokens"
+
+
 def largest_in_budget(choices, budget, generator, text=arch_key, other_than=None):
     """The architecture that uses most of the budget, of the ends of 20 climbs from random ones.
 
@@ -185,11 +191,11 @@ def largest_in_budget(choices, budget, generator, text=arch_key, other_than=None
 
     ends = []
     for _ in range(20):
-        start = budget.whole(uniform(choices, generator))
+        start = budget.with_all_layers(uniform(choices, generator))
         ends.append(check_arch(choices, budget.hill_climb(start, used, generator)))
     excluded = [text(other_than)] if other_than else []
     allowed = [arch for arch in ends if text(arch) not in excluded]
-    return max(allowed, key=lambda arch: used(arch, budget.of(arch)), default=None)
+    return max(allowed, key=lambda arch: used(arch, budget.cost_of(arch)), default=None)
 
 
 def standard_shape(choices, budget, head_size=0):
@@ -207,7 +213,7 @@ def standard_shape(choices, budget, head_size=0):
         arch = {"n_layer": depth, "n_embd": width, "n_head": [heads] * depth,
                 "mlp_ratio": [closest("mlp_ratio", 4)] * depth}
         arch = {name: arch[name] for name in choices} # in the space's order
-        used = budget.utilization(budget.of(arch))
+        used = budget.utilization(budget.cost_of(arch))
         if used <= 1:
             fitting.append((used, abs(math.log(width / depth / 64)), arch))
     most = max((used for used, _, _ in fitting), default=0)
@@ -225,11 +231,11 @@ def networks_of(net, found, budget, loss_of, config, own=False):
         generator = rng(config["seed"], purpose)
         return random_search(budget.drawn, evaluate, n, generator, budget) # [(loss, arch)]
 
-    text = partial(arch_text, space=found["space"])
+    text = partial(text_of, space=found["space"])
     archs = {"found": found["arch"]}
     archs["largest"] = largest_in_budget(budget.drawn, budget, rng(config["seed"], "largest"), text,
                                          found["arch"] if own else None)
-    if reads_tokens(found["space"]):
+    if has_standard(found["space"]):
         archs["standard"] = standard_shape(net.choices, budget, found["model"]["head_size"])
     if config["n_pick"]:
         archs["picked"] = best_of(draw(loss_of, config["n_pick"], "pick"))[1]
@@ -314,7 +320,7 @@ def batch_flops(net, choices, search):
     """
     options = [option for c in net.choices.values() for option in c.options]
     weights = {}
-    if is_hard(search.optimizer):
+    if METHODS[search.optimizer].is_hard:
         for name, c in net.choices.items():
             row = torch.tensor([float(option in choices[name].options) for option in c.options])
             weights[name] = (row / row.sum()).expand(c.shape)
@@ -342,7 +348,7 @@ def search_flops(net, search, evaluated, first=None):
                  (net, net.choices, subnets, search.max_iters - half)]
 
     alphas_cost = 0
-    if has_alphas(search.optimizer):
+    if METHODS[search.optimizer].has_alphas:
         alphas_cost = 12 if search.order == 2 else 2
     passes = evaluated * search.eval_iters
     total = passes * batch_flops(net, phases[-1].choices, search)
@@ -373,12 +379,10 @@ def search_cost(net, search, out):
 # -----------------------------------------------------------------------------
 # the numbers
 
-def metric_of(result):
-    """(key, sign, name) of what is compared: accuracy, PSNR or loss. sign: 1 if small is good."""
-    for key, name in (("acc", "test accuracy in %"), ("psnr", "test PSNR in dB")):
-        if f"test_{key}" in result:
-            return key, -1, name
-    return "loss", 1, "test loss"
+def metric_of(config):
+    """(key, name, sign) of what is compared: accuracy, PSNR or loss. sign: 1 if small is good."""
+    key = data_kind(config["space"]).metric or "loss"
+    return key, *METRICS[key]
 
 
 def compare(found, rival, sign):
@@ -443,12 +447,12 @@ def network_numbers(archs, results, budget, config):
 
     Those of rivals also have what compare() says. archs: "found" is the first.
     """
-    key, sign, _ = metric_of(next(iter(results.values())))
+    key, _, sign = metric_of(config)
     numbers = {}
     for name, arch in archs.items():
         runs = [results[arch_key(arch), seed] for seed in as_list(config["seeds"])]
         line = {"arch": arch, "params": runs[0]["params"], "flops": runs[0]["flops"],
-                "used": budget.utilization(budget.of(arch)),
+                "used": budget.utilization(budget.cost_of(arch)),
                 "hours": np.mean([run["seconds"] for run in runs]) / 3600,
                 "val": [run[f"best_val_{key}"] for run in runs],
                 "test": [run[f"test_{key}"] for run in runs]}
@@ -474,7 +478,7 @@ def training_costs(networks, cost, config):
 
 def rank_numbers(ranked, results, config):
     """"ranked" and "ranks" of report.json: the networks, and how well two predictors order them."""
-    key, sign, _ = metric_of(next(iter(results.values())))
+    key, _, sign = metric_of(config)
     runs = [results[arch_key(arch), as_list(config["seeds"])[0]] for _, arch in ranked]
     lines = [{"arch": arch, "inherited": loss, "trained": run[f"test_{key}"]}
              for (loss, arch), run in zip(ranked, runs, strict=True)]
@@ -496,7 +500,7 @@ def provenance(config, search, splits, run):
             "weight_decay", "val_portion")
     processor = platform.processor() or platform.machine()
     commits = dict.fromkeys(one["commit"] or "unknown" for one in (first, run))
-    unit = "tokens" if reads_tokens(config["space"]) else "images"
+    unit = data_kind(config["space"]).units
     uses = ("for the supernet's weights", "for its alphas", "of test")
     sizes = [f"{len(data):,} {use}" for data, use in zip(splits.values(), uses, strict=True)]
     return {"search": f"`python {shlex.join(first['argv'])}`",
@@ -574,7 +578,7 @@ def network_blocks(numbers, figure):
         else:
             rows.append([*row, "", "", ""])
         description = DESCRIPTIONS[name.split()[0]].format(**config)
-        kinds.append([name, f"{description}: `{arch_text(line['arch'], config['space'])}`"])
+        kinds.append([name, f"{description}: `{text_of(line['arch'], config['space'])}`"])
         if name.startswith("random"):
             random_means.append(np.mean(line["test"]))
 
@@ -601,7 +605,7 @@ def network_blocks(numbers, figure):
         ("figure", figure, f"The {metric} of every training. Bars are means; the line is the mean "
                            "of the found network."),
         ("table", ["network", "what it is"], kinds)]
-    if not reads_tokens(config["space"]):
+    if not has_standard(config["space"]):
         blocks.append(("p", "This space has no standard shape, so that rival is left out."))
     return blocks
 
@@ -713,32 +717,10 @@ def to_html(blocks):
 # -----------------------------------------------------------------------------
 # the script
 
-def check_report(config):
-    """SystemExit where the keys of a report do not go together, or there is no finished search."""
-    out, seeds, namespace = config["out_dir"], as_list(config["seeds"]), SimpleNamespace(**config)
-    check_whole(namespace, "seeds")
-    if len(set(seeds)) < max(2, len(seeds)):
-        raise SystemExit(f"seeds={seeds} must be two or more different ones, such as "
-                         "--seeds=[1,2,3].")
-    if resumes(namespace):
-        raise SystemExit(f"init_from='{config['init_from']}' continues a training, which a report "
-                         "does by itself: leave it out.")
-    check_range(namespace, 0, "n_random", "n_pick", "n_rank")
-    check_range(namespace, 1, "max_iters")
-    if config["n_rank"] in (1, 2):
-        raise SystemExit(f"n_rank={config['n_rank']} networks have no order to speak of: take 3 or "
-                         "more, or 0.")
-    if not config["val_portion"]:
-        raise SystemExit("val_portion=0.0 leaves nothing to choose the strongest rival by: give a "
-                         "share, such as --val_portion=0.1.")
-    if not os.path.exists(os.path.join(out, "result.json")):
-        raise SystemExit(f"{out} holds no finished search: end it by python train_search.py "
-                         "--init_from=resume, or name another OUT_DIR.")
-
-
 def report(config):
     """Writes the report on the search in config["out_dir"]; returns its numbers (report.json)."""
-    check_report(config)
+    check_limits(SimpleNamespace(**config), LIMITS)
+    check_rules(SimpleNamespace(**config), RULES)
     out, folder = config["out_dir"], os.path.join(config["out_dir"], "report")
     found = read_arch(os.path.join(out, "arch.json"), "")
     search, net, splits, loss_of = load_supernet(config)
@@ -749,7 +731,7 @@ def report(config):
     budget, archs, ranked = choose_networks(net, search, found, loss_of, config)
 
     def minutes_of(architectures):
-        tested = len(splits["val"]) / (search.block_size if reads_tokens(search.space) else 1)
+        tested = len(splits["val"]) / data_kind(search.space).units_per_sample(search)
         flops = [net.cost(arch)["flops"] for arch in architectures]
         total = sum(training_flops(one, config) + one * tested for one in flops)
         return 60 * cost["search_hours"] * total / cost["search_flops"]
@@ -757,7 +739,7 @@ def report(config):
     results = train_all(archs, ranked, found, minutes_of, config)
     networks = network_numbers(archs, results, budget, config)
     cost |= training_costs(networks, cost, config)
-    _, sign, metric = metric_of(next(iter(results.values())))
+    _, metric, sign = metric_of(config)
     sentence, strongest = verdict(networks, cost["bought"], sign, metric)
     one_run = run_folder(found["arch"], as_list(config["seeds"])[0], found, config)
     run = read_json(os.path.join(one_run, "run.json"))
@@ -787,8 +769,9 @@ def report_keys(argv):
     argv.sort(key=lambda arg: arg.startswith("--out_dir=")) # last: config files have an out_dir too
     if "--help" in argv or "-h" in argv:
         return configure(globals(), argv)
-    found = read_arch(os.path.join(given("out_dir", argv) or out_dir, "arch.json"), "")
-    return configure(with_space(globals(), found["space"], found["model"]), argv)
+    path = os.path.join(given("out_dir", argv) or out_dir, "arch.json")
+    found = read_arch(path, "")
+    return configure(with_space(globals(), found["space"], found["model"], path), argv)
 
 
 if __name__ == "__main__":

@@ -2,26 +2,26 @@
 Weight-entangled layers: every option of a size is a prefix of one shared weight.
 
 A layer's forward takes, after its input, the Size of each of its dimensions:
-    None              all channels: the plain layer, at the plain layer's cost
-    Size(n)           hard: the first n channels, by slicing, at the cost of the small layer
-    Size(n, share, p) mixture: option k uses n[k] channels and has weight p[k]; differentiable in p
-With one-hot weights a mixture computes what slicing computes (the law of exactness), because every channel that an
-option does not use is exactly zero, and never enters a norm, a softmax or a scale.
+    None             all channels: the plain layer, at the plain layer's cost
+    Size(n)          hard: the first n channels, by slicing, at the cost of the small layer
+    Size(n, ..., p)  a mixture: option k uses n[k] channels and has weight p[k]; differentiable in p
+With one-hot weights a mixture computes what slicing computes (the law of exactness): every channel
+that an option does not use is exactly zero, and never enters a norm, a softmax or a scale.
 
-Weight superposition: TangleNAS (Sukthanker et al. 2023), `sum_k p_k pad(W[:o_k, :i_k])`. For option sizes s_k,
-S(i) = sum of p_k with s_k > i is the share of the options that use channel i: most sums collapse to a product with S.
+Weight superposition is from TangleNAS (Sukthanker et al. 2023): sum_k p_k pad(W[:o_k, :i_k]).
+For option sizes s_k, S(i) = sum of p_k with s_k > i is the total weight of the options that use
+channel i, here called the coverage. Most of these sums become a product with S.
 """
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import fused_ops
+from configurator import ConfigError
 from fused_ops import mixed_linear, mixed_norm
 
 # -----------------------------------------------------------------------------
@@ -31,19 +31,19 @@ from fused_ops import mixed_linear, mixed_norm
 class Choice:
     """One decision of a search space.
 
-    options: list of what can be chosen. repeat: None, or how many layers choose for themselves.
-    depth: the name of the choice (such as "n_layer") that says how many of those layers are in use.
-    inputs, keep: the rows are the edges into the nodes of a cell, (2, 3) the first two into one, the next three into another; of each
-    node's, `keep` stay in the end, and the others are 'none', which is one of the options.
-    is_depth: it is a number of blocks, though it is the depth of no other choice.
-    Its weights, and its alphas, have the shape (len(options),) or (repeat, len(options)).
+    options: what can be chosen, in increasing order if they are numbers.
+    repeat: None, or the number of rows: how many layers (or edges) each make this choice.
+    depth: the name of the choice, such as "n_layer", that says how many of the rows are in use.
+    inputs, keep: the rows are the edges into the nodes of a cell: inputs=(2, 3) if the first two
+        enter one node and the next three another. Each node keeps `keep` of its edges in the end;
+        the others become 'none', which is one of the options.
+    Weights and alphas have the shape (len(options),) or (repeat, len(options)).
     """
     options: tuple
     repeat: int | None = None
     depth: str | None = None
     inputs: tuple = ()
     keep: int = 0
-    is_depth: bool = False
 
     @property
     def shape(self):
@@ -51,73 +51,161 @@ class Choice:
         return (k,) if self.repeat is None else (self.repeat, k)
 
     def units(self, used):
-        """The rows that are chosen together, as ranges, of the first `used` rows: those of a node, or every row on its own."""
+        """The rows that are chosen together, as ranges: a node's edges, or every row on its own."""
         ends = list(itertools.accumulate(self.inputs or (1,) * used, initial=0))
         return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
 def options_of(value, name, whole=True):
-    """The options of one config value: a number is one option, a list is a Choice. Raises SystemExit on a bad list."""
+    """The options of a config value: one number, or those of a list. Raises ConfigError unless they
+    are positive numbers, whole ones if `whole`, in increasing order."""
     options = tuple(value) if isinstance(value, list | tuple) else (value,)
     numbers = all(type(o) is int or (type(o) is float and not whole) for o in options)
     if not options or not numbers or list(options) != sorted(set(options)) or options[0] <= 0:
         kind = "whole numbers" if whole else "numbers"
-        raise SystemExit(f"{name}={value} must be one or more different positive {kind} in increasing order, such as {name}=[2, 4].")
+        raise ConfigError(f"{name}={value} must be one or more different positive {kind} in "
+                          f"increasing order, such as {name}=[2, 4].")
     return options
 
 
-def check_names(key, values, allowed):
-    """SystemExit unless the values of a key are different ones of those allowed."""
-    for value in values:
-        if value not in allowed or len(set(values)) < len(values):
-            raise SystemExit(f"{key}={list(values)} must be one or more different ones of {', '.join(allowed)}.")
-
-
 def check_arch(choices, arch):
-    """The arch with its unused per-layer entries dropped; SystemExit if it is not one of this space."""
+    """The architecture without the entries of layers that it does not use. Raises ConfigError if it
+    is not one of these choices."""
     if not isinstance(arch, dict) or set(arch) != set(choices):
-        got = sorted(arch) if isinstance(arch, dict) else arch
-        raise SystemExit(f"The architecture names {got}, but this search space chooses {sorted(choices)}.")
+        found = sorted(arch) if isinstance(arch, dict) else arch
+        raise ConfigError(f"The architecture names {found}, but this search space chooses "
+                          f"{sorted(choices)}.")
     checked = {}
     for name, choice in choices.items():
         values = arch[name] if choice.repeat else [arch[name]]
         used = arch[choice.depth] if choice.depth else choice.repeat or 1
-        if not isinstance(values, list | tuple) or not isinstance(used, int) or len(values) < used:
-            raise SystemExit(f"The architecture's {name}={arch[name]} needs a list of at least {used} entries, one a layer.")
+        known = isinstance(values, list | tuple) and isinstance(used, int)
+        if not known or len(values) < used:
+            raise ConfigError(f"The architecture's {name}={arch[name]} needs a list of at least "
+                              f"{used} entries, one a layer.")
         for value in values[:used]:
             if value not in choice.options:
-                raise SystemExit(f"The architecture's {name} has {value}, which is not one of {list(choice.options)}.")
-        checked[name] = [choice.options[choice.options.index(value)] for value in values[:used]] # 3 in the place of 3.0
-        checked[name] = checked[name] if choice.repeat else checked[name][0]
+                raise ConfigError(f"The architecture's {name} has {value}, which is not one of "
+                                  f"{list(choice.options)}.")
+        # the option itself: 3 where the file has 3.0
+        found = [choice.options[choice.options.index(value)] for value in values[:used]]
+        checked[name] = found if choice.repeat else found[0]
     return checked
 
 
 def one_hot(choices, arch):
-    """The weights, name -> (K,) or (repeat, K), that put everything on `arch`; layers that it does not use get option 0."""
+    """The weights that put everything on `arch`: {name: (K,) or (repeat, K)}. Layers that it does
+    not use get their first option."""
     weights = {}
     for name, choice in choices.items():
-        values = arch[name] if choice.repeat else [arch[name]]
-        index = [choice.options.index(v) for v in values[:choice.repeat or 1]]
-        index += [0] * ((choice.repeat or 1) - len(index))
-        weights[name] = F.one_hot(torch.tensor(index), len(choice.options)).float().view(choice.shape)
+        values, rows = arch[name] if choice.repeat else [arch[name]], choice.repeat or 1
+        index = [choice.options.index(value) for value in values[:rows]]
+        index = torch.tensor(index + [0] * (rows - len(index)))
+        weights[name] = F.one_hot(index, len(choice.options)).float().view(choice.shape)
     return weights
 
 
 def extremes(choices):
-    """The space's smallest and largest architecture: the first and the last option of everything."""
-    return [check_arch(choices, {name: [c.options[i]] * c.repeat if c.repeat else c.options[i] for name, c in choices.items()})
-            for i in (0, -1)]
+    """The smallest and the largest architecture: the first and the last option of every choice."""
+    archs = ({name: [c.options[i]] * c.repeat if c.repeat else c.options[i]
+              for name, c in choices.items()} for i in (0, -1))
+    return [check_arch(choices, arch) for arch in archs]
+
+# -----------------------------------------------------------------------------
+# what was sampled for one forward pass
+
+class Sampled(NamedTuple):
+    """What one choice is in one forward pass. Four cases, by what is set:
+
+                          option   weights  weight
+        everything                                  a layer without a choice
+        hard              chosen                    the chosen option runs alone, by slicing
+        straight-through  chosen   (K,)     ()      the same, and the weights get gradients
+        mixture                    (K,)             all options run, each with its weight
+
+    weights: of all K options. weight: that of the chosen option, which is 1.
+    """
+    options: tuple = ()
+    option: Any = None
+    weights: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+
+    @property
+    def is_mixture(self):
+        return self.weights is not None and self.option is None
+
+    @property
+    def pairs(self):
+        """[(option, its weight or None)] of the options that run."""
+        if self.is_mixture:
+            return list(zip(self.options, self.weights, strict=True))
+        return [] if self.option is None else [(self.option, self.weight)]
+
+    def size(self, sizes, mask, last=None):
+        """The Size of a dimension of which option k uses the first sizes[k] channels, see Size."""
+        if self.is_mixture:
+            return Size(sizes, mask=mask, p=self.weights, last=last)
+        if self.option is None:
+            return None
+        return Size(sizes[self.options.index(self.option)], p=self.weight)
+
+
+ALL = Sampled() # a layer without a choice uses all of itself
+
+
+def set_choices(net, choices, arch=None):
+    """Sets net.choices, which the stand-alone network of an architecture has none of, and net.rows:
+    how many rows each choice has, or None. Returns the checked architecture, or None."""
+    if arch is None:
+        net.choices, net.rows = choices, {name: c.repeat for name, c in choices.items()}
+        return None
+    arch, net.choices = check_arch(choices, arch), {}
+    net.rows = {name: len(arch[name]) if c.repeat else None for name, c in choices.items()}
+    return arch
+
+
+def sampled(net, arch):
+    """{choice: its Sampled, or a list of one a row}. Every network's forward begins with it.
+    arch: an architecture, weights for a mixture, what straight_through_arch() returns, or None for
+    a network that has nothing to choose."""
+    if arch is None:
+        undecided = {name: c.options for name, c in net.choices.items() if len(c.options) > 1}
+        assert not undecided, ("a supernet needs weights or an architecture as its third argument: "
+                               f"it has {undecided}")
+        return {name: ALL if rows is None else [ALL] * rows for name, rows in net.rows.items()}
+
+    def of(choice, value):
+        if isinstance(value, torch.Tensor):
+            return Sampled(choice.options, weights=value)
+        return value if isinstance(value, Sampled) else Sampled(choice.options, value)
+    return {name: [of(c, row) for row in arch[name]] if c.repeat else of(c, arch[name])
+            for name, c in net.choices.items()}
+
+
+def straight_through_arch(choices, weights):
+    """Of every row the option of the largest weight, as sampled() returns it, with gradients."""
+    def largest(choice, row):
+        k = row.argmax().item()
+        return Sampled(choice.options, choice.options[k], row, row[k])
+    return {name: [largest(c, row) for row in weights[name]] if c.repeat
+            else largest(c, weights[name]) for name, c in choices.items()}
 
 # -----------------------------------------------------------------------------
 # sizes
 
 class Size(NamedTuple):
-    """The part of a dimension of N channels that is in use: the first n/groups channels of each of `groups` equal parts.
+    """How much of a dimension of N channels is in use. Four cases, as of Sampled:
 
-    A mixture has p: (K,), the weights of its options, share: (K, N), how much of every channel option k uses (0 or 1, or
-    between them where a second choice mixes inside the dimension), and n: the sizes where that changes, as numbers and as
-    `last`: (len(n),), the last channel before each. A hard size whose option carries a weight (gdas) has it as p, and that of
-    a second choice as share, both scalars.
+        everything        None instead of a Size
+        hard              n: the first n channels
+        straight-through  n, and p: (), the weight of the chosen option
+        mixture           p: (K,), the weights of the options; mask: (K, N), 1 where an option uses
+                          a channel; n: the sizes, increasing; last: (len(n),), the same minus 1
+
+    groups: the dimension has so many equal parts, such as heads, or query, key and value; the first
+    n / groups channels of each part are in use. Where a second choice mixes within the dimension,
+    as mlp_ratio does in n_embd * mlp_ratio, n has every size that occurs, and the mask is between 0
+    and 1; a straight-through size has the weight of the second choice as its mask: ().
     """
     n: int | tuple
     groups: int = 1
@@ -126,74 +214,74 @@ class Size(NamedTuple):
     last: torch.Tensor | None = None
 
     @property
-    def mixed(self):
+    def is_mixture(self):
         return self.p is not None and self.p.dim() == 1
 
     @property
-    def weighted(self):
+    def is_straight_through(self):
         return self.p is not None and self.p.dim() == 0
 
     @property
     def coverage(self):
-        """(N,): the total weight of the options that use each channel; of a hard size: its weight."""
-        return self.p @ self.mask if self.mixed else self.p if self.mask is None else self.p * self.mask
+        """S: (N,), the total weight of the options that use each channel. Straight-through: ()."""
+        if self.is_mixture:
+            return self.p @ self.mask
+        return self.p if self.mask is None else self.p * self.mask
 
     @property
     def unweighted(self):
-        """For a layer whose input, or whose next layer's output, has the weights already: of a mixture, all channels."""
-        return None if self.mixed else Size(self.n, self.groups)
+        """Without weights, of a mixture all channels: where a neighbouring layer applied them."""
+        return None if self.is_mixture else Size(self.n, self.groups)
 
     @property
-    def twice(self):
+    def doubled(self):
         """The Size of two such dimensions side by side."""
-        if not self.mixed:
+        if not self.is_mixture:
             return self._replace(n=2 * self.n, groups=2)
-        both, N = (*self.n, *(self.n[-1] + n for n in self.n)), self.n[-1]
-        return self._replace(n=both, mask=self.mask.repeat(1, 2), last=torch.cat((self.last, N + self.last)))
+        n, last = (*self.n, *(self.n[-1] + n for n in self.n)), self.last
+        last = torch.cat((last, self.n[-1] + last))
+        return self._replace(n=n, mask=self.mask.repeat(1, 2), last=last)
 
-
-def size_of(value, n, mask, last=None):
-    """The Size of a choice among the sizes n, from its value: None, an option, an option and its weight, or the weights of all, (K,).
-    share, last: of a mixture, as in Size."""
-    if isinstance(value, torch.Tensor):
-        return Size(n, mask=mask, p=value, last=last)
-    option, p = value if isinstance(value, tuple) else (value, None)
-    return None if option is None else Size(option, p=p)
+    @property
+    def pairs(self):
+        """[(size, its weight or None)] of the options that run."""
+        return list(zip(self.n, self.p, strict=True)) if self.is_mixture else [(self.n, self.p)]
 
 
 def prefix_masks(n, N, groups=1):
-    """(K, N) of 0 and 1: the channels that each option of n: (K,) uses, the first n/groups of each of `groups` equal parts."""
+    """(K, N) of 0 and 1: which of N channels each of the sizes n: (K,) uses, the first n / groups
+    of each of `groups` equal parts. Sizes (J, K) give (J, K, N)."""
     inside = torch.arange(N // groups) < torch.tensor(n).unsqueeze(-1) // groups
     return inside.float().repeat(*[1] * (inside.dim() - 1), groups)
 
 
-def take(w, dim, size):
+def slice_dim(w, dim, size):
     """The slice of w along dim that a hard size uses; a view wherever one part is asked for."""
-    if size is None or (size.n == w.shape[dim] and not torch.compiler.is_compiling()): # a compiler would make this two graphs
+    # under torch.compile a full slice stays a slice: full and part widths then share a graph
+    if size is None or (size.n == w.shape[dim] and not torch.compiler.is_compiling()):
         return w
     if size.groups == 1:
         return w.narrow(dim, 0, size.n)
     assert w.shape[dim] % size.groups == 0 and size.n % size.groups == 0, (w.shape, dim, size)
-    return w.unflatten(dim, (size.groups, -1)).narrow(dim + 1, 0, size.n // size.groups).flatten(dim, dim + 1)
+    parts = w.unflatten(dim, (size.groups, -1))
+    return parts.narrow(dim + 1, 0, size.n // size.groups).flatten(dim, dim + 1)
 
 
 def ranking(importance, ends=None):
-    """The places of importance: (n,), the largest first; with ends those of each band that they end stay in it."""
-    ends = ends or [len(importance)]
-    return torch.cat([start + importance[start:end].argsort(descending=True, stable=True) for start, end in itertools.pairwise([0, *ends])])
+    """Indices by descending importance: (n,); with `ends`, within each band of indices."""
+    bands = itertools.pairwise([0, *(ends or [len(importance)])])
+    return torch.cat([start + importance[start:end].argsort(descending=True, stable=True)
+                      for start, end in bands])
 
 
 def reorder(tensors, order):
-    """Each tensor's rows in that order, in place."""
+    """Puts each tensor's rows in that order, in place."""
     for t in tensors:
         t.copy_(t[order])
 
-# -----------------------------------------------------------------------------
-# mixing, and depthwise convolution: each in PyTorch, which says what is computed, and for a CPU in fused_ops.cpp
-
 
 class StraightThrough(torch.autograd.Function):
-    """x * w for a scalar w that is 1: x itself, though not its gradient."""
+    """x * w for a scalar w that is 1: returns x itself, and gives w its gradient."""
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
@@ -206,54 +294,67 @@ class StraightThrough(torch.autograd.Function):
 
 
 def straight_through(x, w):
-    """x * w, where w is the weight 1 of a chosen option, or None."""
+    """x * w, where w is None or the weight 1 of a chosen option."""
     if w is None or not w.requires_grad:
         return x
-    return x * w.to(x.dtype) if torch.compiler.is_compiling() else StraightThrough.apply(x, w) # a compiler makes as little of the product
+    if torch.compiler.is_compiling(): # a compiler fuses the product
+        return x * w.to(x.dtype)
+    return StraightThrough.apply(x, w)
+
+
+def times_weight(x, size):
+    """x times the weight of a straight-through size, x for any other."""
+    return straight_through(x, size.coverage) if size and size.is_straight_through else x
 
 # -----------------------------------------------------------------------------
-# layers: the plain torch layers, whose sizes may be chosen or mixed
+# layers: those of torch, whose sizes may be chosen or mixed
 
 class Linear(nn.Linear):
     """x: (..., in) -> (..., out).
 
-    Mixture: in or out alone, or chosen independently, sum_ij a_i b_j pad(W[:o_j, :c_i]) = S_out * (W @ (S_in * x));
-    in and out of the same choice, sum_k p_k pad(W[:o_k, :c_k]) = (W * M) @ x, M = sum_k p_k 1[row < o_k] 1[column < c_k].
+    Mixture, in or out alone, or the two chosen independently with weights a and b:
+        sum_ij a_i b_j pad(W[:o_j, :c_i]) = S_out * (W @ (S_in * x))
+    Mixture, in and out of the same choice:
+        sum_k p_k pad(W[:o_k, :c_k]) = (W * M) @ x, M = sum_k p_k 1[row < o_k] 1[column < c_k]
     """
-    def take(self, i=None, o=None):
-        w, (first, second) = self.weight, ((0, o), (1, i)) if i is not None and i.groups > 1 else ((1, i), (0, o))
-        return {"weight": take(take(w, *first), *second), # the one in parts last: it makes a copy
-                "bias": self.bias if self.bias is None else take(self.bias, 0, o)}
+    def slice_params(self, i=None, o=None):
+        if i and i.groups > 1: # a slice in parts makes a copy: the smaller one if it comes last
+            weight = slice_dim(slice_dim(self.weight, 0, o), 1, i)
+        else:
+            weight = slice_dim(slice_dim(self.weight, 1, i), 0, o)
+        bias = self.bias if self.bias is None else slice_dim(self.bias, 0, o)
+        return {"weight": weight, "bias": bias}
 
     def forward(self, x, i=None, o=None):
-        mix_i, mix_o = i is not None and i.mixed, o is not None and o.mixed
-        joint = i is not None and o is not None and i.p is o.p
+        mix_i, mix_o = bool(i and i.is_mixture), bool(o and o.is_mixture)
+        joint = bool(i and o) and i.p is o.p
         if mix_i and mix_o and joint:
             M = (o.p[:, None] * o.mask[:, o.last]).T @ i.mask[:, i.last] # (len(o.n), len(i.n))
-            return mixed_linear(x, self.weight, self.bias if self.bias is None else self.bias * o.coverage, M, o.n, i.n)
+            bias = self.bias if self.bias is None else self.bias * o.coverage
+            return mixed_linear(x, self.weight, bias, M, o.n, i.n)
         if mix_i or mix_o:
-            y = F.linear(x * i.coverage.to(x.dtype) if mix_i else x, self.weight, self.bias)
+            x = x * i.coverage.to(x.dtype) if mix_i else x
+            y = F.linear(x, self.weight, self.bias)
             return y * o.coverage.to(y.dtype) if mix_o else y
-        if i is not None and i.weighted:
-            x = straight_through(x, i.mask if joint else i.coverage) # joint: p counts once, in what goes out
-        y = F.linear(x, **self.take(i, o))
-        return straight_through(y, o.coverage) if o is not None and o.weighted else y
+        if i and i.is_straight_through: # of the same choice: p counts once, in what goes out
+            x = straight_through(x, i.mask if joint else i.coverage)
+        return times_weight(F.linear(x, **self.slice_params(i, o)), o)
 
 
 class Embedding(nn.Embedding):
     """idx: (...) -> (..., dim). Mixture: sum_k p_k pad(E[idx, :e_k]) = E[idx] * S."""
-    def take(self, e=None):
-        return {"weight": take(self.weight, 1, e)}
+    def slice_params(self, e=None):
+        return {"weight": slice_dim(self.weight, 1, e)}
 
     def forward(self, idx, e=None):
-        if e is not None and e.mixed:
+        if e and e.is_mixture:
             return F.embedding(idx, self.weight) * e.coverage
-        y = F.embedding(idx, **self.take(e))
-        return straight_through(y, e.coverage) if e is not None and e.weighted else y
+        return times_weight(F.embedding(idx, **self.slice_params(e)), e)
 
 
 class Sinusoidal(nn.Module):
-    """pos: (T,) -> (T, dim): sin and cos of pos * 10000^(-2i/dim) in channels 2i and 2i + 1 (Vaswani et al. 2017).
+    """pos: (T,) -> (T, dim): channels 2i and 2i + 1 are the sine and the cosine of
+    pos * 10000^(-2i/dim) (Vaswani et al. 2017).
 
     Mixture: sum_k p_k pad(table of width e_k), whose frequencies are those of that width.
     """
@@ -262,19 +363,18 @@ class Sinusoidal(nn.Module):
         self.dim = dim
 
     def forward(self, pos, e=None):
-        if e is not None and e.mixed:
-            return sum(p * F.pad(self(pos, Size(n)), (0, self.dim - n)) for p, n in zip(e.p, e.n, strict=True))
-        n = self.dim if e is None else e.n
+        if e and e.is_mixture:
+            return sum(p * F.pad(self(pos, Size(n)), (0, self.dim - n)) for n, p in e.pairs)
+        n = e.n if e else self.dim
         i = torch.arange(n, device=pos.device)
         angle = pos.unsqueeze(1) * 10000 ** (-(i - i % 2) / n)
-        y = torch.where(i % 2 == 0, angle.sin(), angle.cos())
-        return straight_through(y, e.coverage) if e is not None and e.weighted else y
+        return times_weight(torch.where(i % 2 == 0, angle.sin(), angle.cos()), e)
 
 
 class LayerNorm(nn.Module):
     """x: (..., N) -> (..., N); bias is optional (PyTorch's has no such switch before 2.1).
 
-    Mixture: sum_k p_k pad(norm(x[:e_k]) * weight[:e_k] + bias[:e_k]); no option ever sees another's channels.
+    Mixture: sum_k p_k pad(norm(x[:e_k]) * weight[:e_k] + bias[:e_k]); no option sees more.
     """
     def __init__(self, ndim, bias, eps=1e-5):
         super().__init__()
@@ -282,20 +382,22 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
         self.eps = eps
 
-    def take(self, e=None):
-        return {"weight": take(self.weight, 0, e), "bias": self.bias if self.bias is None else take(self.bias, 0, e)}
+    def slice_params(self, e=None):
+        bias = self.bias if self.bias is None else slice_dim(self.bias, 0, e)
+        return {"weight": slice_dim(self.weight, 0, e), "bias": bias}
 
     def forward(self, x, e=None):
-        if e is not None and e.mixed:
-            return mixed_norm(x, self.weight, self.bias if self.bias is None else self.bias * e.coverage, e.p, e.n, self.eps)
-        slices = self.take(e)
-        y = F.layer_norm(x, slices["weight"].shape, **slices, eps=self.eps)
-        return straight_through(y, e.coverage) if e is not None and e.weighted else y
+        if e and e.is_mixture:
+            bias = self.bias if self.bias is None else self.bias * e.coverage
+            return mixed_norm(x, self.weight, bias, e.p, e.n, self.eps)
+        slices = self.slice_params(e)
+        return times_weight(F.layer_norm(x, slices["weight"].shape, **slices, eps=self.eps), e)
 
 
 class RMSNorm(nn.Module):
-    """x: (..., N) -> (..., N): x / RMS(x) * weight (Zhang & Sennrich 2019); pRMSNorm with portion < 1: RMS of the first channels.
+    """x: (..., N) -> (..., N): x / RMS(x) * weight (Zhang & Sennrich 2019).
 
+    portion < 1 is their pRMSNorm: the RMS is that of the first portion of the channels.
     Mixture: sum_k p_k pad(norm(x[:e_k]) * weight[:e_k]), with the first portion of each e_k.
     """
     def __init__(self, ndim, portion=1.0, eps=1e-5):
@@ -303,39 +405,90 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(ndim))
         self.portion, self.eps = portion, eps
 
-    def take(self, e=None):
-        return {"weight": take(self.weight, 0, e)}
+    def slice_params(self, e=None):
+        return {"weight": slice_dim(self.weight, 0, e)}
 
     def scale(self, x, n):
-        """(..., 1): 1 / RMS of a width of n channels, at least in float32: in float16 small squares vanish, and gradients overflow."""
+        """(..., 1): 1 / RMS of the first n channels. At least in float32: in float16 small squares
+        vanish, and gradients overflow."""
         x = x[..., :max(1, int(self.portion * n))].to(torch.promote_types(x.dtype, torch.float32))
         return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
     def forward(self, x, e=None):
-        if e is not None and e.mixed:
-            scales = [p * self.scale(x, n) for p, n in zip(e.p, e.n, strict=True)]
-            blocks = x.split([b - a for a, b in zip((0, *e.n[:-1]), e.n, strict=True)], dim=-1) # block k is in every option from k on
-            return self.weight * torch.cat([block * sum(scales[k:]) for k, block in enumerate(blocks)], dim=-1)
-        y = x * self.scale(x, x.shape[-1]) * self.take(e)["weight"]
-        return straight_through(y, e.coverage) if e is not None and e.weighted else y
+        if e and e.is_mixture:
+            scales = [p * self.scale(x, n) for n, p in e.pairs]
+            blocks = x.split([b - a for a, b in itertools.pairwise((0, *e.n))], dim=-1)
+            # block k of the channels is in every option from k on
+            scaled = [block * sum(scales[k:]) for k, block in enumerate(blocks)]
+            return self.weight * torch.cat(scaled, dim=-1)
+        y = x * self.scale(x, x.shape[-1]) * self.slice_params(e)["weight"]
+        return times_weight(y, e)
 
 # -----------------------------------------------------------------------------
-# convolutions, x: (B, C, H, W): channels are prefixes, a kernel is the centred window of the largest
+# transformers: sizes, and depth
 
+def run_blocks(blocks, x, n_layer, args):
+    """x after n_layer of the blocks, each called with its args.
+
+    Mixture: sum_d p_d x_d, where x_d is the output of block d.
+    Straight-through: the same with all weight on one depth. The norm that follows hides the scale
+    of that depth's output, so its weight alone would learn nothing: the weights of the others get
+    gradients too, and the blocks after the chosen one run forward, without gradients of their own.
+    """
+    if n_layer.weights is None: # blocks[:None] are all of them
+        for block, arg in zip(blocks[:n_layer.option], args, strict=False):
+            x = block(x, *arg)
+        return x
+    weight_of = dict(zip(n_layer.options, n_layer.weights, strict=True))
+    mixed, total, chosen = n_layer.is_mixture, 0, None
+    for depth, (block, arg) in enumerate(zip(blocks, args, strict=True), 1):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (mixed or depth <= n_layer.option)):
+            x = block(x, *arg)
+        if depth == n_layer.option:
+            chosen = x
+        if depth in weight_of:
+            p = weight_of[depth]
+            total = total + (x * p if mixed else x.detach() * (p - p.detach()))
+    return total if mixed else chosen + total
+
+
+SIZES = ("n_layer", "n_embd", "n_head", "mlp_ratio") # of a transformer; the last two of every layer
+
+
+def transformer_choices(net, config, arch=None):
+    """Sets a transformer's choices, see set_choices(). Returns the options of n_layer, of n_embd,
+    and [(of n_head, of mlp_ratio) of every layer]."""
+    options = {name: options_of(getattr(config, name), name, whole=name != "mlp_ratio")
+               for name in SIZES}
+    n_layer, n_embd, *of_layer = options.values()
+    L = n_layer[-1]
+    choices = {name: Choice(options[name]) for name in SIZES[:2]}
+    choices |= {name: Choice(options[name], repeat=L, depth="n_layer") for name in SIZES[2:]}
+    arch = set_choices(net, choices, arch)
+    if arch is None:
+        return n_layer, n_embd, [tuple(of_layer)] * L
+    layers = [((h,), (m,)) for h, m in zip(arch["n_head"], arch["mlp_ratio"], strict=True)]
+    return (arch["n_layer"],), (arch["n_embd"],), layers
+
+
+def transformer_sizes(net, arch):
+    """The Size of n_embd, and Sampled: n_layer, and (n_head, mlp_ratio) of every layer."""
+    now = sampled(net, arch)
+    e = now["n_embd"].size(net.n_embd, net.mask, net.last)
+    return e, now["n_layer"], list(zip(now["n_head"], now["mlp_ratio"], strict=False))
 
 # -----------------------------------------------------------------------------
-# operations of a cell: x, its ReLU, k as in Conv2d, and a scale that the output is multiplied with or None
+# stand-alone networks
 
-
-def each_read(net, run, visit):
-    """visit(name, module, key, slice) of everything that the layers read in the hard forward run()."""
+def visit_slices(net, run, visit):
+    """Calls visit(name, module, key, slice) for all that the layers read in the hard run()."""
     def read(name, module, args):
-        for key, value in module.take(*args[1:]).items():
+        for key, value in module.slice_params(*args[1:]).items():
             if value is not None:
                 visit(name, module, key, value)
 
-    hooks = [module.register_forward_pre_hook(lambda module, args, name=name: read(name, module, args))
-             for name, module in net.named_modules() if hasattr(module, "take")]
+    hooks = [module.register_forward_pre_hook(partial(read, name))
+             for name, module in net.named_modules() if hasattr(module, "slice_params")]
     training = net.training
     net.eval()
     with torch.no_grad():
@@ -346,34 +499,15 @@ def each_read(net, run, visit):
 
 
 def extract(net, small, run):
-    """Copy into `small` the slices of `net` that its hard forward `run()` reads, so that the two cannot disagree.
-
-    small: a stand-alone network whose modules have the names of those in `net`. Returns small.
-    """
+    """Copies into `small`, a stand-alone network, the slices of `net` that its hard forward run()
+    reads, and returns it. What is copied is what is computed with, so the two cannot disagree."""
     theirs, filled = dict(small.named_modules()), set()
 
     def copy(name, module, key, value):
         getattr(theirs[name], key).copy_(value)
         filled.add(getattr(theirs[name], key))
 
-    each_read(net, run, copy)
+    visit_slices(net, run, copy)
     missed = [name for name, p in small.named_parameters() if p not in filled]
     assert not missed, f"the hard forward read nothing for {missed}"
     return small
-
-
-def measure_cost(net, run):
-    """{"params", "flops"} of the hard forward run(): the weights that it reads, and 2 FLOPs a multiply-add in products and convolutions."""
-    read = {}
-
-    def count(name, module, key, value):
-        if isinstance(getattr(module, key), nn.Parameter):
-            read[name, key] = value.numel()
-
-    kernels, fused_ops.fused = fused_ops.fused, False # PyTorch's counter knows its own operations alone
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        each_read(net, run, count)
-    fused_ops.fused = kernels
-    return {"params": sum(read.values()), "flops": counter.get_total_flops()}
-
-

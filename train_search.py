@@ -1,9 +1,10 @@
 """
-Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) or by sampling (SPOS) and reads it off.
+Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) or by sampling (SPOS)
+and reads the architecture off it.
 
     python train_search.py                                      # a laptop: the quick search on pydocs, some minutes
     python train_search.py config/search_toy_cell_digits.py config/drnas.py     # a laptop: a space of search_spaces/, on images
-    python train_search.py config/search_shakespeare_char.py config/drnas.py                         # one GPU
+    python train_search.py config/search_shakespeare_char.py config/drnas.py    # one GPU
     python train_search.py config/search_gpt2.py --target_params=80_000_000     # one GPU: a pretrained GPT-2 is cut to a budget
     python train_search.py config/shrink_mobilenetv3_digits.py  # progressive shrinking of a network that config/ tells how to train
     torchrun --standalone --nproc_per_node=4 train_search.py config/search_tinystories.py config/drnas.py    # one node of 4 GPUs
@@ -11,15 +12,20 @@ Searches an architecture: trains one supernet by gradient (DARTS, DrNAS, GDAS) o
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/search_owt.py
     python train_search.py --help                               # every key with its default
 
-A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the first train_portion of the training data, the alphas on
-the rest; val is only reported. Progressive shrinking starts with the largest network and unlocks smaller options phase by phase, each with
-a schedule of its own and, where it says so, other settings: 'kernel_size=3, depth=3 share=0.2 learning_rate=2e-3, depth=2'.
-For --target_latency, `python bench.py latency` with the same config measures a table on the machine that the network is for.
-With --init_from=gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, the largest network of the supernet starts as that GPT-2, reordered:
-the smaller options are its most important heads, neurons and channels.
-Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at every evaluation), arch.json (the best of them by the loss
-on the alphas' part, all that train_base.py needs), ckpt.pt, result.json and search.png; of --optimizer=spos also arch_search.jsonl (what it
-evaluated with inherited weights), and with --arch_search=pareto pareto.json.
+A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the first train_portion of
+the train split, the alphas on the rest; val is only reported.
+
+With --init_from=gpt2 (or another, or a folder) the supernet's largest network starts as that GPT-2,
+ordered by importance: smaller options keep its most important heads, neurons and channels.
+
+Progressive shrinking (--shrink) starts with the largest network and unlocks smaller options phase
+by phase, each with a schedule of its own and, where it says so, other settings:
+'kernel_size=3, depth=3 share=0.2 learning_rate=2e-3, depth=2'.
+
+Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at every evaluation),
+arch.json (the best of them by the loss on the alphas' part: all that train_base.py needs), ckpt.pt,
+result.json and search.png; SPOS also arch_search.jsonl (what it evaluated with inherited weights),
+and with --arch_search=pareto pareto.json.
 """
 import json
 import math
@@ -27,35 +33,33 @@ import os
 import re
 import shlex
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from budget import Benchmark
-from configurator import check_range, defaults
-from data import check_split, cut, load_data, micro_batches
+from budget import (Benchmark, load_latency, make_budget, nondominated_sort, pareto_rank,
+                    with_latency)
+from configurator import at_least, configure, one_of
 from fused_ops import use_fused_ops
-from model import OPTIONS
-from optim_nas import ArchOptimizer, best_of, by_front, entropy, evolutionary_search, nondominated_sort
-from optim_nas import arch_key, picked, random_search, argmax_arch, uniform, unrolled_gradient
-from pretrained import load_gpt2
-from run import Log, append, all_reduce_mean, init_out_dir, check_same_network, fault, content_hash, load_checkpoint
-from run import load_model, main, origin, pretrained, read_lines, resume, resumes, rng, save
-from run import add_checksum, setup, all_gather_scalar, signals, stop_if_signaled, verify_checksum, atomic_write, write_json
-from search_spaces import build, describe, space_module, with_space
+from optim_nas import (METHODS, arch_key, best_of, entropy, evolutionary_search, random_search,
+                       uniform, unrolled_gradient)
+from prepare import prepare_own
+from pretrained import load_gpt2, sort_by_importance
+from run import (Log, add_checksum, all_gather_scalar, all_reduce_mean, append, atomic_write,
+                 check_same_network, content_hash, draw_figures, init_out_dir, is_pretrained,
+                 is_resuming, load_checkpoint, load_model, main, original_init_from, read_lines,
+                 resume, rng, save, setup, signals, skip_nonfinite_step, stop_if_signaled,
+                 verify_checksum, write_json)
+from search_spaces import (build, data_kind, network_keys, recorded_keys, space_module, text_of,
+                           with_space)
 from search_spaces.cells import widen
 from supernet import extremes
-from train import backward, calibrate, check_resolutions, configure_optimizer, estimate, get_lr
-from train import loop, train_step
-from train import * # noqa: F403 (every key of train.py, and the functions that all runs share)
-from budget import load_latency, make_budget, with_latency
-from prepare import prepare_own
-from run import draw_figures
-from search_spaces import network_keys
-from train import check_run
+from train import * # noqa: F403 (every key of train.py)
+from train import (backward, calibrate, check_config, check_max_iters, check_resolutions,
+                   configure_optimizer, estimate, get_lr, micro_batches, train_step)
 
 # -----------------------------------------------------------------------------
 # the keys of train.py but two, and:
@@ -69,39 +73,39 @@ mlp_ratio = [1, 2, 4]
 # search
 optimizer = 'drnas' # 'darts', 'drnas', 'gdas' or 'spos'
 order = 1 # 2: darts with the unrolled step
-train_portion = 0.5 # the share of train.bin that trains the weights; the rest trains the alphas
+train_portion = 0.5 # share of the train split that trains the weights; the rest trains the alphas
 arch_learning_rate = 1e-2 # the published 3e-4 is for searches of thousands of steps
 arch_weight_decay = 1e-3
 normalize = 'softmax' # of darts: or 'sparsemax'
 regularizer = 'l2' # of drnas: or 'kl', to Dirichlet(1)
-tau_max = 10.0 # gdas: the temperature falls linearly to
-tau_min = 0.1
-arch_search = 'evolution' # after spos: over the inherited weights; 'random'; or 'pareto', by evolution towards small loss and small
-pareto_cost = 'params' # or 'flops', 'latency'
+tau_max = 10.0 # of gdas: the temperature falls linearly from this
+tau_min = 0.1 # to this
+arch_search = 'evolution' # of spos, over inherited weights: 'random'; 'pareto': small loss and cost
+pareto_cost = 'params' # 'flops', 'latency'
 arch_evals = 200 # architectures that it evaluates
 population = 50
 parents = 10
 mutate_prob = 0.2 # of each layer's entries
 depth_mutate_prob = 0.4 # of the other choices
-prune_keep = 0 # progressive search (DrNAS): from half of the steps on every row of a cell keeps so many operations; 0: all
-widen_to = 0 # and its edges compute 1 / widen_to of the channels, in the place of 1 / partial_channels; 0: as before
-arch_warmup_iters = 0 # steps at the start, and after the half of a progressive search, in which the alphas rest
-target_params = 0 # a budget for the architecture that is found: never more, within 5 % less where there is one; 0: none
-target_flops = 0 # of a forward pass of one sequence of block_size tokens, or of one image; 2 a multiply-add
-target_latency = 0.0 # milliseconds, by
-latency_table = '' # latency.json of `python bench.py latency`; it is reported with or without a target
+prune_keep = 0 # progressive DrNAS: at half of the steps each row of a cell keeps so many operations
+widen_to = 0 # its edges then compute 1 / widen_to of the channels, not 1 / partial_channels
+arch_warmup_iters = 0 # steps at the start (and after that half) in which the alphas rest
+target_params = 0 # a budget: never more, within 5 % less where the space has such a network; 0: none
+target_flops = 0 # of a forward pass of one sequence or image; 2 a multiply-add
+target_latency = 0.0 # milliseconds, predicted from latency_table
+latency_table = '' # latency.json of `python bench.py latency`; reported with or without a target
 latency_of = 'prefill' # or 'decode', of one token
 latency_batch_size = 1
 latency_length = 0 # tokens of the prefill, or that a decoded token sees; 0: block_size
 budget_penalty = 1.0 # weight of log(expected cost / target)^2 in the alphas' loss
-shrink = '' # progressive shrinking (spos): 'kernel_size=3, depth=2, expand=3', phases that each go down to an option; '': all at once
-subnets_per_step = 1 # draws whose gradients a step of the weights averages: so many sizes learn from one batch
-sandwich = False # of spos: the first of these draws is the largest architecture, the last the smallest (Yu & Huang 2019)
-inplace_distill = False # of sandwich: all but the largest learn from its answers to the batch, in the place of labels
-inherit = '' # the out_dir of a training of the largest network, whose weights the supernet starts with
-teacher = '' # such an out_dir: the weights are also trained towards what its network answers,
-distill = 1.0 # by the cross-entropy to that, times this
-benchmark = '' # a table of the space's trained architectures, .csv, .json or an official file: logs accuracy, rank and regret
+shrink = '' # of spos: phases of progressive shrinking, 'kernel_size=3, depth=2, expand=3'
+subnets_per_step = 1 # architectures a step of the weights, whose gradients are averaged
+sandwich = False # of spos: the first of them is the largest, the last the smallest (Yu & Huang 2019)
+inplace_distill = False # of sandwich: all but the largest learn from its answers, not from labels
+inherit = '' # out_dir of a training of the largest network, whose weights the supernet starts with
+teacher = '' # out_dir of a training: the weights also learn from its network's answers
+distill = 1.0 # weight of the cross-entropy to the teacher's answers
+benchmark = '' # a table of trained architectures (.csv, .json, official): logs accuracy and regret
 # the quick search on pydocs
 eval_interval = 100
 max_iters = 500
@@ -110,36 +114,94 @@ min_lr = 2e-4
 # -----------------------------------------------------------------------------
 
 IMPORTANCE_STEPS = 8
-PHASE_KEYS = {"share": float, "learning_rate": float, "warmup_iters": int, "subnets_per_step": int} # a phase may have its own
-UNITS = {"acc": "%", "psnr": " dB"} # of what images have besides a loss
+PHASE_KEYS = {"share": float, "learning_rate": float, "warmup_iters": int,
+              "subnets_per_step": int} # settings that a phase of progressive shrinking may have
+LIMITS = LIMITS | { # those of train.py, and
+    **dict.fromkeys(("subnets_per_step", "arch_evals", "population", "parents"), at_least(1)),
+    **dict.fromkeys(("arch_learning_rate", "arch_weight_decay", "budget_penalty", "distill"),
+                    at_least(0)),
+    "optimizer": one_of(*METHODS), "arch_search": one_of("evolution", "random", "pareto"),
+    "pareto_cost": one_of("params", "flops", "latency"),
+    "latency_of": one_of("prefill", "decode")}
+RULES = RULES + [
+    (lambda c: not 0 < c.train_portion < 1,
+     "train_portion={train_portion} must be above 0 and below 1: both the weights and the alphas "
+     "need data."),
+    (lambda c: c.order not in (1, *[2] * METHODS[c.optimizer].has_second_order),
+     "order={order} is for optimizer=darts alone (1 or 2); optimizer is {optimizer}."),
+    (lambda c: c.arch_search == "pareto" and METHODS[c.optimizer].has_alphas,
+     "arch_search='pareto' is what optimizer=spos ends with, and optimizer is {optimizer}: use "
+     "spos."),
+    (lambda c: not 0 < c.tau_min <= c.tau_max,
+     "tau_max={tau_max} and tau_min={tau_min}: the temperature falls from the one to the other, "
+     "which must be above 0."),
+    (lambda c: (c.teacher or c.inplace_distill) and data_kind(c.space).metric == "psnr",
+     "teacher and inplace_distill need classes or tokens, which super-resolution does not have: "
+     "leave them out."),
+    (lambda c: c.prune_keep and (c.target_params or c.target_flops or c.target_latency),
+     "prune_keep={prune_keep} may take out what the budget needs: leave out prune_keep, or the "
+     "targets."),
+    (lambda c: (c.teacher or c.inherit) and not data_kind(c.space).metric,
+     "teacher and inherit are for the spaces of search_spaces/; space is {space}."),
+    (lambda c: c.shrink and METHODS[c.optimizer].has_alphas,
+     "shrink='{shrink}' says what is drawn, and optimizer={optimizer} draws no architectures: use "
+     "spos.")]
+
+
+@dataclass
+class SearchState:
+    """Where a search is. Part of every checkpoint."""
+    step: int = 0 # steps made
+    evaluated: int = -1 # the step of the last evaluation
+    skipped: int = 0 # steps passed over because they were not finite
+    seconds: float = 0.0
+    best_loss: float = math.inf # of the architectures read off so far, on the alphas' part
+    best_arch: dict | None = None
+    stage: int = 1 # 2: the second half of a progressive search
+    began: int = 0 # the step at which this stage began
 
 
 def split_data(config, run):
-    """{"train", "search", "val"}: what trains the weights, what trains the alphas, and what is only reported; config gets what the
-    network must know of the data."""
-    if not 0 < config.train_portion < 1:
-        raise SystemExit(f"train_portion={config.train_portion} must be above 0 and below 1: both the weights and the alphas need data.")
+    """{"train", "search", "val"}: what trains the weights, what trains the alphas, and what is only
+    reported; and the class of the data. config gets what the network must know of the data."""
+    kind = data_kind(config.space)
     prepare_own(config, run)
-    train, val, facts = load_data(config, run)
+    found, facts = kind.load(config)
     vars(config).update(facts)
-    middle = int(config.train_portion * len(train))
-    splits = {"train": cut(train, 0, middle), "search": cut(train, middle, len(train)), "val": val}
+    whole = found["train"]
+    middle = int(config.train_portion * len(whole))
+    splits = {"train": whole.part(0, middle), "search": whole.part(middle, len(whole)),
+              "val": found["val"]}
     for name, data in splits.items():
-        check_split(data, config, name)
-    return splits
+        data.check(config, name)
+    return splits, kind
 
+
+def to_device(arch, run, requires_grad=False):
+    """Architecture weights as leaves on the network's device; an architecture as it is."""
+    if not all(isinstance(w, torch.Tensor) for w in arch.values()):
+        return arch
+    return {name: w.detach().to(run.device).requires_grad_(requires_grad)
+            for name, w in arch.items()}
+
+# -----------------------------------------------------------------------------
+# one step of the alphas, and what the weights learn from
 
 def arch_step(net, forward, arch_optimizer, splits, config, run, state):
-    """One step of the alphas on the search split, the weights frozen (or, for order 2, unrolled and put back)."""
+    """One step of the alphas on the search split, with frozen weights (order 2: unrolled ones)."""
     step = state.step
-    weights = arch_optimizer.sample(step / config.max_iters, rng(config.seed, "sample", "arch", step))
-    leaves = to_device(weights, run, requires_grad=True)
+    progress, generator = step / config.max_iters, rng(config.seed, "sample", "arch", step)
+    arch_weights = arch_optimizer.sample(progress, generator)
+    leaves = to_device(arch_weights, run, requires_grad=True)
 
     def grad_of(split, tensors):
-        # the same dropout in all evaluations: order 2 takes differences of gradients
-        torch.manual_seed(rng(config.seed, "dropout", "arch", step, run.rank).initial_seed())
-        arch = picked(net.choices, leaves) if config.optimizer == "gdas" else leaves
-        backward(forward, micro_batches(splits[split], config, run, split, step), run, (arch,))
+        """The gradient of this split's loss to these tensors."""
+        # the same dropout every time: order 2 takes differences of gradients
+        seed = rng(config.seed, "dropout", "arch", step, run.rank).initial_seed()
+        torch.manual_seed(seed)
+        arch = arch_optimizer.run_with(leaves)
+        batches = micro_batches(splits[split], config, run, split, step)
+        backward(forward, ((x, y, arch) for x, y in batches), run)
         grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
         for t in [*leaves.values(), *net.parameters()]:
             t.grad = None
@@ -147,75 +209,82 @@ def arch_step(net, forward, arch_optimizer, splits, config, run, state):
         return grads
 
     if config.order == 2:
-        grads = unrolled_gradient(list(net.parameters()), list(leaves.values()), lambda tensors: grad_of("train", tensors),
-                                  lambda tensors: grad_of("search", tensors), get_lr(step, config))
+        grads = unrolled_gradient(list(net.parameters()), list(leaves.values()),
+                                  lambda tensors: grad_of("train", tensors),
+                                  lambda tensors: grad_of("search", tensors),
+                                  get_lr(step, config))
     else:
         net.requires_grad_(False)
         grads = grad_of("search", leaves.values())
         net.requires_grad_(True)
-    grads = {name: g.cpu() / run.scaler.get_scale() for name, g in zip(leaves, grads, strict=True)}
+    scale = run.scaler.get_scale()
+    grads = {name: g.cpu() / scale for name, g in zip(leaves, grads, strict=True)}
     sick = [name for name, g in grads.items() if not g.isfinite().all()]
     if not sick:
-        arch_optimizer.step(weights, grads)
-    elif not run.scaler.is_enabled(): # float16 overflows now and then, and the weight step of this iteration lowers its scale
-        fault(f"in the gradient to the weights of {', '.join(sick)}", config, state)
+        arch_optimizer.step(arch_weights, grads)
+    elif not run.scaler.is_enabled(): # of float16 the weights' step that follows lowers the scale
+        what = f"in the gradient to the weights of {', '.join(sick)}"
+        skip_nonfinite_step(what, config, state)
 
 
-def bilevel_step(net, forward, arch_optimizer, optimizer, splits, config, run, state, lr, teacher=None):
-    """One iteration: the alphas on the search split, then the weights on the train split. Returns the weights' loss."""
-    if arch_optimizer.alphas and state.step >= state.began + config.arch_warmup_iters:
-        arch_step(net, forward, arch_optimizer, splits, config, run, state)
+def train_archs(arch_optimizer, config, run, state):
+    """The architectures (or mixtures) that this step of the weights trains."""
+    progress = state.step / config.max_iters
     generator = rng(config.seed, "sample", "weights", state.step)
-    archs = [weight_arch(net, arch_optimizer, config, run, state.step / config.max_iters, generator) for _ in range(config.subnets_per_step)]
+    archs = [to_device(arch_optimizer.sample_weights_arch(progress, generator), run)
+             for _ in range(config.subnets_per_step)]
     if config.sandwich:
         archs[-1], archs[0] = extremes(arch_optimizer.open)
-    forward = with_inplace_distillation(forward) if config.inplace_distill else forward
-    forward = with_teacher(forward, teacher, config.distill) if teacher else forward
-    return train_step(net, forward, optimizer, splits["train"], config, run, state, lr, archs)
-
-
-def weight_arch(net, arch_optimizer, config, run, progress, generator):
-    """What the weights are trained as in a step: the weights of a mixture; for gdas and spos the architecture drawn."""
-    sampled = arch_optimizer.sample(progress, generator)
-    return argmax_arch(net.choices, sampled) if config.optimizer == "gdas" else to_device(sampled, run)
+    return archs
 
 
 def with_teacher(forward, teacher, distill):
-    """forward(x, y, arch), to whose loss distill * cross-entropy to the teacher's answers is added (Hinton et al. 2015)."""
-    known, answers = None, None # the teacher answers once for all architectures of a batch
+    """forward(x, y, arch), to whose loss distill * cross-entropy to the teacher's answers is added
+    (Hinton et al. 2015)."""
+    batch, answers = None, None # the teacher answers once for all architectures of a batch
 
-    def loss_of(x, y, arch):
-        nonlocal known, answers
-        if known is not x:
+    def forward_with_teacher(x, y, arch):
+        nonlocal batch, answers
+        if batch is not x:
             with torch.no_grad():
-                known, answers = x, teacher(x)[0].softmax(-1)
+                batch, answers = x, teacher(x)[0].softmax(-1)
         logits, loss = forward(x, y, arch)
         return logits, loss + distill * F.cross_entropy(logits, answers)
-    return loss_of
+    return forward_with_teacher
 
 
 def with_inplace_distillation(forward):
-    """forward(x, y, arch), whose first architecture of a batch learns from y, and all others from its answers alone: their loss is the
-    cross-entropy to its softmax, which has no gradient (in-place distillation, Yu & Huang 2019)."""
-    known, answers = None, None
+    """forward(x, y, arch), where a batch's first architecture learns from y and the others only from
+    its answers (in-place distillation, Yu & Huang 2019).
 
-    def loss_of(x, y, arch):
-        nonlocal known, answers
+    Their loss is the cross-entropy to its softmax, which has no gradient.
+    """
+    batch, answers = None, None
+
+    def forward_distilled(x, y, arch):
+        nonlocal batch, answers
         logits, loss = forward(x, y, arch)
-        if known is x:
+        if batch is x:
             return logits, F.cross_entropy(logits.flatten(0, -2), answers)
-        known, answers = x, logits.detach().flatten(0, -2).softmax(-1)
+        batch, answers = x, logits.detach().flatten(0, -2).softmax(-1)
         return logits, loss
-    return loss_of
+    return forward_distilled
 
+# -----------------------------------------------------------------------------
+# what a supernet starts with
 
 def importance(net, data, config, run):
-    """{parameter: (weight * gradient)^2 of the largest network, summed over IMPORTANCE_STEPS batches}: to first order, the square of how
-    the loss would change without that entry (Molchanov et al. 2019, equation 8)."""
-    largest, total = extremes(net.choices)[1], {p: torch.zeros_like(p) for p in net.parameters()}
+    """{parameter: (weight * gradient)^2 of the largest network, summed over some batches}.
+
+    To first order the square of how the loss would change without that entry (Molchanov et al.
+    2019, equation 8).
+    """
+    largest = extremes(net.choices)[1]
+    total = {p: torch.zeros_like(p) for p in net.parameters()}
     net.eval() # no dropout
     for step in range(IMPORTANCE_STEPS):
-        backward(net, micro_batches(data, config, run, "train", step), run, (largest,))
+        batches = micro_batches(data, config, run, "train", step)
+        backward(net, ((x, y, largest) for x, y in batches), run)
         all_reduce_mean([p.grad for p in total], run)
         for p, score in total.items():
             score += (p.detach() * p.grad).square()
@@ -224,62 +293,86 @@ def importance(net, data, config, run):
     return total
 
 
-def trained(out_dir, key, config, run):
-    """The network of a finished training, for evaluation; SystemExit if it is one for other data. key: that names it."""
+def load_trained(out_dir, key, config, run):
+    """The network of a finished training, in evaluation mode. key: the one that names it.
+
+    SystemExit if it is a network for other data.
+    """
     path = os.path.join(out_dir, "best.pt")
     checkpoint = load_checkpoint(path, run.device)
     for name in ("space", "in_channels", "num_classes"):
-        theirs = checkpoint["config"].get(name)
-        if theirs != getattr(config, name, None):
-            raise SystemExit(f"{key}='{out_dir}' has {name}={theirs}, and this search {getattr(config, name, None)}: name a training of "
-                             "the search's space, on its data.")
-    return load_model(build(checkpoint["config"], checkpoint["arch"]).to(run.device), checkpoint, path).eval()
+        theirs, ours = checkpoint["config"].get(name), getattr(config, name, None)
+        if theirs != ours:
+            raise SystemExit(f"{key}='{out_dir}' has {name}={theirs}, and this search {ours}: name "
+                             "a training of the search's space, on its data.")
+    net = build(checkpoint["config"], checkpoint["arch"]).to(run.device)
+    return load_model(net, checkpoint, path).eval()
 
 
 def init_supernet(net, config, run):
-    """Fills the supernet from config.inherit; what that does not have, such as matrices between kernels, stays."""
-    theirs, own = trained(config.inherit, "inherit", config, run).state_dict(), net.state_dict()
-    wrong = [name for name, t in theirs.items() if name not in own or own[name].shape != t.shape]
+    """Fills the supernet with the weights of config.inherit.
+
+    What that training does not have, such as matrices between kernels, stays as it is.
+    """
+    theirs = load_trained(config.inherit, "inherit", config, run).state_dict()
+    own = net.state_dict()
+    wrong = [name for name, t in theirs.items()
+             if name not in own or own[name].shape != t.shape]
     if wrong:
-        raise SystemExit(f"inherit='{config.inherit}' is not the largest network of this space, in its {wrong[0]}: train that one, with "
-                         "the largest option of everything.")
+        raise SystemExit(f"inherit='{config.inherit}' is not the largest network of this space, in "
+                         f"its {wrong[0]}: train that one, with the largest option of everything.")
     net.load_state_dict(theirs, strict=False)
+
+# -----------------------------------------------------------------------------
+# phases of progressive shrinking (Cai et al. 2020), and stages of a progressive search
+
+@dataclass
+class Phase:
+    """start: its first step. old, choices: what is drawn before it and in it. config: its keys."""
+    start: int
+    old: dict
+    choices: dict
+    config: SimpleNamespace
 
 
 def read_phases(choices, config):
-    """The phases of progressive shrinking (Cai et al. 2020), or one of the whole run: each one's first step, its choices and those of the
-    phase before, and its config. SystemExit if config.shrink says none."""
+    """The phases that config.shrink says, or one of the whole run."""
     if not config.shrink:
-        return [SimpleNamespace(start=0, old=choices, choices=choices, config=config)]
-    if config.optimizer != "spos":
-        raise SystemExit(f"shrink='{config.shrink}' says what is drawn, and optimizer={config.optimizer} draws no architectures: use spos.")
-    low, phases, total = {name: len(c.options) - 1 for name, c in choices.items()}, [], 0.0 # low: the place of the first option drawn
+        return [Phase(0, choices, choices, config)]
+    lowest = {name: len(c.options) - 1 for name, c in choices.items()} # index of the first drawn
 
     def drawn():
-        return {name: replace(c, options=c.options[low[name]:]) for name, c in choices.items()}
+        return {name: replace(c, options=c.options[lowest[name]:]) for name, c in choices.items()}
+
+    phases, total = [], 0.0
     for text in config.shrink.split(","):
-        old, keys = drawn(), {"share": 1.0}
+        old, settings = drawn(), {"share": 1.0}
         for part in text.split():
             key, _, value = part.partition("=")
             names = [name for name in choices if key in (name, re.sub(r"_\d+$", "", name))]
             try:
                 for name in names:
-                    low[name] = [str(o) for o in choices[name].options].index(value)
+                    lowest[name] = [str(o) for o in choices[name].options].index(value)
                 if not names:
-                    keys[key] = PHASE_KEYS[key](value)
-                    if not 0 <= keys[key] < math.inf or (keys[key] == 0 and key != "warmup_iters"):
+                    settings[key] = PHASE_KEYS[key](value)
+                    zero_allowed = key == "warmup_iters"
+                    if not 0 <= settings[key] < math.inf or not (settings[key] or zero_allowed):
                         raise ValueError
             except (KeyError, ValueError):
-                raise SystemExit(f"shrink='{config.shrink}' has '{part}', which is no option of a choice, such as kernel_size=3, and no "
-                                 f"positive number for one of {', '.join(PHASE_KEYS)}.") from None
-        phases.append(SimpleNamespace(start=total, old=old, choices=drawn(), config=keys))
-        total += keys["share"]
-    for phase, end in zip(phases, [*(phase.start for phase in phases[1:]), total], strict=True):
-        phase.start, end = (round(config.max_iters * share / total) for share in (phase.start, end))
-        phase.config = SimpleNamespace(**vars(config) | phase.config | {"max_iters": end - phase.start, "lr_decay_iters": 0})
-        if config.max_iters and end == phase.start: # what it unlocks would be drawn without ever having been trained
-            raise SystemExit(f"shrink='{config.shrink}' has a phase without a step, its share of max_iters={config.max_iters} is too "
-                             "small: raise max_iters or that share.")
+                raise SystemExit(f"shrink='{config.shrink}' has '{part}', which is no option of a "
+                                 "choice, such as kernel_size=3, and no positive number for one of "
+                                 f"{', '.join(PHASE_KEYS)}.") from None
+        phases.append(Phase(total, old, drawn(), settings))
+        total += settings["share"]
+    ends = [*(phase.start for phase in phases[1:]), total]
+    for phase, end in zip(phases, ends, strict=True):
+        phase.start, end = (round(config.max_iters * s / total) for s in (phase.start, end))
+        own = {"max_iters": end - phase.start, "lr_decay_iters": 0}
+        phase.config = SimpleNamespace(**vars(config) | phase.config | own)
+        if config.max_iters and end == phase.start: # its options would be drawn untrained
+            raise SystemExit(f"shrink='{config.shrink}' has a phase without a step, its share of "
+                             f"max_iters={config.max_iters} is too small: raise max_iters or that "
+                             "share.")
     return phases
 
 
@@ -287,98 +380,49 @@ def phase_of(phases, step):
     return [phase for phase in phases if phase.start <= step][-1]
 
 
-def to_device(weights, run, requires_grad=False):
-    """Weights as leaves on the network's device; an architecture as it is."""
-    return {name: w.detach().to(run.device).requires_grad_(requires_grad) if isinstance(w, torch.Tensor) else w
-            for name, w in weights.items()}
-
-
-def supernet_arch(arch_optimizer, config, run, i):
-    """What the supernet is trained as, for evaluation batch i: the mean weights, or for gdas and spos an architecture drawn."""
-    if config.optimizer == "spos":
-        return arch_optimizer.sample(1.0, rng(config.seed, "eval", i))
-    if config.optimizer == "gdas":
-        return argmax_arch(arch_optimizer.choices, arch_optimizer.sample(1.0, rng(config.seed, "eval", i)))
-    return to_device(arch_optimizer.mean(), run)
-
-
-def score(net, forward, arch, splits, config, run, names=("search",)):
-    """estimate() of the architecture with inherited weights, on each split, after its BatchNorms' statistics are measured."""
-    calibrate(net, forward, splits["train"], config, run, (arch,))
-    found = [estimate(forward, splits[name], config, run, name, lambda i: arch) for name in names]
-    return found if len(found) > 1 else found[0]
-
-
-def evaluate(net, forward, arch_optimizer, cost, splits, config, run, state, log, table):
-    """The losses of the supernet and of the architecture read off it, with inherited weights; logs, and keeps the best."""
-    if config.optimizer == "spos": # no alphas to read: the best of a few draws
-        history = random_search(arch_optimizer.open, lambda arch: score(net, forward, arch, splits, config, run)["loss"], 8,
-                                rng(config.seed, "spos", state.step), arch_optimizer.budget)
-        arch = best_of(history)[1]
-    else:
-        arch = arch_optimizer.arch()
-    mixture = estimate(forward, splits["search"], config, run, "search", lambda i: supernet_arch(arch_optimizer, config, run, i),
-                       own_norms=True) # the architectures of a mixture have no statistics in common
-    entropies = {name: h.tolist() for name, h in entropy(arch_optimizer.mean()).items()}
-    weights = {name: w.tolist() for name, w in arch_optimizer.mean().items()}
-    found, val = score(net, forward, arch, splits, config, run, ("search", "val"))
-    record(net, cost(arch), arch, found, mixture["loss"], val, config, run, state, log, table, entropy=entropies, weights=weights,
-           options={name: list(choice.options) for name, choice in net.choices.items()})
-
-
-def record(net, cost, arch, found, mixture_loss, val, config, run, state, log, table, **rest):
-    """One line of the trajectory and of the log, and arch.json if this architecture's loss is the lowest so far. cost: the
-    architecture's; found, val: its estimate() on the search split and on val."""
-    loss, space = found["loss"], space_module(config.space)
-    keys = [*net.choices, "head_size", "bias", "block_size", *OPTIONS] if config.space == "gpt" else defaults(vars(space))
-    values = {"arch_loss": loss, "mixture_loss": mixture_loss, "gap": loss - mixture_loss, "val_arch_loss": val["loss"]}
-    values |= {f"{prefix}_{key}": there[key] for prefix, there in (("arch", found), ("val_arch", val)) for key in UNITS if key in there}
-    if table:
-        values |= {f"table_{key}": value for key, value in table(arch).items()}
-    line = {"space": config.space, "step": state.step, "arch": arch, "cost": cost, **values, **rest, "optimizer": config.optimizer,
-            "seed": config.seed, "model": {key: getattr(config, key) for key in keys}, "dataset": config.dataset,
-            "data_dir": config.data_dir}
-    if run.master:
-        append(os.path.join(config.out_dir, "arch_traj.jsonl"), add_checksum(line))
-    if loss < state.best_loss:
-        state.best_loss, state.best_arch = loss, arch
-        if run.master:
-            write_json(os.path.join(config.out_dir, "arch.json"), line)
-    accuracy = "".join(f" | {key} {found[key]:.2f}{unit} | val {key} {val[key]:.2f}{unit}" for key, unit in UNITS.items() if key in val)
-    if table:
-        accuracy += " | table {table_accuracy:.2f}%, rank {table_rank} of {table_of}, regret {table_regret:.2f}%".format(**values)
-    log(f"step {state.step}/{config.max_iters} | mixture {mixture_loss:.4f} | arch {loss:.4f} | gap {values['gap']:+.4f} | "
-        f"val {val['loss']:.4f}{accuracy} | {text_of(arch, config)} | {cost['params'] / 1e6:.3g}M params", step=state.step, arch=arch,
-        **values, **cost)
-
-
-def text_of(arch, config):
-    """The architecture in the text form of its space."""
-    return getattr(space_module(config.space), "genotype", describe)(arch)
+def check_sandwich(choices, phases, config):
+    """SystemExit unless the sandwich rule and in-place distillation are possible, if asked for."""
+    loss_chunk = getattr(config, "loss_chunk", 0)
+    fewest = min(phase.config.subnets_per_step for phase in phases)
+    if config.inplace_distill and (not config.sandwich or loss_chunk):
+        raise SystemExit(f"inplace_distill=True needs sandwich=True (it is {config.sandwich}), to "
+                         f"have the largest's answers, and loss_chunk=0 (it is {loss_chunk}), to "
+                         "have answers at all.")
+    if config.sandwich and (METHODS[config.optimizer].has_alphas or fewest < 2):
+        raise SystemExit("sandwich=True draws the largest and the smallest in every step: it needs "
+                         f"optimizer=spos (it is {config.optimizer}) and in every phase "
+                         f"subnets_per_step of 2 or more (it is {fewest}).")
+    if config.sandwich and any(isinstance(c.options[0], str) for c in choices.values()):
+        raise SystemExit(f"sandwich=True needs a space of sizes: {config.space} chooses operations, "
+                         "of which none is the largest.")
 
 
 def check_stages(net, config):
     """SystemExit unless a progressive search is possible, if one is asked for."""
     options = max((len(c.options) for c in net.choices.values()), default=0)
-    if not (config.prune_keep or config.widen_to or config.arch_warmup_iters):
-        return
-    possible = hasattr(net, "prune") and config.optimizer != "spos" and 1 < config.prune_keep <= options
-    if config.prune_keep and not possible:
-        raise SystemExit(f"prune_keep={config.prune_keep} is for a space of cells, 2 to its {options} operations, and not for "
-                         "optimizer=spos, which has no alphas to prune by.")
+    possible = hasattr(net, "prune") and METHODS[config.optimizer].has_alphas
+    if config.prune_keep and not (possible and 1 < config.prune_keep <= options):
+        raise SystemExit(f"prune_keep={config.prune_keep} is for a space of cells, 2 to its "
+                         f"{options} operations, and not for optimizer=spos, which has no alphas "
+                         "to prune by.")
     k = getattr(config, "partial_channels", 1)
     if config.widen_to and (not config.prune_keep or not 0 < config.widen_to <= k):
-        raise SystemExit(f"widen_to={config.widen_to} needs prune_keep, and may be 1 to partial_channels={k}.")
+        raise SystemExit(f"widen_to={config.widen_to} needs prune_keep, and may be 1 to "
+                         f"partial_channels={k}.")
     if config.widen_to and config.zero_stage:
-        raise SystemExit(f"widen_to={config.widen_to} copies the optimizer's state, of which zero_stage={config.zero_stage} leaves every "
-                         "process a share: leave one of them out.")
-    if config.widen_to:
+        raise SystemExit(f"widen_to={config.widen_to} copies the optimizer's state, of which "
+                         f"zero_stage={config.zero_stage} leaves every process a share: leave one "
+                         "of them out.")
+    if config.widen_to: # a number that it does not divide is told now, not after half of the steps
         with torch.device("meta"):
-            build(vars(config) | {"partial_channels": config.widen_to}) # what it does not divide is told now, not after half of the steps
+            build(vars(config) | {"partial_channels": config.widen_to})
 
 
 def second_stage(net, optimizer, arch_optimizer, config, run):
-    """The network of a progressive search's second half: without the operations that chooser pruned, and widened; and its optimizer."""
+    """The network of a progressive search's second half, and its optimizer.
+
+    It has no operations that arch_optimizer pruned, and is wider if widen_to says so.
+    """
     if not config.widen_to:
         net.prune(arch_optimizer.mask)
         return net, optimizer
@@ -388,225 +432,353 @@ def second_stage(net, optimizer, arch_optimizer, config, run):
     wide_optimizer = configure_optimizer(wide, config, run)
     return widen(net, wide, rng(config.seed, "widen"), (optimizer, wide_optimizer)), wide_optimizer
 
+# -----------------------------------------------------------------------------
+# evaluation
+
+def score(net, forward, arch, splits, config, run, names=("search",)):
+    """estimate() of the architecture with inherited weights, on each of the named splits.
+
+    Before that, the statistics of its BatchNorms are measured.
+    """
+    calibrate(net, forward, splits["train"], config, run, arch)
+    return [estimate(forward, splits[name], config, run, name, lambda i: arch) for name in names]
+
+
+def evaluate(net, forward, arch_optimizer, cost, splits, config, run, state, log, table):
+    """The losses of the supernet, and of the architecture read off it with inherited weights."""
+    if arch_optimizer.has_alphas:
+        arch = arch_optimizer.arch()
+    else: # the best of a few draws
+        def loss_of(arch):
+            return score(net, forward, arch, splits, config, run)[0]["loss"]
+        history = random_search(arch_optimizer.open, loss_of, 8,
+                                rng(config.seed, "spos", state.step), arch_optimizer.budget)
+        arch = best_of(history)[1]
+
+    def supernet_arch(i): # what the supernet is trained as, for batch i
+        return to_device(arch_optimizer.eval_arch(rng(config.seed, "eval", i)), run)
+    # a mixture's architectures have no BatchNorm statistics in common: each batch has its own
+    mixture = estimate(forward, splits["search"], config, run, "search", supernet_arch,
+                       own_norms=True)
+    mean = arch_optimizer.mean()
+    found, val = score(net, forward, arch, splits, config, run, ("search", "val"))
+    record(net, cost(arch), arch, found, mixture["loss"], val, config, run, state, log, table,
+           entropy={name: h.tolist() for name, h in entropy(mean).items()},
+           weights={name: w.tolist() for name, w in mean.items()},
+           options={name: list(choice.options) for name, choice in net.choices.items()})
+
+
+def record(net, cost, arch, found, mixture_loss, val, config, run, state, log, table, **rest):
+    """One line of the trajectory and of the log; arch.json if this loss is the lowest so far.
+
+    cost: the architecture's. found, val: its estimate() on the search split and on val.
+    """
+    kind, loss = data_kind(config.space), found["loss"]
+    values = {"arch_loss": loss, "mixture_loss": mixture_loss, "gap": loss - mixture_loss,
+              "val_arch_loss": val["loss"]}
+    if kind.metric:
+        values[f"arch_{kind.metric}"] = found[kind.metric]
+        values[f"val_arch_{kind.metric}"] = val[kind.metric]
+    if table:
+        values |= {f"table_{key}": value for key, value in table(arch).items()}
+    line = {"space": config.space, "step": state.step, "arch": arch, "cost": cost, **values, **rest,
+            "optimizer": config.optimizer, "seed": config.seed,
+            "model": {key: getattr(config, key) for key in recorded_keys(config.space)},
+            "dataset": config.dataset, "data_dir": config.data_dir}
+    if run.master:
+        append(os.path.join(config.out_dir, "arch_traj.jsonl"), add_checksum(line))
+    if loss < state.best_loss:
+        state.best_loss, state.best_arch = loss, arch
+        if run.master:
+            write_json(os.path.join(config.out_dir, "arch.json"), line)
+    text = [f"step {state.step}/{config.max_iters}", f"mixture {mixture_loss:.4f}",
+            f"arch {loss:.4f}", f"gap {values['gap']:+.4f}", f"val {val['loss']:.4f}"]
+    if kind.metric:
+        text += [f"{kind.metric} {found[kind.metric]:.2f}{kind.metric_unit}",
+                 f"val {kind.metric} {val[kind.metric]:.2f}{kind.metric_unit}"]
+    if table:
+        text += ["table {table_accuracy:.2f}%, rank {table_rank} of {table_of}, regret "
+                 "{table_regret:.2f}%".format(**values)]
+    text += [text_of(arch, config.space), f"{cost['params'] / 1e6:.3g}M params"]
+    log(" | ".join(text), step=state.step, arch=arch, **values, **cost)
+
+
+def mean_entropy(arch_optimizer):
+    """Of all rows of the weights: 1 is undecided, 0 decided."""
+    rows = [h.reshape(-1) for h in entropy(arch_optimizer.mean()).values()]
+    return round(torch.cat(rows or [torch.zeros(1)]).mean().item(), 4)
+
+# -----------------------------------------------------------------------------
+# a search
 
 def resume_search(net, optimizer, arch_optimizer, config, run, state):
-    """Goes back to the checkpoint, of whichever stage; returns the network and the optimizer of that stage."""
-    path = os.path.join(config.out_dir, "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt")
+    """Goes back to the checkpoint, of whichever stage; returns that stage's network and
+    optimizer."""
+    keys = network_keys(config.space)
+    name = "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt"
+    path = os.path.join(config.out_dir, name)
     if os.path.exists(path):
         checkpoint = load_checkpoint(path, run.device)
-        check_same_network(config, checkpoint, path, network_keys(config.space), ("optimizer",))
+        check_same_network(config, checkpoint, path, keys, ("optimizer",))
         arch_optimizer.load_state_dict(checkpoint["chooser"])
         if checkpoint["state"].get("stage", 1) == 2:
             net, optimizer = second_stage(net, optimizer, arch_optimizer, config, run)
-    resume(config, run, net, optimizer, state, network_keys(config.space))
-    if run.master and state.best_loss < math.inf: # arch.json may be of steps, or of a search, that are made anew, perhaps otherwise
+    resume(config, run, net, optimizer, state, keys)
+    if run.master and state.best_loss < math.inf:
+        # arch.json may be of steps that are made again, perhaps with another result
         path = os.path.join(config.out_dir, "arch_traj.jsonl")
         for line in (verify_checksum(line, path) for line in read_lines(path)):
             if line["arch_loss"] == state.best_loss:
                 write_json(os.path.join(config.out_dir, "arch.json"), line)
                 break # of equal ones the first was kept
+    budget = arch_optimizer.budget
+    if budget and state.best_arch and budget.utilization(budget.cost_of(state.best_arch)) > 1:
+        state.best_loss, state.evaluated = math.inf, -1 # the search had no budget before
     return net, optimizer
 
 
-def load_table(net, config):
-    """The Benchmark that config names, or None. It must hold some architectures of the space, or it is that of another."""
+def load_benchmark(net, config):
+    """The Benchmark that config names, or None. SystemExit if it is that of another space."""
     if not config.benchmark:
         return None
-    if config.space == "gpt":
-        raise SystemExit(f"benchmark='{config.benchmark}' is for the spaces of search_spaces/, of which there are tables; space is gpt.")
-    table = Benchmark(config.benchmark, space_module(config.space), extremes(net.choices)[0], config.dataset)
-    for i in range(8):
+    module = space_module(config.space)
+    if not hasattr(module, "columns"):
+        raise SystemExit(f"benchmark='{config.benchmark}' is for the spaces of search_spaces/, of "
+                         f"which there are tables; space is {config.space}.")
+    table = Benchmark(config.benchmark, module, extremes(net.choices)[0], config.dataset)
+    for i in range(8): # it must hold some architectures of the space
         table(uniform(net.choices, rng("benchmark", i)))
     return table
 
 
-def check(config):
-    """SystemExit where the keys of a search do not go together."""
-    if config.order not in (1, 2) or (config.order == 2 and config.optimizer != "darts"):
-        raise SystemExit(f"order={config.order} is for optimizer=darts alone (1 or 2); optimizer is {config.optimizer}.")
-    if config.compile and config.space != "gpt" and config.optimizer in ("gdas", "spos"):
-        raise SystemExit(f"compile=True would compile every architecture that {config.optimizer} draws in {config.space}: leave it out.")
-    for key, allowed in (("arch_search", ("evolution", "random", "pareto")), ("pareto_cost", ("params", "flops", "latency")),
-                         ("latency_of", ("prefill", "decode"))):
-        if getattr(config, key) not in allowed:
-            raise SystemExit(f"{key}='{getattr(config, key)}' is not one of {', '.join(allowed)}.")
-    if config.arch_search == "pareto" and config.optimizer != "spos":
-        raise SystemExit(f"arch_search='pareto' is what optimizer=spos ends with, and optimizer is {config.optimizer}: use spos.")
-    check_range(config, 1, "subnets_per_step", "arch_evals", "population", "parents")
-    check_range(config, 0, "arch_learning_rate", "arch_weight_decay", "budget_penalty", "distill")
-    if not 0 < config.tau_min <= config.tau_max:
-        raise SystemExit(f"tau_max={config.tau_max} and tau_min={config.tau_min}: the temperature falls from the one to the other, which "
-                         "must be above 0.")
-    if hasattr(space_module(config.space), "scale") and (config.teacher or config.inplace_distill):
-        raise SystemExit("teacher and inplace_distill need classes or tokens, which super-resolution does not have: leave them out.")
-    if config.prune_keep and (config.target_params or config.target_flops or config.target_latency):
-        raise SystemExit(f"prune_keep={config.prune_keep} may take out what the budget needs: leave out prune_keep, or the targets.")
-    if config.space == "gpt" and (config.teacher or config.inherit):
-        raise SystemExit("teacher and inherit are for the spaces of search_spaces/; space is gpt.")
+def make_arch_optimizer(net, config, cost, phases):
+    method = METHODS[config.optimizer]
+    own = {key: getattr(config, key) for key in method.keys}
+    return method(net.choices, rng(config.seed, "alphas"),
+                  learning_rate=config.arch_learning_rate, weight_decay=config.arch_weight_decay,
+                  budget=make_budget(net, config, cost, phases[-1].choices), **own)
 
 
-def check_sandwich(choices, phases, config):
-    """SystemExit unless the sandwich rule and in-place distillation are possible, if they are asked for."""
-    loss_chunk, fewest = getattr(config, "loss_chunk", 0), min(phase.config.subnets_per_step for phase in phases)
-    if config.inplace_distill and (not config.sandwich or loss_chunk):
-        raise SystemExit(f"inplace_distill=True needs sandwich=True (it is {config.sandwich}), to have the largest's answers, and "
-                         f"loss_chunk=0 (it is {loss_chunk}), to have answers at all.")
-    if config.sandwich and (config.optimizer != "spos" or fewest < 2):
-        raise SystemExit(f"sandwich=True draws the largest and the smallest in every step: it needs optimizer=spos (it is "
-                         f"{config.optimizer}) and in every phase subnets_per_step of 2 or more (it is {fewest}).")
-    if config.sandwich and any(isinstance(choice.options[0], str) for choice in choices.values()):
-        raise SystemExit(f"sandwich=True needs a space of sizes: {config.space} chooses operations, of which none is the largest.")
+def compiled(net, config):
+    """The network that runs in steps: net, compiled if config says so."""
+    if not config.compile:
+        return net
+    return net.compile_parts() if hasattr(net, "compile_parts") else torch.compile(net)
+
+
+def check_compile(net, config):
+    if config.compile and METHODS[config.optimizer].is_hard and not hasattr(net, "compile_parts"):
+        raise SystemExit(f"compile=True would compile every architecture that {config.optimizer} "
+                         f"draws in {config.space}: leave it out.")
 
 
 def search(config):
     """Runs the search of config (a dict); returns what it writes to result.json."""
     config = SimpleNamespace(**config)
-    check(config)
-    check_run(config)
+    check_config(config, LIMITS, RULES)
     run = setup(config)
     if config.order == 2 and run.scaler.is_enabled():
-        raise SystemExit("order=2 differentiates through the gradient, which dtype=float16 scales: use --dtype=bfloat16 or float32.")
-    splits = split_data(config, run)
-    use_fused_ops(config.fused and run.device_type == "cpu" and (config.space != "gpt" or config.optimizer in ("darts", "drnas")))
-    net = build(vars(config)).to(run.device)
+        raise SystemExit("order=2 differentiates through the gradient, which dtype=float16 scales: "
+                         "use --dtype=bfloat16 or float32.")
+    splits, kind = split_data(config, run)
+    net, method = build(vars(config)).to(run.device), METHODS[config.optimizer]
+    use_fused_ops(config.fused and run.device_type == "cpu" and
+                  (net.has_plain_kernels or not method.is_hard))
+    check_compile(net, config)
     check_stages(net, config)
     check_resolutions(net, config, run, extremes(net.choices)[0])
-    table, predict = load_table(net, config), load_latency(net, config)
+    table, predict = load_benchmark(net, config), load_latency(net, config)
 
     def cost(arch): # of the network of this stage
         return with_latency(net, arch, predict)
-    arch_optimizer = ArchOptimizer(config.optimizer, net.choices, rng(config.seed, "alphas"), config.arch_learning_rate, config.arch_weight_decay,
-                            tau_max=config.tau_max, tau_min=config.tau_min, normalize=config.normalize, regularizer=config.regularizer,
-                            budget=make_budget(net, config, cost, read_phases(net.choices, config)[-1].choices))
-    phases, teacher = read_phases(net.choices, config), None
+
+    phases = read_phases(net.choices, config)
     check_sandwich(net.choices, phases, config)
-    if pretrained(origin(config)):
-        load_gpt2(net, origin(config))
-        net.sort(importance(net, splits["train"], config, run).__getitem__)
-    if config.inherit and origin(config) == "scratch":
+    arch_optimizer = make_arch_optimizer(net, config, cost, phases)
+
+    # what the supernet starts with
+    if is_pretrained(original_init_from(config)):
+        load_gpt2(net, original_init_from(config))
+        scores = importance(net, splits["train"], config, run)
+        sort_by_importance(net, scores.__getitem__)
+    if config.inherit and original_init_from(config) == "scratch":
         init_supernet(net, config, run)
-    if config.teacher:
-        teacher = trained(config.teacher, "teacher", config, run)
-    optimizer = configure_optimizer(net, config, run)
-    state = SimpleNamespace(step=0, evaluated=-1, stop=False, skipped=0, seconds=0.0, best_loss=math.inf, best_arch=None, stage=1, began=0)
-    if resumes(config):
+    teacher = load_trained(config.teacher, "teacher", config, run) if config.teacher else None
+    optimizer, state = configure_optimizer(net, config, run), SearchState()
+    if is_resuming(config):
         net, optimizer = resume_search(net, optimizer, arch_optimizer, config, run, state)
-        if arch_optimizer.budget and state.best_arch and arch_optimizer.budget.utilization(arch_optimizer.budget.of(state.best_arch)) > 1: # of a search without it
-            state.best_loss, state.evaluated = math.inf, -1
+    check_max_iters(config, state)
     init_out_dir(config, run)
     arch_optimizer.open = phase_of(phases, max(0, state.step - 1)).choices
-    forward = (net.compile_parts() if config.space == "gpt" else torch.compile(net)) if config.compile else net
-
-    def step(lr):
-        nonlocal net, forward, optimizer
-        if config.prune_keep and state.stage == 1 and state.step >= config.max_iters // 2:
-            arch_optimizer.prune(config.prune_keep)
-            state.stage, state.began, state.best_loss = 2, state.step, math.inf # the architectures of before may be out of reach
-            net, optimizer = second_stage(net, optimizer, arch_optimizer, config, run)
-            forward = torch.compile(net) if config.compile else net
-        phase = phase_of(phases, state.step)
-        arch_optimizer.open = phase.choices
-        if config.shrink and state.step == phase.start:
-            if hasattr(net, "unlock"):
-                net.unlock(phase.old, phase.choices)
-            optimizer = configure_optimizer(net, config, run)
-        return bilevel_step(net, forward, arch_optimizer, optimizer, splits, phase.config, run, state, lr, teacher)
-
-    def schedule(step, config):
-        phase = phase_of(phases, step)
-        return get_lr(step - phase.start, phase.config)
-
-    def mean_entropy():
-        rows = torch.cat([h.reshape(-1) for h in entropy(arch_optimizer.mean()).values()] or [torch.zeros(1)])
-        return {"H": round(rows.mean().item(), 4)}
+    forward, flops = compiled(net, config), net.cost(arch_optimizer.mean())["flops"].item()
 
     def checkpoint():
-        save(config, run, "ckpt.pt", net, optimizer, arch_optimizer=arch_optimizer.state_dict(), state=vars(state))
+        save(config, run, "ckpt.pt", net, optimizer, chooser=arch_optimizer.state_dict(),
+             state=vars(state))
 
-    with Log(config, run, state.step) as log, signals(run):
-        log(f"{sum(p.numel() for p in net.parameters()):,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, choices " +
-            " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "") for name, c in net.choices.items()))
-        loop(config, run, state, log, net.cost(arch_optimizer.mean())["flops"].item(), step,
-             lambda: evaluate(net, forward, arch_optimizer, cost, splits, config, run, state, log, table), checkpoint, mean_entropy, schedule)
-        if config.optimizer == "spos":
+    with Log(config, run, state.step, kind) as log, signals(run):
+        shared = sum(p.numel() for p in net.parameters())
+        log(f"{shared:,} shared parameters, {config.optimizer} on {run.device} in {run.dtype}, "
+            "choices " + " ".join(f"{name}={list(c.options)}" + (f"x{c.repeat}" if c.repeat else "")
+                                  for name, c in net.choices.items()))
+        clock, timed, saved = time.perf_counter(), 0, time.perf_counter()
+        while True:
+            # evaluate, and keep the best architecture
+            done = state.step == config.max_iters
+            due = state.step % config.eval_interval == 0 or done
+            if due and state.evaluated < state.step:
+                state.seconds += time.perf_counter() - clock
+                evaluate(net, forward, arch_optimizer, cost, splits, config, run, state, log, table)
+                state.evaluated = state.step
+                checkpoint()
+                clock, timed, saved = time.perf_counter(), 0, time.perf_counter()
+            if done:
+                break
+
+            # the second half of a progressive search
+            if config.prune_keep and state.stage == 1 and state.step >= config.max_iters // 2:
+                arch_optimizer.prune(config.prune_keep)
+                # the architectures of before may be out of reach
+                state.stage, state.began, state.best_loss = 2, state.step, math.inf
+                net, optimizer = second_stage(net, optimizer, arch_optimizer, config, run)
+                forward = compiled(net, config)
+            # the next phase of progressive shrinking
+            phase = phase_of(phases, state.step)
+            arch_optimizer.open = phase.choices
+            if config.shrink and state.step == phase.start:
+                if hasattr(net, "unlock"):
+                    net.unlock(phase.old, phase.choices)
+                optimizer = configure_optimizer(net, config, run)
+
+            # the alphas on the search split; every step seeds its dropout
+            torch.manual_seed(rng(config.seed, "dropout", state.step, run.rank).initial_seed())
+            rests = state.step < state.began + phase.config.arch_warmup_iters
+            if arch_optimizer.alphas and not rests:
+                arch_step(net, forward, arch_optimizer, splits, phase.config, run, state)
+            # then the weights on the train split
+            lr = get_lr(state.step - phase.start, phase.config)
+            archs = train_archs(arch_optimizer, phase.config, run, state)
+            step_forward = forward
+            if config.inplace_distill:
+                step_forward = with_inplace_distillation(step_forward)
+            if teacher:
+                step_forward = with_teacher(step_forward, teacher, config.distill)
+            loss = train_step(net, step_forward, optimizer, splits["train"], phase.config, run,
+                              state, lr, archs)
+            state.step, timed = state.step + 1, timed + 1
+
+            # log
+            log.bar.update()
+            if state.step % config.log_interval == 0:
+                log.step(state.step, loss, lr, clock, timed, flops, H=mean_entropy(arch_optimizer))
+                state.seconds += time.perf_counter() - clock
+                clock, timed = time.perf_counter(), 0
+
+            # save in between, and stop where a signal says so
+            minutes = (time.perf_counter() - saved) / 60
+            due = config.save_interval and state.step % config.save_interval == 0
+            due = due or (config.save_minutes and minutes > config.save_minutes)
+            if stop_if_signaled(run, checkpoint, due):
+                saved = time.perf_counter()
+        log.bar.close()
+        if not arch_optimizer.has_alphas:
             start = time.perf_counter()
-            search_inherited(net, forward, cost, arch_optimizer, splits, config, run, state, log, table)
+            search_inherited(net, forward, cost, arch_optimizer, splits, config, run, state, log,
+                             table)
             state.seconds += time.perf_counter() - start
     return finish(cost, config, run, state, table)
 
 
 def search_inherited(net, forward, cost, arch_optimizer, splits, config, run, state, log, table):
-    """Evolutionary or random search among what was trained, by the loss on the search split with the supernet's weights; for both loss
-    and cost, pareto.json is what no other architecture is better than in both.
+    """Evolutionary or random search, by the loss on the search split with inherited weights.
 
-    arch_search.jsonl keeps every evaluation: a run that was stopped draws the same architectures again, and looks them up."""
-    path, lines, losses, weights = os.path.join(config.out_dir, "arch_search.jsonl"), [], [], content_hash(net.state_dict())[:12]
-    costs = {} # of a search for both
+    arch_search.jsonl keeps every evaluation: a resumed run draws the same architectures again, and
+    looks them up. With arch_search=pareto, pareto.json gets the architectures that no other one
+    beats in both loss and cost.
+    """
+    pareto, losses = config.arch_search == "pareto", []
+    path = os.path.join(config.out_dir, "arch_search.jsonl")
+    supernet, costs = content_hash(net.state_dict())[:12], {}
 
     def cost_of(arch):
         if arch_key(arch) not in costs:
             costs[arch_key(arch)] = cost(arch)[config.pareto_cost]
         return costs[arch_key(arch)]
 
+    # the evaluations of before, of these weights
+    lines = []
     if run.master:
-        if resumes(config) and os.path.exists(path):
-            lines = [line for line in (verify_checksum(line, path) for line in read_lines(path)) if line.get("supernet") == weights]
-            if config.arch_search == "pareto": # perhaps with another pareto_cost than before
+        if is_resuming(config) and os.path.exists(path):
+            lines = [verify_checksum(line, path) for line in read_lines(path)]
+            lines = [line for line in lines if line.get("supernet") == supernet]
+            if pareto: # perhaps with another pareto_cost than before
                 lines = [line | {"cost": cost_of(line["arch"])} for line in lines]
-        atomic_write(path, lambda f: f.write("".join(json.dumps(add_checksum(line)) + "\n" for line in lines).encode())) # without a line cut off
+        text = "".join(json.dumps(add_checksum(line)) + "\n" for line in lines)
+        atomic_write(path, lambda f: f.write(text.encode())) # without a line that was cut off
         state.seconds += sum(line["seconds"] for line in lines)
     known = {arch_key(line["arch"]): line["loss"] for line in lines}
 
-    def evaluate(arch):
+    def loss_of(arch):
         stop_if_signaled(run, lambda: None)
         loss = all_gather_scalar(known.get(arch_key(arch), math.nan), run)[0] # rank 0 knows
         if math.isnan(loss):
             start = time.perf_counter()
-            loss = score(net, forward, arch, splits, config, run)["loss"]
+            loss = score(net, forward, arch, splits, config, run)[0]["loss"]
+            line = {"evaluation": len(losses) + 1, "step": state.step, "supernet": supernet,
+                    "arch": arch, "loss": loss}
+            if pareto:
+                line["cost"] = cost_of(arch)
             if run.master:
-                both = {"cost": cost_of(arch)} if config.arch_search == "pareto" else {}
-                append(path, add_checksum({"evaluation": len(losses) + 1, "step": state.step, "supernet": weights, "arch": arch, "loss": loss,
-                                   **both, "seconds": time.perf_counter() - start}))
+                seconds = time.perf_counter() - start
+                append(path, add_checksum({**line, "seconds": seconds}))
         losses.append(loss)
         if run.master and (loss == min(losses) or len(losses) % 25 == 0):
-            count = f"{config.arch_search} {len(losses)}/{config.arch_evals}"
-            tqdm.write(f"{count} | arch {loss:.4f} | best {min(losses):.4f} | {text_of(arch, config)}")
+            tqdm.write(f"{config.arch_search} {len(losses)}/{config.arch_evals} | arch {loss:.4f} "
+                       f"| best {min(losses):.4f} | {text_of(arch, config.space)}")
         return loss
 
-    generator = rng(config.seed, "arch_search")
+    generator, budget = rng(config.seed, "arch_search"), arch_optimizer.budget
     if config.arch_search == "random":
-        history = random_search(arch_optimizer.open, evaluate, config.arch_evals, generator, arch_optimizer.budget)
+        history = random_search(arch_optimizer.open, loss_of, config.arch_evals, generator, budget)
     else:
-        rank = (lambda history: by_front(history, cost_of)) if config.arch_search == "pareto" else None
-        history = evolutionary_search(arch_optimizer.open, evaluate, config.arch_evals, generator, config.population, config.parents,
-                                      config.mutate_prob, config.depth_mutate_prob, arch_optimizer.budget, rank)
-        if rank and run.master:
-            front = [history[i] for i in nondominated_sort([(loss, cost_of(arch)) for loss, arch in history])[0]]
-            front = sorted(({"arch": arch, "loss": loss, **cost(arch)} for loss, arch in front), key=lambda point: point["loss"])
-            write_json(os.path.join(config.out_dir, "pareto.json"), {"space": config.space, "cost": config.pareto_cost, "front": front})
-    found, val = score(net, forward, best_of(history)[1], splits, config, run, ("search", "val"))
-    record(net, cost(best_of(history)[1]), best_of(history)[1], found, sum(losses) / len(losses), val, config, run, state, log, table)
+        rank = (lambda history: pareto_rank(history, cost_of)) if pareto else None
+        history = evolutionary_search(
+            arch_optimizer.open, loss_of, config.arch_evals, generator, config.population,
+            config.parents, config.mutate_prob, config.depth_mutate_prob, budget, rank)
+    if pareto and run.master:
+        points = [(loss, cost_of(arch)) for loss, arch in history]
+        front = [history[i] for i in nondominated_sort(points)[0]]
+        front = [{"arch": arch, "loss": loss, **cost(arch)} for loss, arch in front]
+        write_json(os.path.join(config.out_dir, "pareto.json"),
+                   {"space": config.space, "cost": config.pareto_cost,
+                    "front": sorted(front, key=lambda point: point["loss"])})
+    arch = best_of(history)[1]
+    found, val = score(net, forward, arch, splits, config, run, ("search", "val"))
+    record(net, cost(arch), arch, found, sum(losses) / len(losses), val, config, run, state, log,
+           table)
 
 
 def finish(cost, config, run, state, table):
-    """result.json, the figure and the next command."""
-    result = {"out_dir": config.out_dir, "arch": state.best_arch, **cost(state.best_arch), "steps": state.step,
+    """result.json, what was found, and the next command."""
+    arch = state.best_arch
+    result = {"out_dir": config.out_dir, "arch": arch, **cost(arch), "steps": state.step,
               "seconds": state.seconds, "arch_loss": state.best_loss}
     if table:
-        result |= {f"table_{key}": value for key, value in table(state.best_arch).items()}
-    if run.master:
-        write_json(os.path.join(config.out_dir, "result.json"), result)
-        speed = f", {result['latency']:.3g} ms" if "latency" in result else ""
-        print(f"found: {text_of(state.best_arch, config)}, {result['params']:,} parameters{speed}, loss {state.best_loss:.4f} with shared "
-              "weights")
-        if table:
-            draws = ", ".join(f"of {n} {table.random_best(n):.2f}%" for n in (1, 10, 100))
-            print(f"in the table: {result['table_accuracy']:.2f}%, rank {result['table_rank']} of {result['table_of']}; the best of random "
-                  f"draws, in the mean: {draws}")
-        print("next: python train_base.py " + shlex.quote(f"--arch={os.path.join(config.out_dir, 'arch.json')}"))
+        result |= {f"table_{key}": value for key, value in table(arch).items()}
+    if not run.master:
+        return result
+    write_json(os.path.join(config.out_dir, "result.json"), result)
+    speed = f", {result['latency']:.3g} ms" if "latency" in result else ""
+    print(f"found: {text_of(arch, config.space)}, {result['params']:,} parameters{speed}, loss "
+          f"{state.best_loss:.4f} with shared weights")
+    if table:
+        draws = ", ".join(f"of {n} {table.random_best(n):.2f}%" for n in (1, 10, 100))
+        print(f"in the table: {result['table_accuracy']:.2f}%, rank {result['table_rank']} of "
+              f"{result['table_of']}; the best of random draws, in the mean: {draws}")
+    print("next: python train_base.py " +
+          shlex.quote(f"--arch={os.path.join(config.out_dir, 'arch.json')}"))
     return result
 
 
 if __name__ == "__main__":
-    from configurator import configure
     draw_figures(main(search, configure(with_space(globals())))["out_dir"])

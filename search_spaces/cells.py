@@ -1,33 +1,53 @@
-"""The operations, edges and nodes of cells, which several spaces share."""
-import torch
-from torch.nn import functional as F
-import torch.nn as nn
+"""What several spaces share: the operations, edges and nodes of cells, and their genotypes."""
 import re
-from search_spaces.convs import BatchNorm2d, Conv2d, ENTANGLEMENTS, ImageNetwork, drop_path
-from supernet import measure_cost, one_hot, straight_through
 
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from configurator import ConfigError
+from search_spaces.convs import (
+    BatchNorm2d, Conv2d, ImageNetwork, check_entanglement, drop_path, measure_cost,
+)
+from supernet import ALL, Choice, Sampled, one_hot, set_choices, straight_through
+
+# -----------------------------------------------------------------------------
+# genotypes: the published text of two cells
 
 def to_genotype(cells, concat):
-    """The text of a normal and a reduction cell, as DARTS wrote it first. cells: name -> [(operation, source)]; concat: the nodes."""
-    return "Genotype(" + ", ".join(f"{name}={list(cells[name])}, {name}_concat=range({concat[0]}, {concat[-1] + 1})"
-                                   for name in ("normal", "reduce")) + ")"
+    """The text of a normal and a reduction cell, in the format of DARTS.
+
+    cells: {"normal", "reduce"}: [(operation, source)]. concat: the nodes that make the output.
+    """
+    nodes = f"range({concat[0]}, {concat[-1] + 1})"
+    parts = [f"{name}={list(cells[name])}, {name}_concat={nodes}" for name in ("normal", "reduce")]
+    return f"Genotype({', '.join(parts)})"
 
 
 def from_genotype(space, text, concat, primitives):
-    """{"normal", "reduce"}: [(operation, source)] of such a text; SystemExit if it is none of this space."""
+    """{"normal", "reduce"}: [(operation, source)] of such a text. Raises ConfigError if it is not a
+    genotype of this space."""
+    nodes = f"range({concat[0]}, {concat[-1] + 1})"
     pair = r"\('(\w+)', (\d+)\)"
-    ends = rf"(?:range\({concat[0]}, {concat[-1] + 1}\)|{re.escape(str(list(concat)))})"
-    match = re.fullmatch(", ".join(rf"{name}=\[((?:{pair}(?:, )?)*)\], {name}_concat={ends}" for name in ("normal", "reduce"))
-                         .join((r"Genotype\(", r"\)")), text)
+    ends = f"(?:{re.escape(nodes)}|{re.escape(str(list(concat)))})"
+    parts = [rf"{name}=\[((?:{pair}(?:, )?)*)\], {name}_concat={ends}"
+             for name in ("normal", "reduce")]
+    match = re.fullmatch(rf"Genotype\({', '.join(parts)}\)", text)
     if not match:
-        raise SystemExit(f"'{text}' is no genotype of {space}: write Genotype(normal=[('{primitives[-1]}', 0), ...], "
-                         f"normal_concat=range({concat[0]}, {concat[-1] + 1}), and the same for reduce).")
-    cells = {name: [(op, int(source)) for op, source in re.findall(pair, match[i])] for name, i in (("normal", 1), ("reduce", 4))}
+        raise ConfigError(f"'{text}' is not a genotype of {space}: write Genotype(normal="
+                          f"[('{primitives[-1]}', 0), ...], normal_concat={nodes}, and the same "
+                          "for reduce).")
+    cells = {name: [(op, int(source)) for op, source in re.findall(pair, match[group])]
+             for name, group in (("normal", 1), ("reduce", 4))}
     for op, _ in cells["normal"] + cells["reduce"]:
         if op not in primitives:
-            raise SystemExit(f"The genotype has '{op}', which is not an operation of {space}: {', '.join(primitives)}.")
+            raise ConfigError(f"The genotype has '{op}', which is not an operation of {space}: "
+                              f"{', '.join(primitives)}.")
     return cells
 
+# -----------------------------------------------------------------------------
+# operations: (x, its ReLU r, k, scale) -> a tensor of x's shape, or smaller by the stride. k is the
+# kernel, as in Conv2d; scale: None, or what the output is multiplied by.
 
 def scaled(x, scale):
     return x if scale is None else x * scale.to(x.dtype)
@@ -38,7 +58,7 @@ class ReLUConvBN(nn.Module):
         super().__init__()
         self.conv, self.norm = Conv2d(i, o, kernels, stride), BatchNorm2d(o, affine=affine)
 
-    def forward(self, x, r, k=None, scale=None):
+    def forward(self, x, r, k=ALL, scale=None):
         return self.norm(self.conv(r, None, None, k), None, scale)
 
 
@@ -46,10 +66,10 @@ class DilConv(nn.Module):
     """ReLU, depthwise with dilation 2, pointwise, norm."""
     def __init__(self, i, o, kernels, stride=1, affine=True):
         super().__init__()
-        self.depthwise, self.pointwise = Conv2d(i, i, kernels, stride, dilation=2, groups=i), Conv2d(i, o, 1)
-        self.norm = BatchNorm2d(o, affine=affine)
+        self.depthwise = Conv2d(i, i, kernels, stride, dilation=2, groups=i)
+        self.pointwise, self.norm = Conv2d(i, o, 1), BatchNorm2d(o, affine=affine)
 
-    def forward(self, x, r, k=None, scale=None):
+    def forward(self, x, r, k=ALL, scale=None):
         return self.norm(self.pointwise(self.depthwise(r, None, None, k)), None, scale)
 
 
@@ -57,32 +77,37 @@ class SepConv(nn.Module):
     """ReLU, depthwise, pointwise, norm, twice; the stride is in the first."""
     def __init__(self, i, o, kernels, stride=1, affine=True):
         super().__init__()
-        self.depthwise_1, self.pointwise_1 = Conv2d(i, i, kernels, stride, groups=i), Conv2d(i, i, 1)
-        self.norm_1 = BatchNorm2d(i, affine=affine)
-        self.depthwise_2, self.pointwise_2 = Conv2d(i, i, kernels, groups=i), Conv2d(i, o, 1)
-        self.norm_2 = BatchNorm2d(o, affine=affine)
+        self.depthwise_1 = Conv2d(i, i, kernels, stride, groups=i)
+        self.pointwise_1, self.norm_1 = Conv2d(i, i, 1), BatchNorm2d(i, affine=affine)
+        self.depthwise_2 = Conv2d(i, i, kernels, groups=i)
+        self.pointwise_2, self.norm_2 = Conv2d(i, o, 1), BatchNorm2d(o, affine=affine)
 
-    def forward(self, x, r, k=None, scale=None):
+    def forward(self, x, r, k=ALL, scale=None):
         x = F.relu(self.norm_1(self.pointwise_1(self.depthwise_1(r, None, None, k))))
         return self.norm_2(self.pointwise_2(self.depthwise_2(x, None, None, k)), None, scale)
 
 
 class Pool(nn.Module):
-    """Over 3 x 3; an average leaves out the padding. norm: a BatchNorm behind it. Pools of the same node compute the same: shared, a
-    dict of the node, keeps it for the next."""
+    """Over 3 x 3; an average leaves out the padding. norm: a BatchNorm follows.
+
+    Pools of the same input compute the same: the first one keeps its output in `shared`, a dict of
+    that input, for the others.
+    """
     def __init__(self, pool, C, stride=1, norm=False):
         super().__init__()
         self.pool, self.stride = pool, stride
         self.norm = BatchNorm2d(C, affine=False) if norm else None
 
-    def forward(self, x, r, k=None, scale=None, shared=None):
-        if shared is None or not (self.norm is None or self.norm.training): # in evaluation each norm has its own statistics
+    def forward(self, x, r, k=ALL, scale=None, shared=None):
+        evaluation = self.norm is not None and not self.norm.training
+        if shared is None or evaluation: # in evaluation each norm has its own statistics
             return scaled(self.pooled(x), scale)
-        if (self.pool, self.stride) not in shared:
-            shared[self.pool, self.stride] = self.pooled(x), self.norm
-        y, norm = shared[self.pool, self.stride]
-        if norm is not self.norm:
-            self.norm.running_mean.data.copy_(norm.running_mean) # autograd must not mind: training reads neither
+        key = self.pool, self.stride
+        if key not in shared:
+            shared[key] = self.pooled(x), self.norm
+        y, norm = shared[key]
+        if norm is not self.norm: # .data: training reads neither, so autograd need not know
+            self.norm.running_mean.data.copy_(norm.running_mean)
             self.norm.running_var.data.copy_(norm.running_var)
         return scaled(y, scale)
 
@@ -95,102 +120,130 @@ class Pool(nn.Module):
 
 
 class Skip(nn.Module):
-    def forward(self, x, r, k=None, scale=None):
+    def forward(self, x, r, k=ALL, scale=None):
         return scaled(x, scale)
 
 
 class FactorizedReduce(nn.Module):
-    """ReLU, half of the channels from the even and half from the odd rows and columns by 1 x 1 convolutions of stride 2, norm."""
+    """ReLU, two 1 x 1 convolutions of stride 2, each to half of the channels, of the even and of
+    the odd rows and columns, norm."""
     def __init__(self, i, o, affine=True):
         super().__init__()
         if o % 2:
-            raise SystemExit(f"A skip of stride 2 makes its {o} channels in two halves: choose an even number, by init_channels or "
-                             "partial_channels.")
+            raise ConfigError(f"A skip of stride 2 makes its {o} channels in two halves: choose an "
+                              "even number, by init_channels or partial_channels.")
         self.conv_1, self.conv_2 = Conv2d(i, o // 2, 1, 2), Conv2d(i, o // 2, 1, 2)
         self.norm = BatchNorm2d(o, affine=affine)
 
-    def forward(self, x, r, k=None, scale=None):
+    def forward(self, x, r, k=ALL, scale=None):
         odd = F.pad(r, (0, 1, 0, 1))[:, :, 1:, 1:]
         return self.norm(torch.cat((self.conv_1(r), self.conv_2(odd)), 1), None, scale)
 
+# -----------------------------------------------------------------------------
+# edges and nodes
 
 def kernel_of(primitive):
     """("sep_conv", 5) of sep_conv_5x5, ("skip_connect", None) of skip_connect."""
     name, _, size = primitive.rpartition("_")
-    return (name, int(size.split("x")[0])) if size[:1].isdigit() else (primitive, None)
+    has_kernel = size[:1].isdigit()
+    return (name, int(size.split("x")[0])) if has_kernel else (primitive, None)
 
 
 class Edge(nn.Module):
-    """One operation between two nodes of a cell, or a choice of some.
+    """One operation between two nodes of a cell, or a choice of several.
 
-    ops: name, such as "sep_conv" -> a function of (kernels, stride) that makes the module of an operation. entanglement: "weights",
-    operations that differ in their kernel alone share weights, and their mixture is one operation on mixed weights (weight
-    superposition); "outputs", they share weights, and each runs (weight entanglement); "none", each has its own weights, and runs
-    (weight sharing). group_weight: mixed weights are followed by their total weight, which a BatchNorm has removed; without it, as in
-    the literature, the group as a whole gets no gradient. partial_channels: k, the operations are of the first C / k channels, and the
-    others go around them, pooled where the stride is 2; all are shuffled, so that the next edge sees others (PC-DARTS, Xu et al. 2020).
+    primitives: the options. ops: {name, such as "sep_conv": a function of (kernels, stride) that
+    makes the module}. entanglement, of operations that differ in their kernel alone, which are one
+    group:
+        weights    they share weights, and their mixture is one operation on mixed weights (weight
+                   superposition)
+        outputs    they share weights, and each runs (weight entanglement)
+        none       each has its own weights, and runs (weight sharing)
+    group_weight: the output of mixed weights is multiplied by the group's total weight, which its
+        BatchNorm has removed. Without it, as in the literature, the group gets no gradient.
+    partial_channels: k; the operations are of the first C / k channels. The others go around them,
+        pooled where the stride is 2, and all are shuffled, so that the next edge operates on others
+        (PC-DARTS, Xu et al. 2020).
     """
-    def __init__(self, primitives, ops, stride=1, entanglement="weights", group_weight=True, partial_channels=1):
+    def __init__(self, primitives, ops, stride=1, entanglement="weights", group_weight=True,
+                 partial_channels=1):
         super().__init__()
-        self.primitives, self.stride, self.entanglement, self.group_weight = tuple(primitives), stride, entanglement, group_weight
-        self.partial_channels, self.pruned = partial_channels, () # pruned: places of what is no longer an option
-        if entanglement not in ENTANGLEMENTS:
-            raise SystemExit(f"entanglement='{entanglement}' is not one of {', '.join(ENTANGLEMENTS)}.")
+        check_entanglement(entanglement)
+        self.primitives, self.stride = tuple(primitives), stride
+        self.entanglement, self.group_weight = entanglement, group_weight
+        self.partial_channels = partial_channels
+        self.pruned = () # indices of what is no longer an option
         self.identity = self.primitives == ("skip_connect",) and stride == 1
-        self.groups = {} # name -> (its places in primitives, its kernels)
-        for place, primitive in sorted(enumerate(primitives), key=lambda item: kernel_of(item[1])[1] or 0):
-            name, kernel = kernel_of(primitive)
-            places, kernels = self.groups.setdefault(primitive if entanglement == "none" else name, ([], []))
-            places.append(place)
-            kernels.append(kernel)
-        self.ops = nn.ModuleDict({name: ops[kernel_of(primitives[places[0]])[0]](tuple(kernels), stride)
-                                  for name, (places, kernels) in self.groups.items() if name != "none"})
+        self.groups = {} # name -> (indices in primitives, kernels)
+        kernels = [kernel_of(primitive)[1] or 0 for primitive in primitives]
+        for i in sorted(range(len(primitives)), key=kernels.__getitem__):
+            name, kernel = kernel_of(primitives[i])
+            group = primitives[i] if entanglement == "none" else name
+            indices, kernels_of_group = self.groups.setdefault(group, ([], []))
+            indices.append(i)
+            kernels_of_group.append(kernel)
+        self.ops = nn.ModuleDict({
+            name: ops[kernel_of(primitives[indices[0]])[0]](tuple(kernels), stride)
+            for name, (indices, kernels) in self.groups.items() if name != "none"})
 
-    def forward(self, x, r, w=None, shared=None):
-        """x: (B, C, H, W), r: its ReLU. w: None where there is one operation, an operation, one and its weight, or weights (K,). shared:
-        a dict for what the edges from x have in common."""
-        k, n = self.partial_channels, x.shape[1] // self.partial_channels
+    def forward(self, x, r, choice=ALL, shared=None):
+        """x: (B, C, H, W), r: its ReLU. choice: Sampled. shared: a dict for what all edges from x
+        have in common."""
+        k = self.partial_channels
         if k == 1:
-            return self.operate(x, r, w, shared)
-        y, rest = self.operate(x[:, :n], r[:, :n], w, shared), x[:, n:]
-        y = torch.cat((y, rest if self.stride == 1 else F.max_pool2d(rest, 2, ceil_mode=True)), 1)
+            return self.operate(x, r, choice, shared)
+        n = x.shape[1] // k
+        y, rest = self.operate(x[:, :n], r[:, :n], choice, shared), x[:, n:]
+        rest = rest if self.stride == 1 else F.max_pool2d(rest, 2, ceil_mode=True)
+        y = torch.cat((y, rest), 1)
         return y.unflatten(1, (k, n)).transpose(1, 2).flatten(1, 2)
 
     def run(self, name, x, r, k, scale, shared):
         op = self.ops[name]
         return op(x, r, k, scale, shared) if isinstance(op, Pool) else op(x, r, k, scale)
 
-    def operate(self, x, r, w, shared=None):
-        if isinstance(w, torch.Tensor):
-            return self.mixture(x, r, w, shared)
-        primitive, p = w if isinstance(w, tuple) else (w or self.primitives[0], None)
+    def operate(self, x, r, choice, shared=None):
+        if choice.is_mixture:
+            return self.mixture(x, r, choice.weights, shared)
+        primitive, p = choice.option or self.primitives[0], choice.weight
         if primitive == "none":
             return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
         name, kernel = (primitive, None) if primitive in self.ops else kernel_of(primitive)
-        if self.groups[name][1] == [kernel]:
-            kernel = None # there is no other
-        mixing = kernel and p is not None and self.entanglement == "weights"
-        y = self.run(name, x, r, (kernel, p) if mixing else kernel, None, shared)
-        return straight_through(y, None if mixing and not self.group_weight else p)
+        kernels = self.groups[name][1]
+        if kernels == [kernel]: # it is the only one
+            kernel = None
+        if kernel is None:
+            return straight_through(self.run(name, x, r, ALL, None, shared), p)
+        if self.entanglement == "weights": # as in a mixture, p is the kernel's, and the group's too
+            y = self.run(name, x, r, Sampled(kernels, kernel, weight=p), None, shared)
+            return straight_through(y, p if self.group_weight else None)
+        return straight_through(self.run(name, x, r, Sampled(kernels, kernel), None, shared), p)
 
-    def mixture(self, x, r, w, shared):
+    def mixture(self, x, r, weights, shared):
+        """weights: (K,), of the primitives."""
         y = 0
-        for name, (places, kernels) in self.groups.items():
-            if name != "none" and self.entanglement == "weights" and len(kernels) > 1:
-                p, total = w[places], w[places].sum()
-                scale = total if self.group_weight else (total > 0).to(total.dtype) # a norm of 0 is not 0
-                y = y + self.run(name, x, r, p, scale, shared)
-            elif name != "none":
-                for place, kernel in zip(places, kernels, strict=True):
-                    if place not in self.pruned:
-                        y = y + self.run(name, x, r, kernel if len(kernels) > 1 else None, w[place], shared)
+        for name, (indices, kernels) in self.groups.items():
+            if name == "none":
+                continue
+            if self.entanglement == "weights" and len(kernels) > 1:
+                p, total = weights[indices], weights[indices].sum()
+                # the norm of 0 is not 0
+                scale = total if self.group_weight else (total > 0).to(total.dtype)
+                k = Sampled(tuple(kernels), weights=p)
+                y = y + self.run(name, x, r, k, scale, shared)
+                continue
+            for i, kernel in zip(indices, kernels, strict=True):
+                if i not in self.pruned:
+                    k = Sampled(kernels, kernel) if len(kernels) > 1 else ALL
+                    y = y + self.run(name, x, r, k, weights[i], shared)
         return y
 
     def prune(self, mask):
-        """No longer runs the operations where mask: (K,) is True, whose weights are 0 from here on; a shared weight stays as large."""
+        """Stops running the operations where mask: (K,) is True, whose weights are 0 from now on. A
+        shared weight stays as large as it is."""
         self.pruned = tuple(mask.nonzero().flatten().tolist())
-        for name, (places, _) in list(self.groups.items()):
-            if set(places) <= set(self.pruned):
+        for name, (indices, _) in list(self.groups.items()):
+            if set(indices) <= set(self.pruned):
                 del self.groups[name]
                 if name in self.ops:
                     del self.ops[name]
@@ -199,20 +252,23 @@ class Edge(nn.Module):
 def partial(C, partial_channels):
     """The channels of an edge's operations, in a cell of C channels a node."""
     if partial_channels < 1 or C % partial_channels:
-        raise SystemExit(f"partial_channels={partial_channels} does not divide the {C} channels of a node: change it or init_channels.")
+        raise ConfigError(f"partial_channels={partial_channels} does not divide the {C} channels "
+                          "of a node: change it or init_channels.")
     return C // partial_channels
 
 
-def nodes(states, edges, w, drop=0.0):
-    """The nodes of a cell: each is the sum of its edges from all states before it, in the order of those.
+def nodes(states, edges, choices, drop=0.0):
+    """The nodes of a cell: each is the sum of its edges, one from every state before it.
 
-    states: the cell's inputs, (B, C, H, W) each; edges: of the first node, of the second, ..., an Edge or None; w: what each runs
-    with. drop: the probability of drop_path() for all edges but identities, in networks without a choice.
+    states: the cell's inputs, (B, C, H, W) each. edges: those of the first node, of the second, and
+    so on, in the order of the states; an Edge or None. choices: the Sampled of each edge. drop: the
+    probability of drop_path() for all edges but identities, in networks without a choice.
     """
-    states, edges, inputs, i = [(x, F.relu(x), {}) for x in states], list(edges), len(states), 0
+    inputs, i = len(states), 0
+    states, edges = [(x, F.relu(x), {}) for x in states], list(edges)
     while i < len(edges):
         y = 0
-        for edge, (x, r, shared), choice in zip(edges[i:], states, w[i:], strict=False): # as many as there are states
+        for edge, choice, (x, r, shared) in zip(edges[i:], choices[i:], states, strict=False):
             if edge is not None:
                 term = edge(x, r, choice, shared)
                 y = y + (term if edge.identity else drop_path(term, drop))
@@ -220,18 +276,22 @@ def nodes(states, edges, w, drop=0.0):
         states.append((y, F.relu(y), {}))
     return [x for x, *_ in states[inputs:]]
 
+# -----------------------------------------------------------------------------
+# networks of cells
 
 class EdgeCosts:
-    """The cost of a network whose edges choose their operations: the sum over its edges, and a constant.
+    """The cost of a network whose edges choose their operations: a constant, and a sum over edges.
 
-    edges: [(Edge, the name of its choice, row)]; run(arch): the network's hard forward of one image.
+    edges: [(Edge, the name of its choice, row)]. run(arch): a hard forward pass of one image.
     """
     def __init__(self, net, edges, run):
         shapes, known = {}, {}
         arch = {name: [None] * choice.repeat for name, choice in net.choices.items()}
         for edge, choice, row in edges:
-            arch[choice][row] = next(primitive for i, primitive in enumerate(edge.primitives) if i not in edge.pruned)
-        hooks = [edge.register_forward_pre_hook(lambda edge, args: shapes.update({edge: args[0].shape})) for edge, *_ in edges]
+            left = [op for i, op in enumerate(edge.primitives) if i not in edge.pruned]
+            arch[choice][row] = left[0]
+        hooks = [edge.register_forward_pre_hook(
+            lambda edge, args: shapes.update({edge: args[0].shape})) for edge, *_ in edges]
         base = measure_cost(net, lambda: run(arch))
         for hook in hooks:
             hook.remove()
@@ -240,25 +300,46 @@ class EdgeCosts:
             key = (shapes[edge], edge.stride, primitive)
             if key not in known:
                 x = next(net.parameters()).new_zeros(shapes[edge])
-                known[key] = list(measure_cost(edge, lambda: edge(x, x, primitive)).values())
+                choice = Sampled(edge.primitives, primitive)
+                known[key] = list(measure_cost(edge, lambda: edge(x, x, choice)).values())
             return known[key]
 
         self.rows = {} # (choice, row) -> (K, 2), summed over the cells that share it
         for edge, choice, row in edges:
-            table = [[0, 0] if i in edge.pruned else cost_of(edge, primitive) for i, primitive in enumerate(edge.primitives)]
+            table = [[0, 0] if i in edge.pruned else cost_of(edge, primitive)
+                     for i, primitive in enumerate(edge.primitives)]
             table = torch.tensor(table).double()
             self.rows[choice, row] = self.rows.get((choice, row), 0) + table
-        self.base = torch.tensor(list(base.values())).double() - self(one_hot(net.choices, arch), 0)
+        of_edges = self(one_hot(net.choices, arch), 0)
+        self.base = torch.tensor(list(base.values())).double() - of_edges
 
     def __call__(self, weights, base=None):
         """(2,): params and flops, of weights their expectations."""
-        return sum(weights[choice][row].double().cpu() @ table for (choice, row), table in self.rows.items()) + (
-            self.base if base is None else base)
+        rows = sum(weights[choice][row].double().cpu() @ table
+                   for (choice, row), table in self.rows.items())
+        return rows + (self.base if base is None else base)
+
+
+def check_names(key, values, allowed):
+    """Raises ConfigError unless the values of a key are different ones of those allowed."""
+    if len(set(values)) < len(values) or not set(values) <= set(allowed):
+        raise ConfigError(f"{key}={list(values)} must be one or more different ones of "
+                          f"{', '.join(allowed)}.")
 
 
 class CellNetwork(ImageNetwork):
-    """One whose cells, in self.cells, have edges that choose their operations: cell.name is the choice, and the places of cell.edges are
-    its rows."""
+    """A network whose self.cells have edges that choose their operations: cell.name is the choice,
+    and the indices of cell.edges are its rows."""
+
+    def choose(self, primitives, allowed, arch, **of_choice):
+        """Gives the network a choice of primitives for every row of `of_choice`, name -> Choice's
+        keywords. Returns {name: the options of each row}, those of `arch` if there is one."""
+        check_names("primitives", primitives, allowed)
+        choices = {name: Choice(tuple(primitives), **kw) for name, kw in of_choice.items()}
+        arch = set_choices(self, choices, arch)
+        if arch is None:
+            return {name: [primitives] * choice.repeat for name, choice in choices.items()}
+        return {name: [[op] for op in ops] for name, ops in arch.items()}
 
     def expected_cost(self, weights):
         if not hasattr(self, "costs"):
@@ -267,34 +348,42 @@ class CellNetwork(ImageNetwork):
 
     def edges(self):
         """[(Edge, its choice, its row)]"""
-        return [(edge, cell.name, i) for cell in self.cells if hasattr(cell, "edges") for i, edge in enumerate(cell.edges)]
+        return [(edge, cell.name, i) for cell in self.cells if hasattr(cell, "edges")
+                for i, edge in enumerate(cell.edges)]
 
     def prune(self, mask):
-        """Drops the operations of which nothing is left, for good. mask: choice -> (rows, K), True for what is no longer an option."""
+        """Drops the operations that are no longer an option, for good. mask: {choice: (rows, K)},
+        True for those."""
         for edge, choice, row in self.edges():
             edge.prune(mask[choice][row])
 
 
 def widen(old, new, generator, optimizers=()):
-    """Fills `new` from `old`, a network with all its names and smaller shapes: where a dimension grew, the rest of it are copies of
-    others drawn at random, the same ones for all that grew so (after Net2WiderNet, Chen et al. 2016). optimizers: that of old and that of
-    new, whose state is filled likewise. Returns new."""
+    """Fills `new` from `old`, a network with the same names and smaller shapes, and returns it.
+
+    Where a dimension grew, its further channels are copies of others drawn at random, the same ones
+    for all dimensions that grew alike (after Net2WiderNet, Chen et al. 2016). optimizers: that of
+    old and that of new, whose state is filled likewise.
+    """
     drawn = {}
 
     def grow(t, shape):
         for dim, (a, b) in enumerate(zip(t.shape, shape, strict=True)):
             if b > a:
                 if (a, b) not in drawn:
-                    drawn[a, b] = torch.cat((torch.arange(a), torch.randint(a, (b - a,), generator=generator)))
+                    copies = torch.randint(a, (b - a,), generator=generator)
+                    drawn[a, b] = torch.cat((torch.arange(a), copies))
                 t = t.index_select(dim, drawn[a, b].to(t.device))
         return t
 
     theirs = old.state_dict()
-    new.load_state_dict({name: grow(theirs[name], t.shape) for name, t in new.state_dict().items()})
+    grown = {name: grow(theirs[name], t.shape) for name, t in new.state_dict().items()}
+    new.load_state_dict(grown)
     if optimizers:
         theirs = dict(old.named_parameters())
         for name, q in new.named_parameters():
-            p = theirs[name]
-            optimizers[1].state[q] = {key: grow(t, q.shape) if isinstance(t, torch.Tensor) and t.shape == p.shape else t
-                                      for key, t in optimizers[0].state[p].items()}
+            p, state = theirs[name], optimizers[0].state[theirs[name]]
+            optimizers[1].state[q] = {
+                key: grow(t, q.shape) if isinstance(t, torch.Tensor) and t.shape == p.shape else t
+                for key, t in state.items()}
     return new

@@ -1,33 +1,36 @@
 """
-NAS-Bench-201 (Dong & Yang 2020): one cell of 4 nodes and 6 edges with 5 operations each, 15,625 architectures.
+NAS-Bench-201 (Dong & Yang 2020): one cell of 4 nodes and 6 edges with 5 operations each, 15,625
+architectures.
 
-The cell is used 3 * n_cell times, with a residual block of stride 2 after each third but the last. The rows of an architecture's
-`cell` are the edges 1<-0, 2<-0, 2<-1, 3<-0, 3<-1, 3<-2, as in its genotype |op~0|+|op~0|op~1|+|op~0|op~1|op~2|.
+The cell is used 3 * n_cell times, with a residual block of stride 2 after each third but the last.
+The rows of an architecture's `cell` are the edges 1<-0, 2<-0, 2<-1, 3<-0, 3<-1, 3<-2, as in its
+genotype |op~0|+|op~0|op~1|+|op~0|op~1|op~2|.
 """
 import functools
 import itertools
 import random
 import re
-from types import SimpleNamespace
 
 import torch.nn as nn
 from torch.nn import functional as F
 
-from configurator import check_range, defaults
+from configurator import ConfigError, check_range
 from search_spaces.cells import CellNetwork, Edge, Pool, ReLUConvBN, Skip, nodes, partial
-from search_spaces.convs import BatchNorm2d, Conv2d
-from supernet import Choice, Linear, check_arch, check_names
+from search_spaces.convs import BatchNorm2d, Conv2d, settings, with_loss
+from supernet import Choice, Linear, check_arch, sampled
 
 # -----------------------------------------------------------------------------
 init_channels = 16 # of the first third of the cells; doubled twice
 n_cell = 5 # cells a third
-primitives = ['none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3', 'avg_pool_3x3'] # the operations to choose from
-entanglement = 'weights' # of the 1 x 1 and the 3 x 3 convolution, as they are mixed; 'outputs': each runs; 'none': each has its own weights
-group_weight = True # mixed weights count with their total, behind their BatchNorm; False: as in the literature
+primitives = ['none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3',
+              'avg_pool_3x3'] # the operations to choose from
+entanglement = 'weights' # of 1 x 1 and 3 x 3 convolutions: 'weights', 'outputs' or 'none', see Edge
+group_weight = True # the total of mixed weights is multiplied behind their BatchNorm, see Edge
 partial_channels = 1 # k: an edge's operations are of 1/k of the channels, the others go around them
 affine = True # weight and bias in the BatchNorms of cells; searches do without
 # -----------------------------------------------------------------------------
 
+DATA = "images" # the kind of data it takes
 PRIMITIVES = tuple(primitives)
 
 
@@ -38,21 +41,25 @@ class Cell(nn.Module):
         """rows: the operations to choose from, of each of the 6 edges."""
         super().__init__()
         n = partial(C, c.partial_channels)
-        ops = {"skip_connect": lambda kernels, stride: Skip(), "avg_pool": lambda kernels, stride: Pool("avg", n, stride),
+        ops = {"skip_connect": lambda kernels, stride: Skip(),
+               "avg_pool": lambda kernels, stride: Pool("avg", n, stride),
                "nor_conv": lambda kernels, stride: ReLUConvBN(n, n, kernels, stride, c.affine)}
-        self.edges = nn.ModuleList([Edge(row, ops, 1, c.entanglement, c.group_weight, c.partial_channels) for row in rows])
+        edges = [Edge(row, ops, 1, c.entanglement, c.group_weight, c.partial_channels)
+                 for row in rows]
+        self.edges = nn.ModuleList(edges)
 
-    def forward(self, x, w):
-        return nodes([x], self.edges, w)[-1]
+    def forward(self, x, choices):
+        return nodes([x], self.edges, choices)[-1]
 
 
 class ResidualBlock(nn.Module):
     """Two ReLU-convolution-norms, the first of stride 2, beside a pooled 1 x 1 convolution."""
     def __init__(self, i, o):
         super().__init__()
-        self.conv_1, self.conv_2, self.shortcut = ReLUConvBN(i, o, 3, 2), ReLUConvBN(o, o, 3), Conv2d(i, o, 1)
+        self.conv_1, self.conv_2 = ReLUConvBN(i, o, 3, 2), ReLUConvBN(o, o, 3)
+        self.shortcut = Conv2d(i, o, 1)
 
-    def forward(self, x, w=None):
+    def forward(self, x, choices=None):
         y = self.conv_1(x, F.relu(x))
         return self.shortcut(F.avg_pool2d(x, 2, ceil_mode=True)) + self.conv_2(y, F.relu(y))
 
@@ -63,13 +70,10 @@ class NB201(CellNetwork):
         super().__init__()
         self.config = c
         check_range(c, 1, "init_channels", "n_cell")
-        check_names("primitives", c.primitives, PRIMITIVES)
+        rows = self.choose(c.primitives, PRIMITIVES, arch, cell=dict(repeat=6))["cell"]
         if list(c.primitives) == ["none"]:
-            raise SystemExit("primitives=['none'] of nb201 must have another operation, or nothing reaches the output.")
-        self.choices = {"cell": Choice(tuple(c.primitives), repeat=6)}
-        rows = [c.primitives] * 6
-        if arch is not None: # nothing is left to choose
-            rows, self.choices = [[op] for op in check_arch(self.choices, arch)["cell"]], {}
+            raise ConfigError("primitives=['none'] of nb201 must have another operation, or "
+                              "nothing reaches the output.")
         C = c.init_channels
         self.stem = nn.Sequential(Conv2d(c.in_channels, C, 3), BatchNorm2d(C))
         cells = []
@@ -80,16 +84,12 @@ class NB201(CellNetwork):
         self.norm, self.classifier = BatchNorm2d(4 * C), Linear(4 * C, c.num_classes)
 
     def forward(self, x, targets=None, arch=None):
-        """x: (B, in_channels, H, W), targets: (B,) classes or None -> logits (B, num_classes), loss or None. arch: None for a
-        stand-alone network, else an architecture, or weights for a mixture."""
-        assert arch is not None or not self.choices, "a supernet needs weights or an architecture as its third argument"
-        w = [None] * 6 if arch is None else arch["cell"]
-        x = self.stem(x)
+        """See ImageNetwork."""
+        choices, x = sampled(self, arch)["cell"], self.stem(x)
         for cell in self.cells:
-            x = cell(x, w)
+            x = cell(x, choices)
         x = F.relu(self.norm(x)).mean((2, 3)) # (B, 4C)
-        logits = self.classifier(x)
-        return logits, None if targets is None else F.cross_entropy(logits, targets)
+        return with_loss(self.classifier(x), targets)
 
 
 def genotype(arch):
@@ -104,16 +104,18 @@ def columns(arch):
 
 
 def arch_of(text):
-    """The architecture of a genotype; SystemExit if it is none."""
+    """The architecture of a genotype. Raises ConfigError if it is not one of this space."""
     if not re.fullmatch(r"\|\w+~0\|\+\|\w+~0\|\w+~1\|\+\|\w+~0\|\w+~1\|\w+~2\|", text):
-        raise SystemExit(f"'{text}' is no genotype of nb201: write |op~0|+|op~0|op~1|+|op~0|op~1|op~2| with operations of "
-                         f"{', '.join(PRIMITIVES)}.")
-    return check_arch({"cell": Choice(PRIMITIVES, repeat=6)}, {"cell": re.findall(r"\|(\w+)~", text)})
+        raise ConfigError(f"'{text}' is not a genotype of nb201: write "
+                          "|op~0|+|op~0|op~1|+|op~0|op~1|op~2| with operations of "
+                          f"{', '.join(PRIMITIVES)}.")
+    cell = re.findall(r"\|(\w+)~", text)
+    return check_arch({"cell": Choice(PRIMITIVES, repeat=6)}, {"cell": cell})
 
 
 @functools.cache
 def order():
-    """All cells in the order of the benchmark's indices, which its authors shuffled with seed 88."""
+    """All cells in the order of the benchmark's indices: its authors shuffled them with seed 88."""
     cells = list(itertools.product(PRIMITIVES, repeat=6))
     random.Random(88).shuffle(cells)
     return cells
@@ -130,6 +132,6 @@ def arch_at(i):
 
 
 def build(config, arch=None):
-    """A network from a dict of the keys above, with img_size, in_channels and num_classes; other keys are left alone."""
-    known = defaults(globals()) | {"img_size": 32, "in_channels": 3, "num_classes": 10}
-    return NB201(SimpleNamespace(**known | {name: value for name, value in config.items() if name in known}), arch)
+    """A network from a dict of the keys above, with img_size, in_channels and num_classes."""
+    known = settings(config, globals(), img_size=32, in_channels=3, num_classes=10)
+    return NB201(known, arch)

@@ -11,14 +11,13 @@ from conftest import TINY_EVALS, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, f
 
 import analyze
 import train_search
-from budget import Budget, likelihood
+from budget import Budget, architectures, log_likelihood, make_budget, nondominated_sort
+from budget import pareto_rank
 from model import build
-from optim_nas import ArchOptimizer, architectures, by_front, nondominated_sort, discretize, random_search
-from optim_nas import uniform
+from optim_nas import METHODS, discretize, random_search, uniform
 from search_spaces import space_module
 from supernet import one_hot
 from test_train import search_config
-import budget
 
 CHARS = build(dict(n_layer=[4, 5, 6], n_head=[2, 4, 6], n_embd=[96, 192, 384], mlp_ratio=[2, 3, 4], bias=False, vocab_size=65,
                    block_size=256))
@@ -39,7 +38,9 @@ def test_five_targets_of_each_kind(name, targets):
     for target in targets:
         budget = Budget(CHARS.choices, CHARS.cost, {name: target})
         for seed in range(3):
-            for arch in (budget.project(drawn(CHARS.choices, seed)), budget.repair(uniform(CHARS.choices, generator(seed)), generator(seed))):
+            random = uniform(CHARS.choices, generator(seed))
+            projected = budget.project(drawn(CHARS.choices, seed))
+            for arch in (projected, budget.repair(random, generator(seed))):
                 assert 0.95 * target <= CHARS.cost(arch)[name] <= target, (target, arch)
 
 
@@ -54,7 +55,7 @@ def test_the_projection_is_likely_among_all_that_fit():
         budget = Budget(net.choices, net.cost, {"params": target})
 
         def likely(arch, logs=logs, weights=weights, budget=budget):
-            return likelihood(net.choices, budget.whole(arch, weights), logs)
+            return log_likelihood(net.choices, budget.with_all_layers(arch, weights), logs)
         fitting = torch.tensor([likely(arch) for arch in everything if 0.95 * target <= net.cost(arch)["params"] <= target])
         ranks.append((fitting > likely(budget.project(weights)) + 1e-6).double().mean())
     assert sum(rank == 0 for rank in ranks) >= 6 and sum(ranks) / len(ranks) < 0.05, ranks
@@ -71,14 +72,15 @@ def test_what_a_shrinking_never_draws_is_not_in_the_budget():
     """mlp_ratio 2 and 4 layers stay locked: no architecture has them, and the budget that only they would meet is out of reach."""
     config = SimpleNamespace(target_params=2_500_000, target_flops=0, target_latency=0, budget_penalty=1.0, optimizer="spos", max_iters=10,
                              shrink="n_layer=6 mlp_ratio=4 n_embd=384 n_head=6, n_layer=5 mlp_ratio=3 n_embd=96 n_head=2")
-    budget = budget.make_budget(CHARS, config, CHARS.cost)
+    drawn = train_search.read_phases(CHARS.choices, config)[-1].choices
+    budget = make_budget(CHARS, config, CHARS.cost, drawn)
     for seed in range(5):
         arch = budget.repair(uniform(budget.drawn, generator(seed)), generator(seed))
         assert arch["n_layer"] >= 5 and min(arch["mlp_ratio"]) >= 3 and CHARS.cost(arch)["params"] <= config.target_params
     smallest = CHARS.cost({"n_layer": 5, "n_embd": 96, "n_head": [2] * 5, "mlp_ratio": [3] * 5})["params"]
     config.target_params = smallest - 1
     with pytest.raises(SystemExit, match=f"{smallest:,} to"):
-        budget.make_budget(CHARS, config, CHARS.cost)
+        make_budget(CHARS, config, CHARS.cost, drawn)
 
 
 def test_several_targets_hold_together():
@@ -125,7 +127,9 @@ def test_the_penaltys_gradient_by_finite_differences():
 
 def test_the_penalty_alone_leads_the_alphas_to_the_target():
     for target in (1e6, 8e6):
-        arch_optimizer = ArchOptimizer("darts", CHARS.choices, generator(), 0.1, 0.0, budget=Budget(CHARS.choices, CHARS.cost, {"params": target}))
+        budget = Budget(CHARS.choices, CHARS.cost, {"params": target})
+        arch_optimizer = METHODS["darts"](CHARS.choices, generator(), learning_rate=0.1,
+                                          weight_decay=0.0, budget=budget)
         for _ in range(150):
             weights = arch_optimizer.sample(0.0, generator())
             arch_optimizer.step(weights, {name: torch.full_like(w, 1e-12) for name, w in weights.items()})
@@ -143,7 +147,7 @@ def test_fronts_by_exhaustion():
         assert not any(beaten(i, list(itertools.chain(*layers[n:]))) for i in layer)
         assert all(beaten(i, layers[n - 1]) for i in layer) or n == 0
     history = [(float(loss), cost) for loss, cost in points]
-    ranked = by_front(history, lambda cost: cost)
+    ranked = pareto_rank(history, lambda cost: cost)
     assert sorted(ranked) == sorted(history) and {min(p[0] for p in points), min(p[1] for p in points)} >= {min(h[1] for h in ranked[:2])}
 
 

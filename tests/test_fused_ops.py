@@ -13,8 +13,9 @@ import fused_ops
 import supernet
 from fused_ops import depthwise, mixed_attention, mixed_linear, mixed_norm
 from model import build
-from optim_nas import ArchOptimizer, discretize, picked, uniform
+from optim_nas import METHODS, discretize, uniform
 from search_spaces.convs import Conv2d
+from supernet import straight_through_arch
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -159,10 +160,14 @@ def test_depthwise_is_conv2d_at_every_shape(k, stride, dilation):
                 assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-12, atol=1e-12), (inputs[2:], x.shape)
 
 
-@pytest.mark.parametrize("o, k", [(None, 3), (None, 7), (None, torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)), (supernet.Size(10), 5)])
+MIXED = supernet.Sampled((3, 5, 7), weights=torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("o, k", [(None, 3), (None, 7), (None, MIXED), (supernet.Size(10), 5)])
 def test_depthwise_takes_what_the_network_gives(o, k):
     """Weights that are cut out of larger ones, or scaled, with a bias; images of any memory format, out come channels_last."""
     conv = Conv2d(24, 24, (3, 5, 7), stride=2, dilation=2, groups=24, bias=True).double()
+    k = k if k is MIXED else supernet.Sampled((3, 5, 7), k)
     x = torch.randn(2, 48, 9, 11, dtype=torch.float64)
     x = [t[:, :10] if o else t for t in (x[:, :24], x[:, ::2], x[:, :24].transpose(2, 3), x[:, :24].to(memory_format=torch.channels_last))]
     for t in x:
@@ -263,7 +268,8 @@ def test_a_killed_compilation_does_not_hold_up_the_next(tmp_path):
 
 
 def test_compiled_parts_do_not_recompile():
-    """After a few architectures, 50 more, hard, mixed and picked, use the graphs that there are, and are right; no graph has a break."""
+    """After a few architectures, 50 more, hard, mixed and straight-through, use the graphs that there are, and
+    are right; no graph has a break."""
     from torch._dynamo.utils import counters
     torch._dynamo.reset()
     counters.clear()
@@ -272,13 +278,13 @@ def test_compiled_parts_do_not_recompile():
     eager = build(vars(net.config))
     eager.load_state_dict(net.state_dict())
     net.compile_parts()
-    drnas, gdas = (ArchOptimizer(name, net.choices, generator) for name in ("drnas", "gdas"))
+    drnas, gdas = (METHODS[name](net.choices, generator) for name in ("drnas", "gdas"))
 
     def thirds():
         yield uniform(net.choices, generator)
         yield {name: w.detach() for name, w in drnas.sample(0.0, generator).items()}
         yield discretize(net.choices, gdas.sample(0.0, generator))
-        yield picked(net.choices, {name: w.detach().requires_grad_() for name, w in gdas.sample(0.0, generator).items()})
+        yield straight_through_arch(net.choices, {name: w.detach().requires_grad_() for name, w in gdas.sample(0.0, generator).items()})
 
     for i in range(58):
         if i == 8: # the widest and the narrowest have come by

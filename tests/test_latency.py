@@ -10,7 +10,7 @@ from test_budget import CHARS, drawn, generator
 
 import bench
 import train_search
-from budget import Budget, latency, latency_features, load_latency, network_of
+from budget import Budget, latency_features, latency_predictor, load_latency, network_id
 from configurator import defaults
 from data import load_meta
 from model import build
@@ -35,11 +35,13 @@ def measured(tmp_path_factory):
 
 
 def test_five_latency_targets():
-    predict = latency(CHARS, PREFILL)
+    predict = latency_predictor(CHARS, PREFILL)
     for target in (6, 9, 16, 45, 70):
         budget = Budget(CHARS.choices, lambda weights: {"latency": predict(weights)}, {"latency": target})
         for seed in range(3):
-            for arch in (budget.project(drawn(CHARS.choices, seed)), budget.fit(uniform(CHARS.choices, generator(seed)), generator(seed))):
+            random = uniform(CHARS.choices, generator(seed))
+            projected = budget.project(drawn(CHARS.choices, seed))
+            for arch in (projected, budget.repair(random, generator(seed))):
                 assert 0.95 * target <= predict(arch) <= target, (target, arch)
 
 
@@ -47,7 +49,7 @@ def test_the_prediction_is_the_sum_of_the_tables_entries(measured):
     table, choices = json.loads(measured.read_text()), CHARS.choices
     for key in (KEY, "decode 1 x 16"):
         ms, held = table["latencies"][key]["ms"], table["latencies"][key]["heldout"]
-        predict = latency(CHARS, ms)
+        predict = latency_predictor(CHARS, ms)
         for seed in range(5):
             arch = uniform(choices, generator(seed))
             at = {name: [c.options.index(v) for v in (arch[name] if c.repeat else [arch[name]])] for name, c in choices.items()}
@@ -65,7 +67,8 @@ def test_features_are_linear_in_each_row_and_their_gradient_is_that_of_finite_di
     arch = uniform(net.choices, generator(1))
     features = latency_features(net, one_hot(net.choices, arch))
     ms = {name: torch.rand(f.shape, generator=generator()).tolist() for name, f in features.items()}
-    predict, weights = latency(net, ms), {name: w.double().requires_grad_() for name, w in drawn(net.choices, 3).items()}
+    predict, weights = latency_predictor(net, ms), drawn(net.choices, 3)
+    weights = {name: w.double().requires_grad_() for name, w in weights.items()}
     gradients = dict(zip(weights, torch.autograd.grad(predict(weights), weights.values()), strict=True))
     for name, c in net.choices.items():
         index = (c.repeat - 1, 0) if c.repeat else (0,)
@@ -89,7 +92,9 @@ def test_parts_add_up_to_the_networks_that_they_were_timed_in():
         return layers(arch, 1.0).sum().item() + arch["n_layer"] ** 2
     alike, mixed = bench.archs_of_parts(net.choices)
     marked = [torch.cat((torch.tensor([3.0]), layers(arch, 1.0), torch.tensor([5.0]))).numpy() for arch in alike]
-    predict = latency(net, bench.table_of_parts(net.choices, alike, mixed, marked, [total(arch) for arch in (*alike, *mixed)]))
+    totals = [total(arch) for arch in (*alike, *mixed)]
+    table = bench.table_of_parts(net.choices, alike, mixed, marked, totals)
+    predict = latency_predictor(net, table)
     for seed in range(20):
         arch = uniform(net.choices, generator(seed))
         assert predict(arch) == pytest.approx(total(arch), rel=1e-6)
@@ -105,7 +110,7 @@ def test_the_fit_finds_a_function_with_no_negative_coefficients():
     found = bench.fit(features[20:], ms[20:])
     assert all(torch.tensor(values).min() >= 0 for values in found.values())
     for arch, t in zip(archs[:20], ms[:20], strict=True):
-        assert latency(net, found)(arch) == pytest.approx(t, rel=0.08)
+        assert latency_predictor(net, found)(arch) == pytest.approx(t, rel=0.08)
 
 
 def test_a_search_ends_in_its_latency(data_dir, tmp_path):
@@ -176,7 +181,8 @@ def test_a_table_that_does_not_fit_is_one_sentence(measured, data_dir, tmp_path)
     for change in (dict(n_embd=[96, 192, 480]), dict(n_layer=[4, 5]), dict(vocab_size=97), dict(head_size=64)):
         with pytest.raises(SystemExit, match="is of another space, or of other sizes in it: run python bench"):
             load_latency(build(vars(CHARS.config) | change), config)
-    write_json(tmp_path / "other.json", {"network": network_of(CHARS, SimpleNamespace(space="other"))})
+    other = network_id(CHARS, SimpleNamespace(space="other"))
+    write_json(tmp_path / "other.json", {"network": other})
     config.latency_table = str(tmp_path / "other.json")
     with pytest.raises(SystemExit, match="is of another space"):
         load_latency(CHARS, config)

@@ -10,16 +10,16 @@ from conftest import TINY_IMAGES, TINY_LARGEST, TINY_SPACES, flags
 from test_survival import killed_early, state_of
 from test_vision import search_config, sentence, signalled, space_config
 
+from configurator import ConfigError
 import train
 import train_search
 from fused_ops import use_fused_ops
-from optim_nas import picked, space_size, uniform
+from optim_nas import space_size, uniform
 from run import read_lines, rng
 from search_spaces import mobilenetv3
-from supernet import check_arch, extremes, one_hot
+from supernet import check_arch, extremes, one_hot, straight_through_arch
 from train_search import phase_of, read_phases, with_teacher
 import run as runs
-import data
 import search_spaces
 
 SMALL = dict(depth=[1, 2, 3], kernel_size=[3, 5, 7], expand=[2, 3, 4], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[1, 2],
@@ -107,7 +107,7 @@ def test_genotypes():
     floats = mobilenetv3.arch_of("[[[3.0, 2.0]], [[3, 2]]]")
     assert mobilenetv3.genotype(check_arch(supernet().choices, floats)) == "[[[3, 2]], [[3, 2]]]"
     for text in ("k7", "[[3, 6]]", "7", "[[[3, 6, 1]]]", "[" * 100_000):
-        with pytest.raises(SystemExit, match="is no genotype of mobilenetv3: write"):
+        with pytest.raises(ConfigError, match="is not a genotype of mobilenetv3: write"):
             mobilenetv3.arch_of(text)
 
 
@@ -121,7 +121,7 @@ def test_genotypes():
     (dict(mix_channels=-3), "^mix_channels=-3 must be 1 or more.$"), (dict(widths=[8, 0]), r"^widths=\[8, 0\] must be 1 or more.$"),
     (dict(dropout=1.0), "dropout=1.0 must be at least 0 and below 1"), (dict(width_mult=0.0), "width_mult=0.0 must be above 0")])
 def test_errors_are_one_sentence(rest, message):
-    with pytest.raises(SystemExit, match=message) as e:
+    with pytest.raises((ConfigError, SystemExit), match=message) as e:
         mobilenetv3.build(SMALL | rest)
     assert "\n" not in str(e.value)
 
@@ -187,7 +187,7 @@ def test_law_of_exactness_with_matrices(training):
         alone, loss = small(x, y)
         loss.backward()
         weights = {name: w.double().requires_grad_() for name, w in one_hot(net.choices, arch).items()}
-        for third in (arch, weights, picked(net.choices, weights)):
+        for third in (arch, weights, straight_through_arch(net.choices, weights)):
             net.load_state_dict(state)
             net.zero_grad()
             logits, loss = net(x, y, third)
@@ -266,8 +266,8 @@ def shrink_config(digits_dir, out_dir, largest, **rest):
 
 def test_phases_draw_only_what_they_unlocked(digits_dir, tmp_path, largest, monkeypatch):
     """In 8 steps of shares 1, 0.5 and 2.5: steps 0 and 1, step 2, the other five with two draws each; with the schedule of each."""
-    (drawn, real), (unlocked, unlock) = ([], train_search.weight_arch), ([], mobilenetv3.MobileNetV3.unlock)
-    monkeypatch.setattr(train_search, "weight_arch", lambda *args: drawn.append(real(*args)) or drawn[-1])
+    (drawn, real), (unlocked, unlock) = ([], train_search.train_archs), ([], mobilenetv3.MobileNetV3.unlock)
+    monkeypatch.setattr(train_search, "train_archs", lambda *args: drawn.extend(found := real(*args)) or found)
     monkeypatch.setattr(mobilenetv3.MobileNetV3, "unlock", lambda *args: unlocked.append((len(drawn), *args[1:])) or unlock(*args))
     train_search.search(shrink_config(digits_dir, tmp_path / "s", largest, log_interval=1))
     assert len(drawn) == 3 + 2 * 5
@@ -297,7 +297,7 @@ def shrunk(digits_dir, tmp_path_factory, largest):
 @pytest.mark.parametrize("stop", [2, 3, 5]) # before a phase, after its first step, inside one
 def test_a_resumed_shrinking_is_one_that_was_not_stopped(stop, digits_dir, tmp_path, largest, shrunk):
     config = shrink_config(digits_dir, tmp_path, largest)
-    with signalled(train, "update", lambda *args: args[-1].step == stop - 1):
+    with signalled(train_search, "train_step", lambda *args: args[6].step == stop - 1):
         train_search.search(config)
     train_search.search(config | {"init_from": "resume"})
     assert state_of(tmp_path) == shrunk
@@ -329,10 +329,10 @@ def test_the_supernet_starts_as_the_largest_network(digits_dir, tmp_path, larges
     config = shrink_config(digits_dir, tmp_path, largest)
     run = runs.setup(SimpleNamespace(**config))
     config = SimpleNamespace(**config)
-    splits = train_search.split_data(config, run)
+    splits, _ = train_search.split_data(config, run)
     net = search_spaces.build(vars(config))
     train_search.init_supernet(net, config, run)
-    alone, x = train_search.trained(largest, "teacher", config, run), data.draw(splits["val"], config, run, "val", 0)[0]
+    alone, x = train_search.load_trained(largest, "teacher", config, run), splits["val"].batch(config, "val", 0)[0]
     torch.testing.assert_close(net.eval()(x, None, uniform_net(5, 3, 2, 2))[0], alone(x)[0])
 
 
@@ -352,11 +352,11 @@ def test_the_teacher_adds_the_cross_entropy_to_its_answers():
 def test_several_draws_average_their_gradients(digits_dir, tmp_path):
     config = SimpleNamespace(**search_config("mobilenetv3", digits_dir, tmp_path))
     run, state = runs.setup(config), SimpleNamespace(step=0, skipped=0)
-    splits = train_search.split_data(config, run)
+    splits, _ = train_search.split_data(config, run)
     net = search_spaces.build(vars(config)).eval() # statistics that do not move
     archs, grads = extremes(net.choices), []
     for arch in archs:
-        train.backward(net, data.micro_batches(splits["train"], config, run, "train", 0), run, (arch,))
+        train.backward(net, [(x, y, arch) for x, y in train.micro_batches(splits["train"], config, run, "train", 0)], run)
         grads.append([torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()])
         net.zero_grad()
     before = [p.detach().clone() for p in net.parameters()]

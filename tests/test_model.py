@@ -10,10 +10,12 @@ from conftest import TINY, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import peak
-from model import MLP, build, mixture_sizes
-from optim_nas import picked, uniform
+from configurator import ConfigError
+from model import MLP, build
+from optim_nas import uniform
+import search_spaces
 from search_spaces import space_module
-from supernet import Size, extremes, one_hot
+from supernet import Sampled, Size, extremes, one_hot, straight_through_arch, transformer_sizes
 
 SPACES = { # lists of lengths 1 to 4 that differ between choices, and sizes of no config
     "three": dict(n_layer=[1, 2, 3], n_embd=[12, 24, 36], n_head=[2, 3, 6], mlp_ratio=[1, 2.5, 4]),
@@ -144,7 +146,7 @@ def test_attention_mixture_is_its_padded_sum(head_size):
     attn, e_options, E = net.transformer.h[0].attn, (12, 24, 36), 36
     p, a = torch.tensor([0.2, 0.5, 0.3], requires_grad=True), torch.tensor([0.1, 0.6, 0.3], requires_grad=True)
     x = torch.randn(2, 5, E, requires_grad=True)
-    cheap = attn(x, Size(e_options, mask=net.mask, p=p, last=net.last), a)
+    cheap = attn(x, Size(e_options, mask=net.mask, p=p, last=net.last), Sampled(weights=a))
 
     width = sum(pk * (torch.arange(E) < k) for pk, k in zip(p, e_options, strict=True))
     q, k, v = F.linear(x * width, attn.c_attn.weight, attn.c_attn.bias).chunk(3, -1)
@@ -507,26 +509,26 @@ def test_a_mixture_of_experts_trains(data_dir, tmp_path):
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("head_size", [0, 4])
 @pytest.mark.parametrize("bias", [True, False])
-def test_picked_options_have_the_gradients_of_the_mixture(space, head_size, bias):
-    check_picked_options(supernet(space, head_size=head_size, bias=bias))
+def test_straight_through_options_have_the_gradients_of_the_mixture(space, head_size, bias):
+    check_straight_through_options(supernet(space, head_size=head_size, bias=bias))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("head_size", [0, 4])
-def test_picked_options_of_every_block_option(block, head_size):
-    check_picked_options(supernet("even", head_size=head_size, **BLOCKS[block]))
+def test_straight_through_options_of_every_block_option(block, head_size):
+    check_straight_through_options(supernet("even", head_size=head_size, **BLOCKS[block]))
 
 
-def check_picked_options(net):
+def check_straight_through_options(net):
     """gdas slices: its loss is the mixture's, so are the gradients of the shared weights and those to the weights of what was
-    picked; of all depths, whose own weight the final norm hides. (In float64, but for buffers rounded to
+    chosen; of all depths, whose own weight the final norm hides. (In float64, but for buffers rounded to
     float32: the norms all but cancel some of them.)"""
     net, (x, y) = net.double(), tokens()
     params = list(net.parameters())
     for arch in some_archs(net):
         leaves = {name: w.double().requires_grad_() for name, w in one_hot(net.choices, arch).items()}
         results = []
-        for third in (picked(net.choices, leaves), leaves):
+        for third in (straight_through_arch(net.choices, leaves), leaves):
             logits, loss = net(x, y, third)
             grads = torch.autograd.grad(loss, [*leaves.values(), *params], materialize_grads=True)
             results.append((logits, loss, dict(zip(leaves, grads, strict=False)), grads[len(leaves):]))
@@ -546,12 +548,12 @@ def test_mixture_mixes_the_width_once_in_every_operation():
     net, (x, y) = supernet("three"), tokens()
     g = torch.Generator().manual_seed(0)
     weights = {name: torch.rand(c.shape, generator=g).softmax(-1) for name, c in net.choices.items()}
-    e, p, w = mixture_sizes(net, weights, 0)[0], weights["n_layer"], net.state_dict()
+    (e, _, layers), p, w = transformer_sizes(net, weights), weights["n_layer"], net.state_dict()
     options = list(zip(weights["n_embd"], (12, 24, 36), strict=True))
     S = sum(pk * (torch.arange(36) < k) for pk, k in options)
     h, mixed = w["transformer.wte.weight"][x] * S + w["transformer.wpe.weight"][:9] * S, 0
     for i, block in enumerate(net.transformer.h):
-        h = block(h, e, weights["n_head"][i], weights["mlp_ratio"][i])
+        h = block(h, e, *layers[i])
         mixed = mixed + p[i] * h
     weight, bias = w["transformer.ln_f.weight"], w["transformer.ln_f.bias"]
     normed = sum(pk * F.pad(F.layer_norm(mixed[..., :k], (k,), weight[:k], bias[:k]), (0, 36 - k)) for pk, k in options)
@@ -623,7 +625,7 @@ def test_residual_projections_start_smaller():
 ])
 def test_bad_sizes_are_one_sentence(change, words):
     with pytest.raises(SystemExit) as e:
-        build(SPACES["three"] | change)
+        search_spaces.build(SPACES["three"] | {"space": "gpt"} | change)
     assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
 
 
@@ -633,6 +635,6 @@ def test_an_architecture_of_another_space_is_one_sentence(change):
     net = supernet("three")
     good = {"n_layer": 2, "n_embd": 24, "n_head": [2, 3], "mlp_ratio": [1, 4]}
     net.extract(good)
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(ConfigError) as e:
         net.extract(good | change)
     assert next(iter(change)) in str(e.value)

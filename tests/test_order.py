@@ -9,10 +9,10 @@ from test_model import BLOCKS, agree, supernet, tokens
 import train_search
 from configurator import defaults
 from model import build
+from pretrained import sort_by_importance
 from run import setup
 from supernet import extremes
 from train_search import importance, split_data
-import data
 import train
 
 
@@ -28,7 +28,7 @@ def test_the_largest_network_computes_what_it_did(block, head_size):
     net, (x, y) = supernet("even", head_size=head_size, **BLOCKS.get(block, {}) | {"loss_chunk": 0}), tokens()
     least, largest = extremes(net.choices)
     before = net(x, y, largest)[0], net(x, y, least)[0]
-    net.sort(torch.abs)
+    sort_by_importance(net, torch.abs)
     agree(net(x, y, largest)[0], before[0], "logits")
     assert (net(x, y, least)[0] - before[1]).abs().max() > 0.1
 
@@ -49,7 +49,7 @@ def test_everything_that_may_move_is_in_order(block, head_size):
             block.attn.c_attn.weight.abs().sum(0) + sum(p.abs().reshape(E, -1).sum(1) for p in block.attn.c_proj.parameters())
             for block in net.transformer.h)
     before = channels()
-    net.sort(torch.abs)
+    sort_by_importance(net, torch.abs)
     still = options.get("position") == "sinusoidal" or options.get("norm") == "partial_rmsnorm"
     assert torch.allclose(channels(), before) if still else falls(channels())
     for layer in net.transformer.h:
@@ -75,7 +75,7 @@ def test_what_is_dead_goes_last():
     whole = net(x, y, sizes(net))[0]
     assert (net(x, y, sizes(net, n_head=2, mlp_ratio=1))[0] - whole).abs().max() > 0.1
     reads = {p for block in net.transformer.h for p in (block.attn.c_proj.weight, block.mlp.c_proj.weight)}
-    net.sort(lambda p: p.abs() if p in reads else torch.zeros_like(p))
+    sort_by_importance(net, lambda p: p.abs() if p in reads else torch.zeros_like(p))
     agree(net(x, y, sizes(net, n_head=2, mlp_ratio=1))[0], whole, "logits")
 
 
@@ -84,11 +84,11 @@ def test_the_first_half_of_a_trained_network_loses_less_after_ordering(data_dir,
                           n_layer=2, n_head=[4, 8], n_embd=[32, 64], mlp_ratio=[2, 4], head_size=8)
     config = SimpleNamespace(**defaults(vars(train_search)) | options)
     run = setup(config)
-    splits = split_data(config, run)
+    splits, _ = split_data(config, run)
     net = build(vars(config))
     largest, optimizer = sizes(net), torch.optim.AdamW(net.parameters(), 3e-3)
     for step in range(150):
-        for x, y in data.micro_batches(splits["train"], config, run, "train", step):
+        for x, y in train.micro_batches(splits["train"], config, run, "train", step):
             net(x, y, largest)[1].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -98,7 +98,7 @@ def test_the_first_half_of_a_trained_network_loses_less_after_ordering(data_dir,
         return [train.estimate(net, splits["search"], config, run, "search", lambda i, half=half: sizes(net, **half))["loss"]
                 for half in ({}, *halves)]
     before = losses()
-    net.sort(importance(net, splits["train"], config, run).__getitem__)
+    sort_by_importance(net, importance(net, splits["train"], config, run).__getitem__)
     after = losses()
     assert after[0] == pytest.approx(before[0], abs=1e-5)
     assert all(b < a for a, b in zip(before[1:], after[1:], strict=True)), (before, after)

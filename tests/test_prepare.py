@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import lzma
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import torch
 
 from conftest import killed_in
 
+import bench
 import prepare as p
 import data
 
@@ -58,26 +62,91 @@ def gpt2(tmp_path, monkeypatch):
         pytest.skip("GPT-2's vocabulary is neither in a cache nor to be had from the network")
 
 
-# ---- pydocs
+# ---- pydocs and this_python
 
-def test_pydocs_needs_nothing_but_the_interpreter(pydocs):
+PYDOCS = {"train": "b3daf1666d09abe39f42950bf22292d50fbc3073833dd14d12980fccb7b6c26f",
+          "val": "e16b658c79705c51b1d0edc5fa8a1fd86947221101329e4c1b0323ae7ac4d286"}
+
+
+@pytest.fixture(scope="session")
+def this_python(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("this_python")
+    p.prepare("this_python", data_dir=folder)
+    return folder
+
+
+def leaked(folder, name):
+    """How many paragraphs the validation split has, and those of them that train has, too."""
+    train, val = ({paragraph.strip() for paragraph in text_of(folder, name, [split]).split("\n\n")}
+                  for split in ("train", "val"))
+    return len(val), [paragraph for paragraph in train & val if len(paragraph) >= 80]
+
+
+def test_pydocs_is_the_same_on_every_python(pydocs):
     folder, out = pydocs
     meta = data.load_meta(folder, "pydocs")
+    assert meta["source"] == "documentation of Python 3.11.7" and meta["vocab_size"] == 96
+    for split, sha256 in PYDOCS.items():
+        assert data.bytes_hash(data.load_tokens(folder, "pydocs", split)) == sha256
+    assert f"{meta['train_tokens']:,}" in out
+    assert out.rstrip().endswith("python train_search.py --dataset=pydocs")
+
+
+@pytest.mark.skipif(platform.python_version() != p.PYDOCS_PYTHON,
+                    reason=f"every Python but {p.PYDOCS_PYTHON} has other texts")
+def test_pydocs_is_what_its_python_gives():
+    assert p.read_pydocs() == p.python_docs()
+
+
+def test_this_python_needs_nothing_but_the_interpreter(this_python):
+    meta = data.load_meta(this_python, "this_python")
+    assert meta["source"] == f"documentation of Python {platform.python_version()}"
     assert 1e6 < meta["train_tokens"] + meta["val_tokens"] < 4e6, meta
     assert 0.05 < meta["val_tokens"] / meta["train_tokens"] < 0.25, meta
-    assert text_of(folder, "pydocs").isascii()
-    assert f"{meta['train_tokens']:,}" in out and out.rstrip().endswith("python train_search.py --dataset=pydocs")
+    assert text_of(this_python, "this_python").isascii()
 
 
-def test_pydocs_never_shows_validation_text_in_training(pydocs):
-    train, val = ({p.strip() for p in text_of(pydocs[0], "pydocs", [split]).split("\n\n")} for split in ("train", "val"))
-    both = [paragraph for paragraph in train & val if len(paragraph) >= 80]
-    assert len(val) > 500 and not both, both
+def test_no_validation_text_is_shown_in_training(pydocs, this_python):
+    for folder, name in ((pydocs[0], "pydocs"), (this_python, "this_python")):
+        n, both = leaked(folder, name)
+        assert n > 500 and not both, (name, both)
 
 
-def test_the_seed_decides_the_split(pydocs, tmp_path, monkeypatch):
-    docs = p.python_docs()
-    monkeypatch.setattr(p, "python_docs", lambda: list(docs))  # seconds saved: read once
+def test_trainers_make_what_needs_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(p, "python_docs", p.read_pydocs)  # seconds saved
+    for name in ("pydocs", "this_python"):
+        config = SimpleNamespace(dataset=name, data_dir=str(tmp_path), space="gpt",
+                                 out_dir=str(tmp_path / "out"), init_from="scratch")
+        p.prepare_own(config, SimpleNamespace(master=True, world=1))
+        _, val, facts = data.load_data(config, None)
+        assert data.bytes_hash(val) == PYDOCS["val"]
+        assert facts == {"vocab_size": bench.VOCAB_SIZE[name]}
+
+
+def test_a_damaged_asset_is_one_sentence(tmp_path, monkeypatch):
+    whole, file = p.PYDOCS.read_bytes(), tmp_path / "pydocs.txt.xz"
+    assert len(whole) < 600_000
+    monkeypatch.setattr(p, "PYDOCS", file)
+    for content, word in {None: "No such file", b"": "ended before", whole[:-9]: "ended before",
+                          whole[:5000] + b"damaged" + whole[5007:]: "Corrupt",
+                          b"plain text": "format",
+                          lzma.compress(b"other"): f"text has {data.bytes_hash(b'other')}"}.items():
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            p.prepare(data_dir=tmp_path / "data")
+        message = stop.value.code
+        assert all(part in message for part in (str(file), p.PYDOCS_SHA256, word)), message
+        assert "\n" not in message and message.endswith("use --dataset=this_python"), message
+    file.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "lzma", None)  # as where Python was built without it
+        with pytest.raises(SystemExit, match=r"built without lzma.*--dataset=this_python$"):
+            p.prepare(data_dir=tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_seed_decides_the_split(pydocs, tmp_path):
     p.prepare(data_dir=tmp_path, name="same")
     p.prepare(data_dir=tmp_path, name="other", seed=7)
     first, same, other = (files_of(folder) for folder in (pydocs[0] / "pydocs", tmp_path / "same", tmp_path / "other"))
@@ -89,8 +158,8 @@ def test_the_seed_decides_the_split(pydocs, tmp_path, monkeypatch):
 def test_an_interpreter_without_sources_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(SystemExit, match="keeps no sources"):
-        p.prepare(data_dir=tmp_path)
-    assert not (tmp_path / "pydocs").exists()
+        p.prepare("this_python", data_dir=tmp_path)
+    assert not (tmp_path / "this_python").exists()
 
 
 # ---- tokenizers

@@ -16,9 +16,9 @@ from test_vision import signalled
 import train
 import train_base
 import train_search
-from data import load_meta, load_tokens
+from data import Tokens, load_meta, load_tokens
 from model import build
-from pretrained import load_gpt2, read_gpt2
+from pretrained import load_gpt2, read_gpt2, sort_by_importance
 from run import read_json, read_lines
 from sample import load_run
 from supernet import extremes
@@ -80,7 +80,7 @@ def test_the_largest_network_of_the_supernet_is_the_pretrained_one(head_size, gp
     for _ in range(2):
         for one in (net.extract(extremes(net.choices)[1]).eval(), lambda x, y: net(x, y, extremes(net.choices)[1])):
             assert (one(x, x)[0] - theirs(x).logits).abs().max() < 1e-4
-        net.sort(torch.abs)
+        sort_by_importance(net, torch.abs)
 
 
 def test_a_file_as_on_the_hub(gpt2, tmp_path):
@@ -103,11 +103,11 @@ def test_training_starts_with_the_pretrained_loss(gpt2, data_dir, tmp_path):
     config = SimpleNamespace(**config)
     run = runs.setup(SimpleNamespace(**vars(config) | {"out_dir": str(tmp_path / "none")}))
 
-    def net(x, y):
+    def net(x, y, arch=None):
         logits = theirs(x).logits
         return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
     net.training, net.eval, net.train = False, lambda: None, lambda mode: None
-    expected = train.estimate(net, load_tokens(data_dir, "pydocs", "val"), config, run, "val")["loss"]
+    expected = train.estimate(net, Tokens(load_tokens(data_dir, "pydocs", "val")), config, run, "val")["loss"]
     first = next(line for line in read_lines(tmp_path / "t/log.jsonl") if line.get("step") == 0 and "val_loss" in line)
     assert first["val_loss"] == pytest.approx(expected, abs=1e-4)
 
@@ -120,7 +120,7 @@ def test_a_search_cuts_it_to_a_budget_and_resumes_exactly(gpt2, data_dir, tmp_pa
     config["target_params"] = (small + large) // 2
     result = train_search.search(config)
     assert 0.95 * config["target_params"] <= result["params"] <= config["target_params"]
-    with signalled(train, "update", lambda *args: args[-1].step == 2):
+    with signalled(train_search, "train_step", lambda *args: args[6].step == 2):
         train_search.search(config | {"out_dir": str(tmp_path / "parts")})
     train_search.search(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"})
     assert state_of(tmp_path / "whole") == state_of(tmp_path / "parts")

@@ -15,6 +15,7 @@ from test_vision import parts, search_config, signalled, space_config
 from torch.nn import functional as F
 
 import data as recipes
+from configurator import defaults
 import train
 import train_base
 import train_search
@@ -23,7 +24,7 @@ from optim_nas import uniform
 from run import read_lines, rng
 from search_spaces import build
 
-OFF = {key: value for key, value in vars(train).items() if key in recipes.RANGES or key in ("repeated_augmentation", "resolutions")}
+OFF = defaults(vars(recipes.ImageKeys))
 ALL = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, rand_augment=9, random_erasing=0.25, repeated_augmentation=2, color_jitter=0.4,
            resized_crop=0.5, resolutions=[0, 6, 12])
 
@@ -43,7 +44,7 @@ def pixels_of(image):
 
 def test_all_off_changes_nothing(digits_dir, tmp_path):
     config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path))
-    x, y = data.draw(splits["train"], config, run, "train", 3)
+    x, y = splits["train"].batch(config, "train", 3)
     plain = get_images(splits["train"], data.batch_indices(len(splits["train"]), config.batch_size, 3, config.seed, "train"))
     assert torch.equal(x, plain[0]) and torch.equal(y, plain[1]) and y.dtype == torch.int64
 
@@ -189,7 +190,7 @@ def test_copies_of_an_image_are_changed_differently(digits_dir, tmp_path):
     config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path, repeated_augmentation=4, crop=2, resized_crop=0.5))
     data, seen = splits["train"], []
     for step in range(4):
-        x, y = data.draw(data, config, run, "train", step)
+        x, y = data.batch(config, "train", step)
         assert len(x) == 8 and y.view(2, 4).eq(y.view(2, 4)[:, :1]).all() and len({image.numpy().tobytes() for image in x}) == 8
         seen += data.batch_indices(len(data), 2, step, config.seed, "train").tolist()
     assert len(set(seen)) == 8
@@ -197,10 +198,10 @@ def test_copies_of_an_image_are_changed_differently(digits_dir, tmp_path):
 
 def test_resolutions_are_equally_likely(digits_dir, tmp_path):
     config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path, resolutions=[0, 4, 13]))
-    sizes = [data.draw(splits["train"], config, run, "train", step)[0].shape[-2:] for step in range(300)]
+    sizes = [splits["train"].batch(config, "train", step)[0].shape[-2:] for step in range(300)]
     counts = {n: sizes.count((n, n)) for n in (8, 4, 13)}
     assert sum(counts.values()) == 300 and min(counts.values()) > 60
-    assert data.draw(splits["search"], config, run, "search", 0)[0].shape[-1] == 8
+    assert splits["search"].batch(config, "search", 0)[0].shape[-1] == 8
 
 
 @pytest.mark.parametrize("space", [space for space in TINY_SPACES if space != "swinir"]) # which has no classes
@@ -217,13 +218,13 @@ def test_the_seed_decides_and_nothing_else_is_drawn_from(digits_dir, tmp_path):
     config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path, **ALL))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    x, y = data.draw(splits["train"], config, run, "train", 3, 1)
+    x, y = splits["train"].batch(config, "train", 3, 1)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    again = data.draw(splits["train"], config, run, "train", 3, 1)
+    again = splits["train"].batch(config, "train", 3, 1)
     assert torch.equal(x, again[0]) and torch.equal(y, again[1])
     config.seed += 1
-    other = data.draw(splits["train"], config, run, "train", 3, 1)
+    other = splits["train"].batch(config, "train", 3, 1)
     assert other[0].shape != x.shape or not torch.equal(x, other[0])
 
 
@@ -238,7 +239,7 @@ def test_a_resumed_run_is_one_that_was_not_stopped(name, digits_dir, tmp_path):
         def go(config):
             train.train(config, arch)
     go(config)
-    with signalled(train, "update", lambda *args: args[-1].step == 4):
+    with signalled(train_search, "train_step", lambda *args: args[6].step == 4):
         go(config | {"out_dir": str(tmp_path / "parts")})
     go(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"})
     assert state_of(tmp_path / "whole") == state_of(tmp_path / "parts")

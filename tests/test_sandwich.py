@@ -79,7 +79,7 @@ def test_a_step_trains_the_largest_some_draws_and_the_smallest(data_dir, digits_
 def test_a_resumed_search_is_one_that_was_not_stopped(space, data_dir, digits_dir, tmp_path):
     config = config_of(space, data_dir, digits_dir, tmp_path / "whole")
     train_search.search(config)
-    with signalled(train, "update", lambda *args: args[-1].step == 2):
+    with signalled(train_search, "train_step", lambda *args: args[6].step == 2):
         train_search.search(config | {"out_dir": str(tmp_path / "parts")})
     train_search.search(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"})
     assert state_of(tmp_path / "whole") == state_of(tmp_path / "parts")

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from optim_nas import picked, uniform
+from configurator import ConfigError
+from optim_nas import uniform
 from search_spaces import nats_size, toy_conv_macro
 from search_spaces.convs import Conv2d, ENTANGLEMENTS, Entangled
-from supernet import Size, extremes, one_hot, prefix_masks
+from supernet import Sampled, Size, extremes, one_hot, prefix_masks, straight_through_arch
 
 SMALL = dict(img_size=8, in_channels=2, num_classes=3)
 SPACES = { # a reduced version of each, with lists of different lengths
@@ -81,7 +82,8 @@ def test_law_of_exactness(name, entanglement, training, dtype):
         small = net.extract(arch).train(training)
         alone, loss = small(x, y)
         loss.backward()
-        for form, third in (("one-hot", one_hots(net, arch)), ("hard", arch), ("picked", picked(net.choices, one_hots(net, arch)))):
+        straight_through = straight_through_arch(net.choices, one_hots(net, arch))
+        for form, third in (("one-hot", one_hots(net, arch)), ("hard", arch), ("straight-through", straight_through)):
             net.load_state_dict(state)
             net.zero_grad()
             logits, loss = net(x, y, third)
@@ -106,12 +108,12 @@ def gradients_as_weights(name, net, entanglement):
 
 @pytest.mark.parametrize("entanglement", ENTANGLEMENTS)
 @pytest.mark.parametrize("name", SPACES)
-def test_picked_options_have_the_gradients_of_the_mixture(name, entanglement, dtype):
+def test_straight_through_options_have_the_gradients_of_the_mixture(name, entanglement, dtype):
     """GDAS: one network runs, and its weights, which are 1, get the gradients that they have in the mixture of all."""
     net, (x, y) = supernet(name, entanglement=entanglement), images()
     for arch in some_archs(net):
         mixed, hard = one_hots(net, arch), one_hots(net, arch)
-        for third in (mixed, picked(net.choices, hard)):
+        for third in (mixed, straight_through_arch(net.choices, hard)):
             net(x, y, third)[1].backward()
         for key, w in mixed.items():
             chosen = w.detach() > 0
@@ -138,7 +140,7 @@ def test_convolution_is_its_padded_sum(mixed, bias):
     conv, alphas = entangled.op, [torch.randn(3).double().requires_grad_() for _ in range(3)]
     p = [alpha.softmax(-1) for alpha in alphas] # rows sum to 1: gradients are compared behind the softmax
     i, o = (Size(n, mask=prefix_masks(n, n[-1]).double(), p=w) if m else None for n, w, m in zip(sizes, p, mixed, strict=False))
-    k = p[2] if mixed[2] else None
+    k = Sampled(kernels, weights=p[2]) if mixed[2] else Sampled()
     options = [list(zip(n, w, strict=True)) if m else [(n[-1], 1)] for n, w, m in zip((*sizes, kernels), p, mixed, strict=True)]
     padded = 0
     for (a, wa), (b, wb), (c, wc) in itertools.product(*options):
@@ -253,7 +255,7 @@ def test_nats_size(number, text, params):
 @pytest.mark.parametrize("make, text", [(nats_size.arch_of, ""), (nats_size.arch_of, "8:8:8:8"), (nats_size.arch_of, "8:8:8:8:9"),
                                         (nats_size.arch_of, "8:8:8:8:x"), (nats_size.arch_at, -1), (nats_size.arch_at, 8 ** 5)])
 def test_what_is_no_genotype_of_nats_size(make, text):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ConfigError) as error:
         make(text)
     one_sentence(error)
 
@@ -261,7 +263,7 @@ def test_what_is_no_genotype_of_nats_size(make, text):
 @pytest.mark.parametrize("text", ["", "[[32, 64, 128], [3, 7, 5, 7]]", "[[32, 64, 128, 128], [3, 7, 5, 4]]", "[[32, 64, 128, 128], 3]",
                                   "{}", "7", "[[32, 64, 128, 128], [3, 7, 5]]", "__import__('os')", "[[[], 64, 128, 128], [3, 7, 5, 7]]"])
 def test_what_is_no_genotype_of_conv_macro(text):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(ConfigError) as error:
         toy_conv_macro.build({}, toy_conv_macro.arch_of(text))
     one_sentence(error)
 
@@ -281,7 +283,7 @@ def one_sentence(error):
     ("toy_conv_macro", dict(last_padding=-1, last_kernel_size=1), "last_padding=-1 must be 0 or more"),
 ])
 def test_wrong_keys(name, config, words):
-    with pytest.raises(SystemExit, match=words) as error:
+    with pytest.raises((ConfigError, SystemExit), match=words) as error:
         supernet(name, **config)
     one_sentence(error)
 

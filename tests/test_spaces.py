@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import defaults
-from optim_nas import ArchOptimizer, picked, uniform
+from configurator import ConfigError, defaults
+from optim_nas import ArchOptimizer, uniform
 from search_spaces import darts, nb201, toy_cell
 from search_spaces.cells import Edge, FactorizedReduce, ReLUConvBN, Skip, nodes, widen
 from search_spaces.convs import ENTANGLEMENTS, drop_path, measure_norms
-from supernet import check_arch, extremes, one_hot
+from supernet import ALL, Sampled, check_arch, extremes, one_hot, straight_through_arch
 
 SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4), "darts": dict(init_channels=4, n_layer=3),
           "mobilenetv3": dict(depth=[1, 2, 3], expand=[2, 3], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[2, 1], se=[0, 1],
@@ -143,7 +143,7 @@ def test_an_option_that_carries_its_weight(name, entanglement, group_weight):
     for seed in range(1 + (entanglement == "weights")):
         arch = uniform(net.choices, generator(seed))
         hard, soft = (weights_of(net, arch, requires_grad=True) for _ in range(2))
-        loss = run(net, x, y, picked(net.choices, hard))[1]
+        loss = run(net, x, y, straight_through_arch(net.choices, hard))[1]
         close(loss, run(net, x, y, arch)[1])
         found = torch.autograd.grad(loss, list(hard.values()), materialize_grads=True)
         expected = torch.autograd.grad(run(net, x, y, soft)[1], list(soft.values()))
@@ -182,7 +182,7 @@ def test_mixed_weights_are_mixed_outputs_where_nothing_normalises():
     x, w = torch.randn(2, 4, 5, 5), torch.tensor([0.3, 0.7], requires_grad=True)
     for edge in edges:
         edge.ops["nor_conv"].norm.forward = lambda x, c=None, scale=None: x * scale
-    found = [edge(x, F.relu(x), w) for edge in edges]
+    found = [edge(x, F.relu(x), Sampled(edge.primitives, weights=w)) for edge in edges]
     close(*found)
     close(*(torch.autograd.grad(y.square().sum(), w)[0] for y in found))
 
@@ -301,12 +301,12 @@ V1 = darts.GENOTYPES["DARTS_V1"]
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: nb201.arch_of("|conv~0|"), r"'\|conv~0\|' is no genotype of nb201"),
+    (lambda: nb201.arch_of("|conv~0|"), r"'\|conv~0\|' is not a genotype of nb201"),
     (lambda: nb201.arch_of(NB201.format(*["pool"] * 6)), "cell has pool, which is not one of"),
-    (lambda: toy_cell.arch_of("__import__('os')"), "is no genotype of toy_cell: write Genotype"),
+    (lambda: toy_cell.arch_of("__import__('os')"), "is not a genotype of toy_cell: write Genotype"),
     (lambda: toy_cell.arch_of(TOY.format(*["skip"] * 6)), "'skip', which is not an operation of toy_cell"),
     (lambda: toy_cell.arch_of(TOY.format(*["sep_conv_3x3"] * 6).replace("1)", "0)")), "the sources of both cells are 0, 0, 1"),
-    (lambda: darts.arch_of("DARTS_V3"), "'DARTS_V3' is no genotype of darts"),
+    (lambda: darts.arch_of("DARTS_V3"), "'DARTS_V3' is not a genotype of darts"),
     (lambda: darts.arch_of(V1.replace("('sep_conv_3x3', 1), ", "", 1)), "normal needs two operations a node"),
     (lambda: darts.arch_of(V1.replace("('max_pool_3x3', 1)", "('max_pool_3x3', 0)", 1)), "reduce needs .* different sources"),
     (lambda: darts.arch_of(V1.replace("('avg_pool_3x3', 0)", "('avg_pool_3x3', 5)", 1)), "reduce needs"),
@@ -330,7 +330,7 @@ V1 = darts.GENOTYPES["DARTS_V1"]
         ("toy_cell", "dropout", 1.0, "at least 0 and below 1"), ("toy_cell", "dropout", -0.1, "at least 0 and below 1"))),
     (lambda: make("nb201").extract({"cell": ["none"] * 5}), "needs a list of at least 6 entries")])
 def test_errors_are_one_sentence(call, message):
-    with pytest.raises(SystemExit, match=message) as error:
+    with pytest.raises((ConfigError, SystemExit), match=message) as error:
         call()
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
@@ -376,7 +376,7 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
 def test_identities_are_never_dropped():
     ops = {"skip_connect": lambda kernels, stride: Skip(), "nor_conv": lambda kernels, stride: ReLUConvBN(3, 3, kernels)}
     x = torch.randn(4, 3, 5, 5)
-    dropped = nodes([x, x], [Edge(["skip_connect"], ops), Edge(["nor_conv_3x3"], ops)], [None, None], 1 - 1e-12)
+    dropped = nodes([x, x], [Edge(["skip_connect"], ops), Edge(["nor_conv_3x3"], ops)], [ALL, ALL], 1 - 1e-12)
     assert len(dropped) == 1 and torch.equal(dropped[0], x)
 
 
@@ -431,7 +431,7 @@ def test_what_goes_around_an_edge(stride):
     y = Edge(["none"], ops, stride, partial_channels=2)(x, F.relu(x))
     assert torch.equal(y[:, 1::2], around) and not y[:, ::2].any()
     if stride == 1:
-        y = Edge(["skip_connect", "none"], ops, partial_channels=2)(x, F.relu(x), torch.tensor([0.25, 0.75]))
+        y = Edge(["skip_connect", "none"], ops, partial_channels=2)(x, F.relu(x), Sampled(weights=torch.tensor([0.25, 0.75])))
         close(y, torch.stack((0.25 * x[:, 0], x[:, 2], 0.25 * x[:, 1], x[:, 3]), 1))
 
 

@@ -5,9 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ops import mixed_norm
-from model import mixed_rotary_attention, rotary
-from supernet import Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, prefix_masks, take
+from fused_ops import mixed_norm, mixed_rotary_attention, rotary
+from supernet import Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, prefix_masks, slice_dim
 
 pytestmark = pytest.mark.usefixtures("implementation")
 EMBD = (3, 5, 8)
@@ -155,7 +154,7 @@ def test_linear_sizes_chosen_together(bias):
     for i, half in enumerate(halves):
         half.weight, half.bias = (p if p is None else torch.nn.Parameter(p[20 * i:20 * i + 20].detach()) for p in (both.weight, both.bias))
     apart = torch.cat([half(x, e, hidden) for half in halves], -1)
-    same_with_gradients(both(x, e, hidden.twice), apart, [x, e.p, alpha])
+    same_with_gradients(both(x, e, hidden.doubled), apart, [x, e.p, alpha])
     back, h = Linear(20, 8, bias), torch.randn(2, 4, 20, requires_grad=True)
     padded = sum(w * pad(F.linear(h[..., :o], back.weight[:k, :o], back.bias[:k] if bias else None), 8) for w, k, o in pairs)
     same_with_gradients(back(h, hidden, e), padded, [h, e.p, alpha, *back.parameters()])
@@ -198,10 +197,10 @@ def test_one_hot_is_the_slice(k):
         assert not y[:, n.n:].any()
 
 
-def test_take_slices_every_part():
+def test_slice_dim_slices_every_part():
     """Two of four channels of each of three equal parts: what a head count, or q, k and v side by side, use."""
     w = torch.arange(12.0)
-    assert take(w, 0, Size(6, groups=3)).tolist() == [0, 1, 4, 5, 8, 9]
+    assert slice_dim(w, 0, Size(6, groups=3)).tolist() == [0, 1, 4, 5, 8, 9]
     assert prefix_masks((6, 12), 12, groups=3)[0].nonzero().flatten().tolist() == [0, 1, 4, 5, 8, 9]
     for whole in (None, Size(12), Size(12, groups=3)): # copies nothing
-        assert take(w, 0, whole).tolist() == w.tolist() and take(w, 0, whole).data_ptr() == w.data_ptr()
+        assert slice_dim(w, 0, whole).tolist() == w.tolist() and slice_dim(w, 0, whole).data_ptr() == w.data_ptr()

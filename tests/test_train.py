@@ -22,12 +22,11 @@ import train
 import train_base
 import train_search
 from configurator import defaults
-from data import get_batch, bytes_hash, load_tokens
+from data import Tokens, bytes_hash, get_batch, load_tokens
 from model import build
-from optim_nas import ArchOptimizer
+from optim_nas import METHODS
 from run import read_json, read_lines, add_checksum, write_json
 import run as runs
-import data
 import optim_nas
 
 OPTIMIZERS = {"darts": dict(optimizer="darts"), "darts2": dict(optimizer="darts", order=2), "drnas": dict(optimizer="drnas"),
@@ -79,7 +78,7 @@ def test_tensorboard_has_every_number_at_the_end(data_dir, tmp_path, monkeypatch
 def test_whole_path(name, data_dir, tmp_path):
     """Search, retrain, sample: the commands of a user, with each optimizer, on real text."""
     out = succeeds("train_search.py", f"config/{name}.py", *flags(TINY_SEARCH), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s")
-    next_command = out.strip().splitlines()[-1]
+    next_command = next(line for line in out.splitlines() if line.startswith("next: "))
     assert next_command == f"next: python train_base.py --arch={tmp_path}/s/arch.json"
     found = json.loads((tmp_path / "s/arch.json").read_text())
     out = succeeds(*next_command.split()[2:], *flags(TINY | {"block_size": 0}), f"--out_dir={tmp_path}/b")
@@ -149,9 +148,9 @@ def test_alphas_and_weights_never_meet(data_dir, tmp_path):
     """No alpha in the weight optimizer, no weight in the arch optimizer, and each step moves its own side alone."""
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", optimizer="drnas"))
     run = runs.setup(config)
-    splits = train_search.split_data(config, run)
+    splits, _ = train_search.split_data(config, run)
     net = build(vars(config))
-    arch_optimizer = ArchOptimizer("drnas", net.choices, runs.rng(0))
+    arch_optimizer = METHODS["drnas"](net.choices, runs.rng(0))
     weights, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
     in_weights = {id(p) for group in weights.param_groups for p in group["params"]}
     in_chooser = {id(p) for group in arch_optimizer.optimizer.param_groups for p in group["params"]}
@@ -166,8 +165,7 @@ def test_alphas_and_weights_never_meet(data_dir, tmp_path):
         assert moved.any(-1).all(), f"a row of {key} got no gradient: {moved}"
     a1 = {k: a.clone() for k, a in arch_optimizer.alphas.items()}
     sampled = train_search.to_device(arch_optimizer.sample(0, runs.rng(1)), run)
-    loss = train.backward(net, data.micro_batches(splits["train"], config, run, "train", 0), run, (sampled,))
-    train.update(net, weights, loss, config, run, state)
+    train.train_step(net, net, weights, splits["train"], config, run, state, config.learning_rate, [sampled])
     assert all(torch.equal(a, a1[k]) for k, a in arch_optimizer.alphas.items()) and not all(map(torch.equal, net.parameters(), w0))
 
 
@@ -178,7 +176,7 @@ def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
         torch.manual_seed(0)
         space = dict(n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
         net = build(dict(block_size=8, vocab_size=20, head_size=head_size) | space)
-        arch_optimizer = ArchOptimizer(optimizer, net.choices, runs.rng(0))
+        arch_optimizer = METHODS[optimizer](net.choices, runs.rng(0))
         leaves = {k: w.detach().requires_grad_() for k, w in arch_optimizer.sample(0, runs.rng(1)).items()}
         x = torch.randint(20, (4, 8))
         net(x, x.roll(-1, 1), leaves)[1].backward()
@@ -189,10 +187,10 @@ def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
 
 def test_the_split_shares_out_train_bin(data_dir, tmp_path):
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", train_portion=0.7))
-    splits = train_search.split_data(config, SimpleNamespace(master=True, world=1))
+    splits, _ = train_search.split_data(config, SimpleNamespace(master=True, world=1))
     whole = load_tokens(data_dir, "pydocs", "train")
-    assert np.array_equal(np.concatenate([splits["train"], splits["search"]]), whole) and len(splits["train"]) == int(0.7 * len(whole))
-    assert np.array_equal(splits["val"], load_tokens(data_dir, "pydocs", "val"))
+    assert np.array_equal(np.concatenate([splits["train"].ids, splits["search"].ids]), whole) and len(splits["train"]) == int(0.7 * len(whole))
+    assert np.array_equal(splits["val"].ids, load_tokens(data_dir, "pydocs", "val"))
     assert config.vocab_size == read_json(f"{data_dir}/pydocs/meta.json")["vocab_size"]
 
 
@@ -202,8 +200,9 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
     length = len(load_tokens(data_dir, "pydocs", "train"))
     split_of = {int(0.8 * length): "train", length - int(0.8 * length): "search", len(load_tokens(data_dir, "pydocs", "val")): "val"}
     batches, evaluated, draws, frozen, rates, choosers = [], [], [], [], [], []
-    real_batches, real_estimate, real_backward = data.micro_batches, train.estimate, train.backward
-    real_sample, real_update, real_init = ArchOptimizer.sample, train.update, ArchOptimizer.__init__
+    real_batches, real_estimate, real_backward = train.micro_batches, train.estimate, train.backward
+    method = METHODS[OPTIMIZERS[name]["optimizer"]]
+    real_sample, real_step, real_init = method.sample, train.train_step, method.__init__
 
     def spy_batches(tokens, *args):
         batches.append(split_of[len(tokens)])
@@ -221,17 +220,18 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
         draws.append((progress, generator.initial_seed()))
         return real_sample(self, progress, generator)
 
-    def spy_update(net, optimizer, *args):
+    def spy_step(net, forward, optimizer, *args):
+        loss = real_step(net, forward, optimizer, *args)
         rates.append(optimizer.param_groups[0]["lr"])
-        return real_update(net, optimizer, *args)
+        return loss
 
     def spy_init(self, *args, **kwargs):
         real_init(self, *args, **kwargs)
         choosers.append((self, {k: a.detach().clone() for k, a in self.alphas.items()}))
     for module, attribute, spy in ((train_search, "micro_batches", spy_batches), (train, "micro_batches", spy_batches),
                                    (train_search, "backward", spy_backward), (train, "backward", spy_backward),
-                                   (train_search, "estimate", spy_estimate), (train, "update", spy_update),
-                                   (ArchOptimizer, "sample", spy_sample), (ArchOptimizer, "__init__", spy_init)):
+                                   (train_search, "estimate", spy_estimate), (train_search, "train_step", spy_step),
+                                   (method, "sample", spy_sample), (method, "__init__", spy_init)):
         monkeypatch.setattr(module, attribute, spy)
     settings = dict(train_portion=0.8, arch_learning_rate=0.007, arch_weight_decay=0.002)
     config = search_config(data_dir, tmp_path / "s", **settings, **OPTIMIZERS[name])
@@ -290,10 +290,10 @@ def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", optimizer="darts", order=2, dropout=0.2, warmup_iters=0,
                                             learning_rate=0.3))
     run, state = runs.setup(config), SimpleNamespace(step=0, skipped=0)
-    splits = train_search.split_data(config, run)
+    splits, _ = train_search.split_data(config, run)
     torch.manual_seed(0)
     net = build(vars(config)).double()
-    arch_optimizer = ArchOptimizer("darts", net.choices, runs.rng(0))
+    arch_optimizer = METHODS["darts"](net.choices, runs.rng(0))
     for alpha in arch_optimizer.alphas.values():
         alpha.data = alpha.data.double()
     seen = {}
@@ -305,7 +305,7 @@ def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
         weights = {k: w.detach().clone() for k, w in seen["weights"].items()}
         weights[name].view(-1)[1] += change
         torch.manual_seed(runs.rng(config.seed, "dropout", "arch", 0, 0).initial_seed())
-        loss = train.backward(net, data.micro_batches(splits[split], config, run, split, 0), run, (weights,))
+        loss = train.backward(net, [(x, y, weights) for x, y in train.micro_batches(splits[split], config, run, split, 0)], run)
         found = [p.grad.clone() for p in params]
         net.zero_grad()
         return found if grads else loss.item()
@@ -334,8 +334,8 @@ def test_micro_batches_sum_to_one_batch(data_dir):
     run = SimpleNamespace(rank=0, world=1, device="cpu", amp=torch.autocast("cpu", enabled=False),
                           scaler=torch.amp.GradScaler("cpu", enabled=False))
     net = build(vars(config) | {"vocab_size": 128})
-    batches = list(data.micro_batches(load_tokens(data_dir, "pydocs", "train"), config, run, "train", 0))
-    loss = train.backward(net, batches, run)
+    batches = list(train.micro_batches(Tokens(load_tokens(data_dir, "pydocs", "train")), config, run, "train", 0))
+    loss = train.backward(net, [(x, y, None) for x, y in batches], run)
     grads = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
     x, y = (torch.cat(t) for t in zip(*batches, strict=True))
@@ -406,13 +406,13 @@ def test_resuming_changes_nothing(name, data_dir, tmp_path):
         if file == "ckpt.pt" and rest["state"]["step"] == 4:
             state["killed"] = True
             raise KeyboardInterrupt
-    original = runs.save
-    runs.save = runs.save = killed_at_4
+    original = train.save
+    train.save = train_search.save = killed_at_4
     try:
         with pytest.raises(KeyboardInterrupt):
             go(tmp_path / "parts")
     finally:
-        runs.save = runs.save = original
+        train.save = train_search.save = original
     assert state["killed"]
     go(tmp_path / "parts", init_from="resume")
     a, b = (torch.load(tmp_path / part / "ckpt.pt", weights_only=True) for part in ("whole", "parts"))
@@ -496,7 +496,7 @@ def test_wrong_values_are_one_sentence(change, words, data_dir, tmp_path):
 
 
 NONE_OR_MORE = ("max_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "warmup_iters", "lr_decay_iters", "milestones",
-                "save_interval", "save_minutes", "skip_nonfinite", "crop", "cutout", "bn_batches")
+                "save_interval", "save_minutes", "skip_nonfinite")
 COUNTS = ("eval_interval", "log_interval", "eval_iters", "batch_size", "block_size", "gradient_accumulation_steps")
 
 

@@ -23,9 +23,10 @@ import train
 import train_base
 import train_search
 from budget import read_table
-from configurator import defaults, usage
+from configurator import ConfigError, defaults, usage
 from data import load_images
-from optim_nas import architectures, uniform
+from budget import architectures
+from optim_nas import uniform
 from prepare import prepare
 from run import read_json, read_lines, rng, add_checksum, verify_checksum
 from search_spaces import build, space_module, with_space
@@ -476,7 +477,7 @@ def test_a_table_is_a_benchmark(table, digits_dir, tmp_path):
 def test_one_image_has_no_statistics(digits_dir, tmp_path):
     """Where the maps end at 1 x 1: batches of one are one sentence, and one image that is left over is no batch of an evaluation."""
     options = dict(stem_stride=2, strides=[4, 1], max_iters=1, eval_iters=9)
-    with pytest.raises(SystemExit, match=r"more than one value a channel, .* give a larger batch_size"):
+    with pytest.raises(ConfigError, match=r"more than one value a channel, .* give a larger batch_size"):
         train_search.search(search_config("mobilenetv3", digits_dir, tmp_path / "one", **options, batch_size=1))
     config = search_config("mobilenetv3", digits_dir, tmp_path / "left", **options, batch_size=359)
     assert len(parts(config)[2]["search"]) == 2 * 359 + 1
