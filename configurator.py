@@ -133,6 +133,10 @@ def at_least(low):
     return Limit(lambda value: low <= value, f"{low} or more")
 
 
+def above(low):
+    return Limit(lambda value: value > low, f"above {low}")
+
+
 def at_least_below(low, high):
     return Limit(lambda value: low <= value < high, f"at least {low} and below {high}")
 

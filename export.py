@@ -1,33 +1,40 @@
 """
-Exports a trained network for other programs, written only if what was written computes what the network computes.
+Exports a trained network for other programs. A file is written only if another program that reads
+it computes what the network computes.
 
-    python export.py --out_dir=out/base                         # model.onnx, for ONNX Runtime and many others
-    python export.py --out_dir=out/base --format=torch          # model.pt2, for torch.export.load(path).module()(x)
-    python export.py --out_dir=out/base --format=safetensors    # model.safetensors, the weights under our names
-    python export.py --out_dir=out/base --format=nanogpt        # nanogpt/ckpt.pt, a GPT for nanoGPT's --init_from=resume
-    python export.py --out_dir=out/base --format=huggingface    # huggingface/, a GPT for transformers' from_pretrained()
+    python export.py --out_dir=out/base                       # model.onnx, for ONNX Runtime, ...
+    python export.py --out_dir=out/base --format=torch        # model.pt2, for torch.export.load()
+    python export.py --out_dir=out/base --format=safetensors  # model.safetensors, with our names
+    python export.py --out_dir=out/base --format=nanogpt      # nanogpt/ckpt.pt, to resume there
+    python export.py --out_dir=out/base --format=huggingface  # huggingface/, for from_pretrained()
 
-Takes out_dir's best.pt, the best weights in validation, and writes into out_dir.
+Reads best.pt in out_dir, the best weights in validation, and writes into out_dir.
 
-The only input of model.onnx and model.pt2, x, is
-    images     float32 (batch, channels, img_size, img_size), as prepare.get_images() gives them: (pixel - mean) / std of meta.json
+model.onnx and model.pt2 have one input, x:
+    images     float32 (batch, channels, img_size, img_size), as data.get_images() gives them:
+               (pixel - mean) / std of meta.json
     tokens     int64 (batch, time), for a GPT
-and their only output, y, the logits: (batch, num_classes), or (batch, time, vocab_size), or for super-resolution the larger image. The
-batch may have any size, and time up to block_size; images have the size that they are exported with.
+and one output, y: the logits, (batch, num_classes) or (batch, time, vocab_size), or, for
+super-resolution, the larger image. The batch may have any size, and time is at most block_size;
+images have the size that they are exported with.
 
-model.safetensors holds every tensor once. Its metadata, in JSON: "config", the training's keys with the architecture as "arch", so that
-train.build(config, config["arch"]) is the network; "tied", {name: the tensor that it is too}.
+model.safetensors holds every tensor once. Its metadata, in JSON, has "config", the training's keys
+with the architecture as "arch", so that search_spaces.build(config, config["arch"]) is the network;
+and "tied", {name: the name of the tensor that it shares}.
 
-nanoGPT and GPT-2 have the same width in every MLP and the same heads in every layer: what is narrower gets zeros, which change nothing,
-and fixed sinusoidal positions are what the learned ones were. nanoGPT's nn.GELU() is activation=exact_gelu; GPT-2's, our gelu, approximates
-it by tanh, and how much that alone moves the logits is printed. Where GPT-2 cannot hold a network because its layers attend differently,
-modeling_gpt2_heads.py comes with the weights, and AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) loads both.
+nanoGPT and GPT-2 have one MLP width and one number of heads in all layers. A narrower layer gets
+zeros, which change nothing. Sinusoidal positions become a table of learned ones. nanoGPT's
+nn.GELU() is activation=exact_gelu; GPT-2's, our gelu, approximates it by tanh, and how much that
+changes the logits is printed. Where GPT-2 cannot hold a network, as its layers have heads of
+different sizes, modeling_gpt2_heads.py comes with the weights, and
+AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) loads both.
 
-No format holds the tokenizer. Ids are those of the data set: GPT-2's with tokenizer=gpt2, positions in "chars" of its meta.json with char,
-those of its tokenizer.model with sentencepiece; ids from meta.json's vocab_size on only fill the vocabulary up to a round number.
+No format holds the tokenizer. Ids are those of the data set: GPT-2's with tokenizer=gpt2, positions
+in "chars" of its meta.json with char, those of its tokenizer.model with sentencepiece. Ids from
+meta.json's vocab_size on are padding.
 
-A .pt2 file has pickles in it, which may run code when they are loaded: load those alone that you made yourself. The others hold none, or
-only what torch.load(path, weights_only=True) reads.
+A .pt2 file contains pickles, which may run code when they are loaded: load only files that you made
+yourself. The others contain none, or only what torch.load(path, weights_only=True) reads.
 """
 import contextlib
 import importlib
@@ -43,11 +50,12 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from configurator import check_range
+from configurator import at_least, check_limits, configure, one_of
+from data import Tokens
 from fused_ops import use_fused_ops
-from run import rng, atomic_write
+from run import atomic_write, rng
 from sample import load_run
-from search_spaces import build
+from search_spaces import build, data_kind
 from train import configure_optimizer
 
 # -----------------------------------------------------------------------------
@@ -56,184 +64,230 @@ format = 'onnx' # 'torch', 'safetensors', 'nanogpt', 'huggingface'
 img_size = 0 # pixels a side of the images that it takes; 0: those it was trained on
 # -----------------------------------------------------------------------------
 
-TOLERANCE = 1e-4 # how far the outputs of a file may be from the network's, relative to the largest
-NANOGPT = ("exact_gelu", "gelu") # the activations that it has; of the second see export_nanogpt()
-GPT2 = {"gelu": "gelu_new", "exact_gelu": "gelu", "relu": "relu", "silu": "silu", "mish": "mish"} # transformers' and its names
-OTHERS = "take --format=safetensors, onnx or torch, which hold every network"
+TOLERANCE = 1e-4 # the largest difference of an output, relative to the largest output
+NANOGPT = ("exact_gelu", "gelu") # nanoGPT's activations; for gelu see export_nanogpt()
+GPT2 = {"gelu": "gelu_new", "exact_gelu": "gelu", "relu": "relu", "silu": "silu",
+        "mish": "mish"} # our name -> the name in transformers
+EVERY_NETWORK = "take --format=safetensors, onnx or torch, which hold every network"
 
 
 class Outputs(nn.Module):
-    """The network as x -> logits, without the loss; of a GPT those of all positions, which it gives where there are targets."""
+    """The network as x -> logits, without the loss; of a GPT the logits of all positions."""
     def __init__(self, net, tokens):
         super().__init__()
         self.net, self.tokens = net, tokens
         if tokens:
-            net.config.loss_chunk = 0 # with which there are no logits
+            net.config.loss_chunk = 0 # with chunks a GPT returns no logits
 
     def forward(self, x):
-        return self.net(x, x if self.tokens else None)[0]
+        targets = x if self.tokens else None # without targets a GPT returns only the last position
+        return self.net(x, targets)[0]
 
 
-def packages(format, *names):
-    """SystemExit unless what a format needs is installed."""
+def need_packages(format, *names):
+    """SystemExit unless the packages that a format needs are installed."""
     try:
         for name in names:
             importlib.import_module(name)
     except ImportError as e:
-        raise SystemExit(f"format={format} needs packages of its own ({e}): pip install {' '.join(names)}, or take another --format.") \
-            from None
+        raise SystemExit(f"format={format} needs packages that are not installed ({e}): "
+                         f"pip install {' '.join(names)}, or take another --format.") from None
 
 
 def difference(found, expected):
-    """The largest of any output, relative to the largest output."""
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True))
+    """The largest difference between outputs, relative to the largest output."""
+    pairs = zip(found, expected, strict=True)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
 
 # -----------------------------------------------------------------------------
-# formats: (Outputs, training config, batch) -> ({path in out_dir: bytes}, what another program computes with them, as a function of x)
+# Formats: each a function (Outputs, training config, batch x) -> ({path in out_dir: bytes}, run),
+# where run(x) is what another program computes with these files.
 
 def trace(net, trained, x):
-    """The network as torch.export sees it."""
-    dim = torch.export.Dim
-    shapes = [{0: dim("batch")} | ({1: dim("time", max=trained.block_size)} if net.tokens and trained.block_size > 1 else {})]
-    return torch.export.export(net, (x,), dynamic_shapes=shapes, strict=True) # strict: else len(x) is a number, and the batch fixed
+    """The network as torch.export sees it, for any batch size and, of tokens, any length."""
+    shape = {0: torch.export.Dim("batch")}
+    if net.tokens and trained.block_size > 1:
+        shape[1] = torch.export.Dim("time", max=trained.block_size)
+    # strict: otherwise len(x) becomes a number, and the batch size is fixed
+    return torch.export.export(net, (x,), dynamic_shapes=[shape], strict=True)
 
 
 def export_torch(net, trained, x):
     file = io.BytesIO()
     torch.export.save(trace(net, trained, x), file)
-    return {"model.pt2": file.getvalue()}, torch.export.load(io.BytesIO(file.getvalue())).module()
+    data = file.getvalue()
+    return {"model.pt2": data}, torch.export.load(io.BytesIO(data)).module()
 
 
 def export_onnx(net, trained, x):
-    packages("onnx", "onnx", "onnxscript", "onnxruntime")
+    need_packages("onnx", "onnx", "onnxscript", "onnxruntime")
     import onnxruntime
-    converted = torch.onnx.export(trace(net, trained, x), dynamo=True, input_names=["x"], output_names=["y"], verbose=False)
+    converted = torch.onnx.export(trace(net, trained, x), dynamo=True, input_names=["x"],
+                                  output_names=["y"], verbose=False)
     data = converted.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return {"model.onnx": data}, lambda x: torch.from_numpy(session.run(["y"], {"x": x.numpy()})[0])
 
 
 def export_safetensors(net, trained, x):
-    packages("safetensors", "safetensors")
+    need_packages("safetensors", "safetensors")
     from safetensors.torch import load, save
-    state, config, first, tied = net.net.state_dict(), json.dumps(vars(trained)), {}, {}
-    for name, w in state.items():
-        if first.setdefault(w.data_ptr(), name) != name:
-            tied[name] = first[w.data_ptr()]
-    once = {name: w.contiguous() for name, w in state.items() if name not in tied}
+    once, tied, names = {}, {}, {} # names: address of a tensor -> its first name
+    for name, w in net.net.state_dict().items():
+        first = names.setdefault(w.data_ptr(), name)
+        if first == name:
+            once[name] = w.contiguous()
+        else:
+            tied[name] = first
+    config = json.dumps(vars(trained))
     data = save(once, {"format": "pt", "config": config, "tied": json.dumps(tied)})
+
     other, state = build(json.loads(config), trained.arch), load(data)
-    other.load_state_dict(state | {name: state[same] for name, same in tied.items()})
+    other.load_state_dict(state | {name: state[first] for name, first in tied.items()})
     return {"model.safetensors": data}, Outputs(other, net.tokens).eval()
 
 
 def export_nanogpt(net, trained, x):
     net, c, E = net.net, net.net.config, net.net.n_embd[-1]
-    check_gpt2(c, "nanogpt", NANOGPT)
-    n_head, widest = common_heads(net), max(block.mlp.n_hidden[-1] for block in net.transformer.h)
+    check_blocks(c, "nanogpt", NANOGPT)
+    n_head, widest = common_heads(net), widest_mlp(net)
     if not n_head:
-        raise SystemExit(f"nanoGPT has n_embd / n_head channels in every head, and no n_head for n_embd={E} holds the layers' heads, "
-                         f"{said(net)}: take --format=huggingface, which brings code for them.")
+        raise SystemExit("nanoGPT has n_embd / n_head channels in every head, and no n_head for "
+                         f"n_embd={E} holds the layers' heads, {heads_text(net)}: take "
+                         "--format=huggingface, which brings code for them.")
     if widest > 4 * E:
-        raise SystemExit(f"nanoGPT's MLPs have 4 * n_embd = {4 * E} channels, and one of this network has {widest}: take "
-                         "--format=huggingface, which holds any width.")
-    args = dict(n_layer=len(net.transformer.h), n_head=n_head, n_embd=E, block_size=c.block_size, bias=c.bias, vocab_size=c.vocab_size,
-                dropout=c.dropout)
+        raise SystemExit(f"nanoGPT's MLPs have 4 * n_embd = {4 * E} channels, and one of this "
+                         f"network has {widest}: take --format=huggingface, which holds any width.")
+    args = dict(n_layer=len(net.transformer.h), n_head=n_head, n_embd=E, block_size=c.block_size,
+                bias=c.bias, vocab_size=c.vocab_size, dropout=c.dropout)
     twin = build(args | {"space": "gpt", "mlp_ratio": 4, "activation": c.activation})
-    optimizer = configure_optimizer(twin, SimpleNamespace(**vars(trained) | dict(weight_optimizer="adamw", zero_stage=0)),
-                                    SimpleNamespace(device_type="cpu")) # which has not made a step; its train.py asks for one
+
+    # nanoGPT's train.py asks for an optimizer: one that has made no step
+    settings = SimpleNamespace(**vars(trained) | dict(weight_optimizer="adamw", zero_stage=0))
+    optimizer = configure_optimizer(twin, settings, SimpleNamespace(device_type="cpu"))
     file = io.BytesIO()
-    torch.save({"model": alike(net, n_head, 4 * E), "model_args": args, "optimizer": optimizer.state_dict(), "iter_num": 0,
-                "best_val_loss": 1e9, "config": {"dataset": trained.dataset}}, file)
-    twin.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True)["model"])
+    torch.save({"model": uniform_weights(net, n_head, 4 * E), "model_args": args,
+                "optimizer": optimizer.state_dict(), "iter_num": 0, "best_val_loss": 1e9,
+                "config": {"dataset": trained.dataset}}, file)
+    data = file.getvalue()
+    twin.load_state_dict(torch.load(io.BytesIO(data), weights_only=True)["model"])
     run = Outputs(twin, True).eval()
     if c.activation == "gelu":
         exact = build(vars(twin.config) | {"space": "gpt", "activation": "exact_gelu"})
         exact.load_state_dict(twin.state_dict())
-        print(f"with nanoGPT's nn.GELU() the logits are within {difference([Outputs(exact, True).eval()(x)], [run(x)]):.1e} of these, "
-              "relative to the largest; with nn.GELU(approximate='tanh') in its model.py they are these, and a network trained with "
-              "--activation=exact_gelu has them as it is")
-    return {"nanogpt/ckpt.pt": file.getvalue()}, run
+        off = difference([Outputs(exact, True).eval()(x)], [run(x)])
+        print(f"with nanoGPT's nn.GELU() the logits are within {off:.1e} of these, relative to the "
+              "largest; they are the same with nn.GELU(approximate='tanh') in its model.py, or for "
+              "a network trained with --activation=exact_gelu")
+    return {"nanogpt/ckpt.pt": data}, run
 
 
 def export_huggingface(net, trained, x):
-    packages("huggingface", "safetensors", "transformers")
+    need_packages("huggingface", "safetensors", "transformers")
     import transformers
     from safetensors.torch import save
     net, c, heads = net.net, net.net.config, heads_of(net.net)
-    check_gpt2(c, "huggingface", GPT2)
-    n_head, widest = common_heads(net), max(block.mlp.n_hidden[-1] for block in net.transformer.h)
-    config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size,
-                  n_embd=net.n_embd[-1], n_layer=len(heads), n_head=n_head, n_inner=widest, activation_function=GPT2[c.activation],
-                  resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=None, eos_token_id=None)
+    check_blocks(c, "huggingface", GPT2)
+    n_head, widest = common_heads(net), widest_mlp(net)
+    config = dict(
+        model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
+        n_positions=c.block_size, n_embd=net.n_embd[-1], n_layer=len(heads), n_head=n_head,
+        n_inner=widest, activation_function=GPT2[c.activation], resid_pdrop=c.dropout,
+        embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=None, eos_token_id=None)
     if not n_head:
-        config |= dict(model_type="gpt2_heads", architectures=["GPT2HeadsLMHeadModel"], n_head=1, heads=heads, auto_map={
-            "AutoConfig": "modeling_gpt2_heads.GPT2HeadsConfig", "AutoModelForCausalLM": "modeling_gpt2_heads.GPT2HeadsLMHeadModel"})
-    state = alike(net, n_head, widest)
-    del state["lm_head.weight"] # which is wte's
+        code = "modeling_gpt2_heads"
+        config |= dict(
+            model_type="gpt2_heads", architectures=["GPT2HeadsLMHeadModel"], n_head=1, heads=heads,
+            auto_map={"AutoConfig": f"{code}.GPT2HeadsConfig",
+                      "AutoModelForCausalLM": f"{code}.GPT2HeadsLMHeadModel"})
+
+    state = uniform_weights(net, n_head, widest)
+    del state["lm_head.weight"] # tied to wte
     for name, w in list(state.items()):
         if name.endswith(".weight") and "wte" not in name and "wpe" not in name:
             state.setdefault(name.replace("weight", "bias"), torch.zeros(len(w)))
-            state[name] = w.T.contiguous() # a Conv1D, or a norm
-    files = {"config.json": json.dumps(config, indent=2).encode(), "model.safetensors": save(state, {"format": "pt"})}
+            state[name] = w.T.contiguous() # GPT-2's Conv1D has the transpose; a norm stays
+
+    files = {"config.json": json.dumps(config, indent=2).encode(),
+             "model.safetensors": save(state, {"format": "pt"})}
     if not n_head:
-        files["modeling_gpt2_heads.py"] = (Path(__file__).parent / "assets/modeling_gpt2_heads.py").read_bytes()
+        path = Path(__file__).parent / "assets/modeling_gpt2_heads.py"
+        files["modeling_gpt2_heads.py"] = path.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
             Path(folder, name).write_bytes(data)
         transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not n_head) # code of ours
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model = load(folder, trust_remote_code=not n_head) # the code is the file above
     return {f"huggingface/{name}": data for name, data in files.items()}, lambda x: model(x).logits
 
 
-FORMATS = {"onnx": export_onnx, "torch": export_torch, "safetensors": export_safetensors, "nanogpt": export_nanogpt,
-           "huggingface": export_huggingface}
+FORMATS = {"onnx": export_onnx, "torch": export_torch, "safetensors": export_safetensors,
+           "nanogpt": export_nanogpt, "huggingface": export_huggingface}
 
 # -----------------------------------------------------------------------------
-# a GPT as GPT-2's architecture has it
+# a GPT in the architecture of GPT-2, whose layers are all alike
 
-def check_gpt2(config, format, activations):
+def check_blocks(config, format, activations):
     """SystemExit if a network's blocks are of a kind that a format does not know."""
-    known = dict(norm=["layernorm"], position=["learned", "sinusoidal"], activation=list(activations), residual=["pre"], n_expert=[0])
+    known = {"norm": ["layernorm"], "position": ["learned", "sinusoidal"],
+             "activation": activations, "residual": ["pre"], "n_expert": [0]}
     for name, values in known.items():
         if (value := getattr(config, name)) not in values:
-            raise SystemExit(f"{name}={value!r} has no place in format={format}, which knows {', '.join(map(repr, values))}: {OTHERS}.")
+            raise SystemExit(f"{name}={value!r} has no place in format={format}, which knows "
+                             f"{', '.join(map(repr, values))}: {EVERY_NETWORK}.")
+
+
+def widest_mlp(net):
+    return max(block.mlp.n_hidden[-1] for block in net.transformer.h)
 
 
 def heads_of(net):
-    """[(number, channels of each)] of every layer."""
+    """[(number of heads, channels of each)] of every layer."""
     layers = [block.attn for block in net.transformer.h]
-    return [(attn.n_head[-1], attn.head_size or attn.n_embd[-1] // attn.n_head[-1]) for attn in layers]
+    return [(attn.n_head[-1], attn.head_size or attn.n_embd[-1] // attn.n_head[-1])
+            for attn in layers]
 
 
-def said(net):
+def heads_text(net):
+    """Such as "1 of 16, 2 of 8"."""
     return ", ".join(f"{n} of {size}" for n, size in sorted(set(heads_of(net))))
 
 
 def common_heads(net):
-    """The largest n_head of n_embd / n_head channels each that holds the heads of every layer, or 0. With n_head heads of
-    n_embd / n_head channels, which fill n_embd, in every layer, that is the same number in all, or none."""
-    E, heads = net.n_embd[-1], heads_of(net)
-    most, largest = map(max, zip(*heads, strict=True))
+    """The largest n_head whose heads of n_embd / n_head channels hold those of every layer, or 0.
+
+    Where every layer fills n_embd with its heads, it is their number if all layers have the same,
+    and 0 if they differ.
+    """
+    E = net.n_embd[-1]
+    most, largest = map(max, zip(*heads_of(net), strict=True)) # heads, channels
     return max((n for n in range(most, E // largest + 1) if E % n == 0), default=0)
 
 
 def padded(w, *shape):
-    """w at the beginning of zeros; dimensions beyond the shape are w's."""
+    """w at the beginning of zeros of that shape; further dimensions are w's."""
     larger = w.new_zeros(*shape, *w.shape[len(shape):])
     larger[tuple(slice(n) for n in w.shape)] = w
     return larger
 
 
-def alike(net, n_head, n_hidden):
-    """The weights of the same function with n_head heads (0: its own) and MLPs of n_hidden channels in every layer. What is new are zeros;
-    the queries outweigh the larger heads' smaller 1/sqrt of their size."""
+def uniform_weights(net, n_head, n_hidden):
+    """The state_dict of the same function with n_head heads (0: each layer's own) and MLPs of
+    n_hidden channels in every layer.
+
+    What is added is zero. Larger heads have a smaller scale, 1/sqrt(head size), so the queries
+    become larger.
+    """
     E, state = net.n_embd[-1], net.state_dict()
-    state["transformer.wpe.weight"] = net.transformer.wpe(torch.arange(net.config.block_size)) # of sinusoidal ones the table
+    positions = torch.arange(net.config.block_size)
+    state["transformer.wpe.weight"] = net.transformer.wpe(positions) # the table of sinusoidal ones
     for name, w in state.items():
-        n, size = heads_of(net)[int(name.split(".")[2])] if ".h." in name else (0, 0)
+        if ".h." not in name:
+            continue
+        n, size = heads_of(net)[int(name.split(".")[2])]
         N, larger = (n_head, E // n_head) if n_head else (n, size)
-        if ".attn.c_attn." in name: # the weight or the bias
+        if ".attn.c_attn." in name: # weight or bias
             w = padded(w.unflatten(0, (3, n, size)), 3, N, larger)
             w[0] *= (larger / size) ** 0.5
             state[name] = w.flatten(0, 2)
@@ -248,16 +302,19 @@ def alike(net, n_head, n_hidden):
 # -----------------------------------------------------------------------------
 
 def example(trained, batch_size, time, img_size, generator):
-    """A random batch of what the network takes; time: the share of the longest sequence."""
-    if trained.space == "gpt":
-        return torch.randint(trained.vocab_size, (batch_size, max(1, int(time * trained.block_size))), generator=generator)
-    side = img_size or getattr(trained, "img_size", 64) # of super-resolution there is none
-    return torch.randn(batch_size, getattr(trained, "in_channels", 3), side, side, generator=generator)
+    """A random batch of what the network takes. time: the length as a share of block_size."""
+    if data_kind(trained.space) is Tokens:
+        shape = batch_size, max(1, int(time * trained.block_size))
+        return torch.randint(trained.vocab_size, shape, generator=generator)
+    # networks for super-resolution have neither key
+    side = img_size or getattr(trained, "img_size", 64)
+    channels = getattr(trained, "in_channels", 3)
+    return torch.randn(batch_size, channels, side, side, generator=generator)
 
 
 @contextlib.contextmanager
 def quiet():
-    """Without what the exporters have to say about their own parts."""
+    """Silences the warnings of PyTorch's exporters, which are about their own insides."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -269,40 +326,51 @@ def quiet():
 
 @torch.no_grad()
 def export(config):
-    """Writes what config (a dict) asks for; returns its path and the largest difference, relative to the largest output."""
+    """Writes what config (a dict) asks for.
+
+    Returns its path and the largest difference of its outputs, relative to the largest output.
+    """
     config = SimpleNamespace(**config)
-    check_range(config, 0, "img_size")
-    if config.format not in FORMATS:
-        raise SystemExit(f"format='{config.format}' is not one of {', '.join(FORMATS)}.")
-    use_fused_ops(False) # whose operations no other program knows
+    check_limits(config, {"img_size": at_least(0), "format": one_of(*FORMATS)})
+    use_fused_ops(False) # no other program knows their operations
     net, trained = load_run(config.out_dir, "cpu")
-    tokens = trained.space == "gpt"
+    tokens = data_kind(trained.space) is Tokens
     if tokens and config.img_size:
-        raise SystemExit(f"img_size={config.img_size} is for images, and a GPT has none: leave it out.")
+        raise SystemExit(f"img_size={config.img_size} is for images, and a GPT has none: "
+                         "leave it out.")
     if config.format in ("nanogpt", "huggingface") and not tokens:
-        raise SystemExit(f"format={config.format} is for a GPT, and this network is one of {trained.space}: {OTHERS}.")
+        raise SystemExit(f"format={config.format} is for a GPT, and this network is one of "
+                         f"{trained.space}: {EVERY_NETWORK}.")
     net, generator = Outputs(net, tokens).eval(), rng("export")
-    x, *others = (example(trained, *shape, config.img_size, generator) for shape in ((2, 1.0), (3, 0.5), (1, 1.0)))
+    shapes = ((2, 1.0), (3, 0.5), (1, 1.0)) # batch size, time
+    batches = [example(trained, *shape, config.img_size, generator) for shape in shapes]
     try:
-        expected = [net(other) for other in (x, *others)]
+        expected = [net(x) for x in batches]
     except (AssertionError, RuntimeError):
-        raise SystemExit(f"This network of {trained.space} takes no images of {config.img_size} pixels: leave out --img_size.") from None
-    print(f"exporting {sum(p.numel() for p in net.parameters()):,} parameters, which takes some seconds ...", flush=True)
+        raise SystemExit(f"This network of {trained.space} takes no images of {config.img_size} "
+                         "pixels: leave out --img_size.") from None
+    n_params = sum(p.numel() for p in net.parameters())
+    print(f"exporting {n_params:,} parameters, which takes some seconds ...", flush=True)
     try:
         with quiet():
-            files, run = FORMATS[config.format](net, trained, x)
-        found = [run(other) for other in (x, *others)]
+            files, run = FORMATS[config.format](net, trained, batches[0])
+        found = [run(x) for x in batches]
     except Exception as e: # these exporters raise whatever they meet
-        raise SystemExit(f"This network of {trained.space} cannot be exported with format={config.format} ({type(e).__name__}: "
-                         f"{str(e).strip().splitlines()[0] if str(e).strip() else ''}).") from None
-    path, off = os.path.join(config.out_dir, os.path.commonpath(list(files))), difference(found, expected)
-    if not off <= TOLERANCE: # nan
-        raise SystemExit(f"{path} was not written: its outputs would differ from the network's by {off:.1e} of the largest, and "
-                         f"{TOLERANCE} is allowed: try another --format.")
+        reason = (str(e).strip() or "no message").splitlines()[0]
+        raise SystemExit(f"This network of {trained.space} cannot be exported with "
+                         f"format={config.format} ({type(e).__name__}: {reason}): "
+                         "try another --format.") from None
+    path = os.path.join(config.out_dir, os.path.commonpath(list(files)))
+    off = difference(found, expected)
+    if not off <= TOLERANCE: # also nan
+        raise SystemExit(f"{path} was not written: its outputs would differ from the network's by "
+                         f"{off:.1e} of the largest, and {TOLERANCE} is allowed: "
+                         "try another --format.")
     for name, data in files.items():
         save(os.path.join(config.out_dir, name), data)
-    print(f"{path}: {sum(map(len, files.values())) / 1e6:,.2f} MB, outputs within {off:.1e} of the network's, relative to the largest, on "
-          f"{1 + len(others)} random batches")
+    size = sum(map(len, files.values())) / 1e6
+    print(f"{path}: {size:,.2f} MB, outputs within {off:.1e} of the network's, relative to the "
+          f"largest, on {len(batches)} random batches")
     return path, off
 
 
@@ -310,10 +378,10 @@ def save(path, data):
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
     except OSError as e:
-        raise SystemExit(f"The folder of {path} cannot be made ({e.strerror}): make room for it in out_dir.") from None
+        raise SystemExit(f"The folder of {path} cannot be made ({e.strerror}): make room for it in "
+                         "out_dir.") from None
     atomic_write(path, lambda f: f.write(data))
 
 
 if __name__ == "__main__":
-    from configurator import configure
     export(configure(globals()))

@@ -1,6 +1,16 @@
-"""The mixing kernels: each in PyTorch, which says what is computed, and for a CPU in fused_ops.cpp."""
-import torch
-from torch.nn import functional as F
+"""
+The mixing kernels, and the PyTorch reference beside each.
+
+A search step should cost what a plain training step costs, so a mixture has to be one pass over
+its data. In PyTorch it is many: every width of a norm, every block of a weight matrix and every
+head count of an attention is an operation of its own, which reads and writes whole tensors. On a
+CPU the kernels of fused_ops.cpp do the same in one pass, forward and backward. The depthwise
+convolution mixes nothing: it has a kernel because its backward pass in PyTorch is slow on a CPU.
+
+The functions of the first part say what is computed. Each of them calls its kernel where the
+kernels are enabled and the tensors are on a CPU. The second part compiles fused_ops.cpp and
+switches it on and off.
+"""
 import hashlib
 import os
 import platform
@@ -8,97 +18,34 @@ import sys
 import tempfile
 import time
 
+import torch
+from torch.nn import functional as F
 
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
-fused = False # whether CPU mixtures run in fused_ops.cpp
+enabled = False # whether the kernels of fused_ops.cpp are in use; use_fused_ops() sets it
 
-
-def use_fused_ops(wanted=True):
-    """Turns the kernels of fused_ops.cpp on, or off; compiles them first where this machine has not yet done so. Without a
-    compiler the same is computed by PyTorch, after one line that says so."""
-    global fused
-    fused = wanted and (hasattr(torch.ops.nas, "attention") or compile_fused_ops())
-
-
-def compile_fused_ops():
-    from torch.utils import cpp_extension
-    file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fused_ops.cpp")
-    with open(file) as f: # a build is for one source, one PyTorch and one kind of processor
-        identity = repr((f.read(), FLAGS, torch.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), processor()))
-    name, start = "nas_" + hashlib.sha256(identity.encode()).hexdigest()[:12], time.perf_counter()
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    library = os.path.join(root, f"{name}.so")
-
-    def say(line):
-        if os.environ.get("RANK", "0") == "0": # once, not by every process of torchrun
-            print(line, flush=True)
-
-    try:
-        if os.path.exists(library):
-            torch.ops.load_library(library)
-        else: # in a folder of its own: PyTorch's lock on a shared one outlives a process that is killed, and all later ones wait for it
-            say("compiling fused_ops.cpp, once on this machine, about 35 s ...")
-            os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable) # ninja, of a virtual environment that is not activated
-            os.makedirs(root, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
-                cpp_extension.load(name, [file], extra_cflags=FLAGS, build_directory=folder, is_python_module=False)
-                os.replace(os.path.join(folder, f"{name}.so"), library)
-            say(f"compiled fused_ops.cpp in {time.perf_counter() - start:.0f} s")
-    except (RuntimeError, OSError, ImportError, SystemError) as e: # no compiler, no ninja, no room, a library that does not load
-        say(f"fused_ops.cpp is not in use, PyTorch computes the same more slowly ({str(e).strip().splitlines()[0]}).")
-        return False
-    register_fused_ops()
-    return True
-
-
-def processor():
-    """The model of this processor, for code that was compiled for it alone."""
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next((line for line in f if line.startswith("model name")), "")
-    except OSError:
-        return platform.processor()
-
-
-def register_fused_ops():
-    """The shapes of what the kernels return."""
-    library = torch.library
-
-    library.register_fake("nas::layer_norm")(lambda x, weight, bias, p, n, eps: torch.empty_like(x, memory_format=torch.contiguous_format))
-    library.register_fake("nas::layer_norm_backward")(lambda g, x, weight, p, n, eps: (
-        torch.empty_like(x, memory_format=torch.contiguous_format), *(small(x, t.shape) for t in (weight, weight, p))))
-    library.register_fake("nas::block_linear")(lambda x, W, bias, M, o, i: x.new_empty((*x.shape[:-1], W.shape[0])))
-    library.register_fake("nas::block_linear_backward")(lambda g, x, W, M, o, i, need_W, need_bias, need_M: (
-        torch.empty_like(x, memory_format=torch.contiguous_format), W.new_empty(W.shape if need_W else 0),
-        small(x, W.shape[:1] if need_bias else 0), small(x, M.shape if need_M else 0)))
-    library.register_fake("nas::attention")(lambda qkv, q_scale, y_scale, n_head, bias=None, mask=None: qkv.new_empty(
-        (*qkv.shape[:2], qkv.shape[2] // 3)))
-    library.register_fake("nas::attention_backward")(lambda g, qkv, q_scale, y_scale, n_head, bias=None, mask=None, need_bias=False: (
-        torch.empty_like(qkv, memory_format=torch.contiguous_format), small(qkv, q_scale.shape), small(qkv, y_scale.shape),
-        small(qkv, bias.shape if need_bias else (0, *2 * qkv.shape[1:2]))))
-    library.register_fake("nas::depthwise")(lambda x, weight, stride, padding, dilation: torch.empty(
-        (*x.shape[:2], *((n + 2 * padding - dilation * (weight.shape[2] - 1) - 1) // stride + 1 for n in x.shape[2:])),
-        dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
-    library.register_fake("nas::depthwise_backward")(lambda g, x, weight, stride, padding, dilation, need_x, need_w: (
-        torch.empty_like(x, memory_format=torch.channels_last) if need_x else x.new_empty(0),
-        weight.new_empty(weight.shape if need_w else 0)))
-
-    def small(x, shape): # what the kernels sum up is float32, or float64
-        return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-
+# -----------------------------------------------------------------------------
+# what is computed
 
 def mixed_norm(x, weight, bias, p, n, eps):
-    """weight * sum_k p_k pad((x[:n_k] - mean_k) / std_k) + bias: x (..., N), n increasing options, p their weights -> (..., N).
+    """LayerNorm over a mixture of widths:
+    weight * sum_k p_k pad((x[:n_k] - mean_k) / std_k) + bias.
 
-    Each block of channels between two options is reduced once; the blocks' means and squared deviations are merged
-    into those of every prefix (Chan et al. 1979), which stays exact where E[x^2] - mean^2 would cancel.
+    x: (..., N), weight and bias: (N,), bias may be None -> (..., N).
+    n: the widths in increasing order, the last one N. p: (len(n),), their weights.
+
+    Each block of channels between two widths is reduced once. The blocks' means and squared
+    deviations are merged into those of every prefix (Chan et al. 1979), which stays exact where
+    E[x^2] - mean^2 would cancel.
     """
-    if fused and x.is_cpu:
+    if enabled and x.is_cpu:
         return torch.ops.nas.layer_norm(x, weight, bias, p, n, eps)
-    x, dtype = x.to(p.dtype), x.dtype # float32, as PyTorch's autocast does its norms
-    sizes = [b - a for a, b in zip((0, *n[:-1]), n, strict=True)]
+    dtype = x.dtype
+    x = x.to(p.dtype) # float32, as PyTorch's autocast does its norms
+    sizes = block_sizes(n)
     blocks = x.split(sizes, dim=-1)
-    mean, m2, scales, shifts = 0.0, 0.0, [], []
+
+    # of each option k: the scale p_k / std_k, and the shift p_k mean_k / std_k
+    mean, m2, scales, shifts = 0.0, 0.0, [], [] # mean, m2: of the first n_k channels
     for k, (size, block) in enumerate(zip(sizes, blocks, strict=True)):
         var_b, mean_b = torch.var_mean(block, dim=-1, keepdim=True, correction=0) # (..., 1)
         delta = mean_b - mean
@@ -106,74 +53,61 @@ def mixed_norm(x, weight, bias, p, n, eps):
         mean = mean + delta * (size / n[k])
         scales.append(p[k] * torch.rsqrt(m2 / n[k] + eps))
         shifts.append(scales[-1] * mean)
-    # block k is in every option from k on
-    y = weight * torch.cat([block * sum(scales[k:]) - sum(shifts[k:]) for k, block in enumerate(blocks)], dim=-1)
+
+    # block k is in option k and in all wider ones
+    mixed = [block * sum(scales[k:]) - sum(shifts[k:]) for k, block in enumerate(blocks)]
+    y = weight * torch.cat(mixed, dim=-1)
     y = y if bias is None else y + bias
-    return y if torch.is_autocast_enabled("cuda") else y.to(dtype) # the norms of a single size stay in float32 there
+    # on cuda autocast leaves the norm of a single width in float32 too
+    return y if torch.is_autocast_enabled("cuda") else y.to(dtype)
 
 
 def mixed_linear(x, W, bias, M, o, i):
-    """x @ (W * M).T + bias: M (len(o), len(i)) is constant on the blocks that the row ends o and the column ends i cut W into.
+    """Linear over a mixture of widths, in and out of the same choice: x @ (W * M).T + bias.
 
-    Frozen weights get no gradient, and that of M comes at no more than the price of the gradient to x: by block rows r,
-    y_r = W_r (M_r * x), the products with W_r are what the gradient to x is made of.
+    x: (..., in), W: (out, in), bias: (out,) or None -> (..., out).
+    The row ends o and the column ends i cut W into blocks. M: (len(o), len(i)) is the total
+    weight of the options that use each block.
+
+    Where W is frozen, the gradient to M costs no extra product: block row r computes
+    y_r = W_r (M_r * x), and both the gradient to M and that to x come from g_r W_r.
     """
-    if fused and x.is_cpu:
-        if torch.is_autocast_enabled("cpu"): # which knows torch's own operations alone
-            x, W = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, W))
-        return torch.ops.nas.block_linear(x, W, bias, M, o, i)
-    rows, columns = ([b - a for a, b in zip((0, *n[:-1]), n, strict=True)] for n in (o, i))
-    M = torch.cat([M.to(W.dtype)[:, [k]].expand(-1, size) for k, size in enumerate(columns)], dim=1) # (len(o), in)
+    if enabled and x.is_cpu:
+        return torch.ops.nas.block_linear(*autocast_cpu(x, W), bias, M, o, i)
+    columns = [M.to(W.dtype)[:, [k]].expand(-1, size) for k, size in enumerate(block_sizes(i))]
+    M = torch.cat(columns, dim=1) # (len(o), in)
+    rows = block_sizes(o)
     if W.requires_grad or not M.requires_grad:
-        return F.linear(x, W * torch.cat([M[[k]].expand(size, -1) for k, size in enumerate(rows)]), bias)
+        M = torch.cat([M[[k]].expand(size, -1) for k, size in enumerate(rows)]) # (out, in)
+        return F.linear(x, W * M, bias)
     y = torch.cat([F.linear(x * m, W_r) for m, W_r in zip(M, W.split(rows), strict=True)], dim=-1)
     return y if bias is None else y + bias
 
 
-def depthwise(x, weight, stride, padding, dilation):
-    """A convolution of every channel by itself: x (B, C, H, W), weight (C, 1, k, k) -> (B, C, H', W'), of the kernel channels_last."""
-    if fused and x.is_cpu:
-        if torch.is_autocast_enabled("cpu"):
-            x, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight))
-        return torch.ops.nas.depthwise(x, weight, stride, padding, dilation)
-    return F.conv2d(x, weight, None, stride, padding, dilation, weight.shape[0])
-
-
 def causal_attention(q, k, v, n_head, dropout=0.0, scale=None, is_causal=True):
-    """(B, T, n) each -> (B, T, n): n_head heads of n / n_head channels side by side."""
-    q, k, v = (t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in (q, k, v)) # (B, n_head, T, n / n_head)
+    """Plain attention, without a kernel of ours: (B, T, n) each -> (B, T, n).
+
+    The n_head heads of n / n_head channels lie side by side. scale: the factor of the scores,
+    None for 1/sqrt(head size).
+    """
+    q, k, v = (split_heads(t, n_head) for t in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, is_causal=is_causal)
-    return y.transpose(1, 2).flatten(2)
+    return merge_heads(y)
 
 
 def mixed_attention(qkv, q_scale, y_scale, n_head, dropout=0.0):
-    """sum_j y_scale_j * attention of n_head[j] heads on (q_scale_j * q, k, v). qkv: (B, T, 3n), scales: (len(n_head), n)."""
-    if fused and qkv.is_cpu and not dropout:
+    """Causal attention over a mixture of head counts:
+    sum_j y_scale_j * attention with n_head[j] heads on (q_scale_j * q, k, v).
+
+    qkv: (B, T, 3n), q_scale and y_scale: (len(n_head), n) -> (B, T, n).
+    q_scale includes 1/sqrt(head size): the scores are not scaled any further.
+    """
+    if enabled and qkv.is_cpu and not dropout:
         return torch.ops.nas.attention(qkv, q_scale, y_scale, n_head)
     q, k, v = qkv.chunk(3, dim=2)
-    q_scale, y_scale = q_scale.to(q.dtype), y_scale.to(q.dtype) # else they would undo autocast
-    return sum(causal_attention(q * q_scale[j], k, v, h, dropout, scale=1.0) * y_scale[j] for j, h in enumerate(n_head))
-
-
-def window_attention(qkv, q_scale, y_scale, n_head, bias, mask=None):
-    """mixed_attention() within windows, not causal: qkv (B * M, T, 3n), bias (heads, T, T) on the scores, those of a head count the
-    first; mask: (M, T, T), of which window i has the i % M-th."""
-    if fused and qkv.is_cpu:
-        return torch.ops.nas.attention(qkv, q_scale, y_scale, n_head, bias, mask)
-    y, B = 0, len(qkv)
-    for j, h in enumerate(n_head):
-        b, (q, k, v) = bias[None, :h], (t.unflatten(2, (h, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=2)) # (B M, h, T, n / h)
-        q = q * q_scale[j].view(h, 1, -1).to(q.dtype)
-        if qkv.is_cpu: # where PyTorch has no fused attention that learns a bias
-            scores = q @ k.transpose(2, 3)
-            scores = scores + b if mask is None else (scores.unflatten(0, (-1, len(mask))) + (b + mask[:, None])).flatten(0, 1)
-            out = scores.softmax(-1) @ v
-        else:
-            if mask is not None: # the windows of an image as its heads
-                b, (q, k, v) = (b + mask[:, None]).flatten(0, 1)[None], (t.unflatten(0, (-1, len(mask))).flatten(1, 2) for t in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, b.to(q.dtype), scale=1.0).reshape(B, h, *v.shape[2:])
-        y = y + out.transpose(1, 2).flatten(2) * y_scale[j].to(q.dtype)
-    return y
+    q_scale, y_scale = q_scale.to(q.dtype), y_scale.to(q.dtype) # float32 scales would undo autocast
+    return sum(causal_attention(q * q_scale[j], k, v, h, dropout, scale=1.0) * y_scale[j]
+               for j, h in enumerate(n_head))
 
 
 def rotary(qkv, n_head, past=0):
@@ -202,3 +136,192 @@ def mixed_rotary_attention(qkv, n, p, y_scale, n_head, dropout=0.0):
         q, k = torch.cat(q, -1).flatten(2), torch.cat([part[1] for part in parts], -1).flatten(2)
         y = y + causal_attention(q, k, v, h, dropout, scale=1.0) * y_scale[j].to(v.dtype)
     return y
+
+
+def window_attention(qkv, q_scale, y_scale, n_head, bias, mask=None):
+    """mixed_attention() within windows: not causal, with a bias and a mask added to the scores.
+
+    qkv: (B * M, T, 3n), the M windows of an image one after the other -> (B * M, T, n).
+    bias: (H, T, T), H the largest head count; h heads use the first h of it.
+    mask: (M, T, T), one for each window of an image, or None.
+    """
+    if enabled and qkv.is_cpu:
+        return torch.ops.nas.attention(qkv, q_scale, y_scale, n_head, bias, mask)
+    attend = biased_attention_cpu if qkv.is_cpu else biased_attention
+    y = 0
+    for j, h in enumerate(n_head):
+        q, k, v = (split_heads(t, h) for t in qkv.chunk(3, dim=2)) # (B * M, h, T, n / h)
+        q = q * q_scale[j].view(h, 1, -1).to(q.dtype)
+        heads = attend(q, k, v, bias[:h], mask)
+        y = y + merge_heads(heads) * y_scale[j].to(q.dtype)
+    return y
+
+
+def biased_attention(q, k, v, bias, mask):
+    """softmax(q k^T + bias + mask) v. q, k, v: (B * M, h, T, d), bias: (h, T, T)."""
+    shape = v.shape
+    if mask is None:
+        bias = bias[None] # (1, h, T, T)
+    else: # the windows of an image become heads: (1, M * h, T, T) serves all images
+        bias = (bias[None] + mask[:, None]).flatten(0, 1)[None]
+        q, k, v = (t.unflatten(0, (-1, len(mask))).flatten(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=1.0)
+    return y.reshape(shape)
+
+
+def biased_attention_cpu(q, k, v, bias, mask):
+    """biased_attention() step by step: on a CPU PyTorch's fused one has no gradient to the bias."""
+    scores, bias = q @ k.transpose(2, 3), bias[None] # (B * M, h, T, T), (1, h, T, T)
+    if mask is None:
+        scores = scores + bias
+    else:
+        scores = (scores.unflatten(0, (-1, len(mask))) + (bias + mask[:, None])).flatten(0, 1)
+    return scores.softmax(-1) @ v
+
+
+def depthwise(x, weight, stride, padding, dilation):
+    """The convolution of every channel with a kernel of its own.
+
+    x: (B, C, H, W), weight: (C, 1, k, k) -> (B, C, H', W'). The kernel returns it in channels_last.
+    """
+    if enabled and x.is_cpu:
+        return torch.ops.nas.depthwise(*autocast_cpu(x, weight), stride, padding, dilation)
+    return F.conv2d(x, weight, None, stride, padding, dilation, weight.shape[0])
+
+
+def block_sizes(ends):
+    """The sizes of the blocks that end at `ends`: (2, 3, 7) -> [2, 1, 4]."""
+    return [b - a for a, b in zip((0, *ends[:-1]), ends, strict=True)]
+
+
+def split_heads(t, n_head):
+    return t.unflatten(2, (n_head, -1)).transpose(1, 2) # (B, T, n) -> (B, n_head, T, n / n_head)
+
+
+def merge_heads(t):
+    return t.transpose(1, 2).flatten(2) # (B, n_head, T, n / n_head) -> (B, T, n)
+
+
+def autocast_cpu(*tensors):
+    """The tensors in autocast's type: autocast itself casts for PyTorch's own operations only."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    return [t.to(torch.get_autocast_dtype("cpu")) for t in tensors]
+
+# -----------------------------------------------------------------------------
+# compiling fused_ops.cpp, and switching it on and off
+
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+         "-fassociative-math", "-fno-signed-zeros"]
+
+
+def use_fused_ops(wanted=True):
+    """Switches the kernels on or off. The first use on a machine compiles them. Without a compiler
+    one line says so, and PyTorch computes the same."""
+    global enabled
+    enabled = wanted and (hasattr(torch.ops.nas, "attention") or compile_fused_ops())
+
+
+def compile_fused_ops():
+    """Loads the kernels, compiled first if this machine has not done so yet; returns success."""
+    from torch.utils import cpp_extension
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fused_ops.cpp")
+    name, start = build_name(source), time.perf_counter()
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    library = os.path.join(root, f"{name}.so")
+    try:
+        if os.path.exists(library):
+            torch.ops.load_library(library)
+        else:
+            say("compiling fused_ops.cpp, once on this machine, about 35 s ...")
+            # ninja may be in a virtual environment that is not activated
+            os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)
+            os.makedirs(root, exist_ok=True)
+            # A new folder for every build: PyTorch locks the build folder, and the lock of a killed
+            # process would block all later builds.
+            with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
+                cpp_extension.load(name, [source], extra_cflags=FLAGS, build_directory=folder,
+                                   is_python_module=False)
+                os.replace(os.path.join(folder, f"{name}.so"), library)
+            say(f"compiled fused_ops.cpp in {time.perf_counter() - start:.0f} s")
+    # no compiler, no ninja, a full disk, a library that does not load
+    except (RuntimeError, OSError, ImportError, SystemError) as e:
+        reason = str(e).strip().splitlines()[0]
+        say(f"fused_ops.cpp is not in use ({reason}): PyTorch computes the same, more slowly.")
+        return False
+    register_fakes()
+    return True
+
+
+def build_name(source):
+    """The name of a build, a hash of the source, the flags, PyTorch's version and the processor."""
+    processor = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            processor = next((line for line in f if line.startswith("model name")), "")
+    with open(source) as f:
+        identity = repr((f.read(), FLAGS, torch.__version__, platform.machine(),
+                         torch.backends.cpu.get_cpu_capability(), processor))
+    return "nas_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def say(line):
+    """Prints it once, and not in every process of torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def register_fakes():
+    """Tells torch.compile the shapes, types and memory formats that the kernels return.
+
+    A gradient that is not needed has no elements.
+    """
+    register, channels_last = torch.library.register_fake, torch.channels_last
+
+    def like(x, memory_format=torch.contiguous_format):
+        return torch.empty_like(x, memory_format=memory_format)
+
+    def sums(x, shape): # the kernels sum up in float32, and in float64 for float64
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return x.new_empty(shape, dtype=dtype)
+
+    @register("nas::layer_norm")
+    def layer_norm(x, weight, bias, p, n, eps):
+        return like(x)
+
+    @register("nas::layer_norm_backward")
+    def layer_norm_backward(g, x, weight, p, n, eps):
+        return like(x), sums(x, weight.shape), sums(x, weight.shape), sums(x, p.shape)
+
+    @register("nas::block_linear")
+    def block_linear(x, W, bias, M, o, i):
+        return x.new_empty((*x.shape[:-1], W.shape[0]))
+
+    @register("nas::block_linear_backward")
+    def block_linear_backward(g, x, W, M, o, i, need_W, need_bias, need_M):
+        return (like(x), W.new_empty(W.shape if need_W else 0),
+                sums(x, W.shape[:1] if need_bias else 0), sums(x, M.shape if need_M else 0))
+
+    @register("nas::attention")
+    def attention(qkv, q_scale, y_scale, n_head, bias=None, mask=None):
+        B, T, n = qkv.shape
+        return qkv.new_empty((B, T, n // 3))
+
+    @register("nas::attention_backward")
+    def attention_backward(g, qkv, q_scale, y_scale, n_head, bias=None, mask=None, need_bias=False):
+        T = qkv.shape[1]
+        dbias = sums(qkv, bias.shape if need_bias else (0, T, T))
+        return like(qkv), sums(qkv, q_scale.shape), sums(qkv, y_scale.shape), dbias
+
+    @register("nas::depthwise")
+    def depthwise(x, weight, stride, padding, dilation):
+        B, C, *image = x.shape
+        reach = dilation * (weight.shape[2] - 1)
+        sides = [(side + 2 * padding - reach - 1) // stride + 1 for side in image]
+        shape = B, C, *sides
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=channels_last)
+
+    @register("nas::depthwise_backward")
+    def depthwise_backward(g, x, weight, stride, padding, dilation, need_x, need_w):
+        return (like(x, channels_last) if need_x else x.new_empty(0),
+                weight.new_empty(weight.shape if need_w else 0))

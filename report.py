@@ -731,7 +731,7 @@ def report(config):
     budget, archs, ranked = choose_networks(net, search, found, loss_of, config)
 
     def minutes_of(architectures):
-        tested = len(splits["val"]) / data_kind(search.space).units_per_sample(search)
+        tested = len(splits["val"]) / splits["val"].units_per_sample(search)
         flops = [net.cost(arch)["flops"] for arch in architectures]
         total = sum(training_flops(one, config) + one * tested for one in flops)
         return 60 * cost["search_hours"] * total / cost["search_flops"]

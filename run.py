@@ -499,12 +499,12 @@ def silenced():
 
 
 def draw_figures(out_dir):
-    """Starts analyze.py, which draws a run's figures from its files; prints their paths."""
+    """Starts analyze.py on the run in out_dir, and prints the paths of its figures; on rank 0."""
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "analyze.py")
     if os.environ.get("RANK", "0") == "0" and os.path.exists(script):
         command = [sys.executable, script, f"--out_dir={out_dir}"]
-        output = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True).stdout
-        print("\n".join(line for line in output.splitlines() if line.startswith("figure: ")))
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        print("\n".join(line for line in done.stdout.splitlines() if line.startswith("figure: ")))
 
 
 def main(function, config):

@@ -229,10 +229,10 @@ def measure_cost(net, run):
             read[name, key] = value.numel()
 
     # PyTorch's counter knows its own operations alone
-    kernels, fused_ops.fused = fused_ops.fused, False
+    kernels, fused_ops.enabled = fused_ops.enabled, False
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         visit_slices(net, run, count)
-    fused_ops.fused = kernels
+    fused_ops.enabled = kernels
     return {"params": sum(read.values()), "flops": counter.get_total_flops()}
 
 

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from configurator import ConfigError, as_list, check_range, check_whole
 from search_spaces.convs import BatchNorm2d, Conv2d, ImageNetwork, settings, with_loss
-from supernet import (ranking, reorder, 
-    ALL, Choice, Linear, one_hot, options_of, prefix_masks, run_blocks, sampled, set_choices,
-    straight_through,
+from supernet import (
+    ALL, Choice, Linear, one_hot, options_of, prefix_masks, ranking, reorder, run_blocks, sampled,
+    set_choices, straight_through,
 )
 
 # -----------------------------------------------------------------------------

@@ -110,9 +110,9 @@ def turn_kernels_on():
     """fused_ops.cpp in use from here on; the test is skipped where there is no compiler, and fails where it does not compile."""
     fused_ops.use_fused_ops()
     compiler = os.environ.get("CXX", "c++")
-    if not fused_ops.fused and shutil.which(compiler) is None:
+    if not fused_ops.enabled and shutil.which(compiler) is None:
         pytest.skip(f"there is no compiler {compiler} for fused_ops.cpp")
-    assert fused_ops.fused, "fused_ops.cpp does not compile here"
+    assert fused_ops.enabled, "fused_ops.cpp does not compile here"
 
 
 @pytest.fixture(params=[False, True], ids=["pytorch", "kernels"])

@@ -1,4 +1,7 @@
-"""Every command that the README, a script's head or a config file shows runs, at tiny size; every config file's keys are real."""
+"""Every command that the README, docs/, a script or a config shows runs, at tiny size.
+
+The keys of every config file are real.
+"""
 import json
 import importlib
 import re
@@ -39,7 +42,8 @@ def commands(text):
 
 def shown():
     """(where, command) of every command shown anywhere, once."""
-    places = [ROOT / "README.md", *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "config").glob("*.py"))]
+    texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    places = [*texts, *(ROOT / name for name in SCRIPTS), *sorted((ROOT / "config").glob("*.py"))]
     seen = {}
     for place in places:
         text = place.read_text()

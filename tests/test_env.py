@@ -1,5 +1,4 @@
-"""The environment, its rewards and evaluators, and the shards: laws on real data."""
-import data
+"""The environment, its rewards and evaluators, and the shards, on real data."""
 import json
 import math
 import subprocess
@@ -14,6 +13,7 @@ import torch
 from conftest import ROOT, TINY
 
 import configurator
+import data
 import env
 import prepare
 import train
@@ -62,8 +62,6 @@ import json, multiprocessing, sys
 sys.path[:0] = [{root!r}]
 import torch
 import env
-import data
-import data
 torch.set_num_threads(1)
 def evaluate(config, barrier):
     train, shards = env.train, env.shards_of(config)
@@ -80,8 +78,10 @@ if __name__ == "__main__":
     config, barrier = json.loads({config!r}), fork.Barrier(2, timeout=60)
     env.shards_of(config) # cuts them
     both = [fork.Process(target=evaluate, args=(config, barrier)) for _ in range(2)]
-    [process.start() for process in both]
-    [process.join() for process in both]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
     print([process.exitcode for process in both])
 """
 
@@ -166,7 +166,8 @@ def test_impossible_shards_are_one_sentence(config, change, words):
 @pytest.mark.parametrize("key", ["n_envs", "max_iters", "supernet_iters"])
 def test_a_table_of_nothing_is_one_sentence(key, tmp_path):
     with pytest.raises(SystemExit, match=f"^{key}=0 must be 1 or more.$"):
-        env.make_table(configurator.defaults(vars(env)) | {key: 0, "data_dir": str(tmp_path), "table": str(tmp_path / "t.csv"), "seeds": 1})
+        env.make_table(configurator.defaults(vars(env)) | {
+            key: 0, "data_dir": str(tmp_path), "table": str(tmp_path / "t.csv"), "seeds": 1})
     assert not list(tmp_path.iterdir())
 
 
@@ -265,7 +266,7 @@ def test_the_table_is_complete_and_small():
 def test_a_table_is_made_once(config, tmp_path, monkeypatch, capsys):
     """Every architecture for each number of entries, in two processes; a second run trains nothing, and the command that it names next
     asks for what is in the table. Nine networks, to be quick."""
-    monkeypatch.setattr(env, "N", 3)
+    monkeypatch.setattr(env, "N_OPTIONS", 3)
     config |= dict(shards=2, seeds=[7], max_iters=1, n_envs=2, time_from="measured", table=str(tmp_path / "t.csv"))
     env.make_table(config)
     rows = env.read_table(config["table"])

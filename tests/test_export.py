@@ -26,7 +26,9 @@ from search_spaces import build
 import run as runs
 
 SPACES = ("gpt", *TINY_SPACES)
-TRACED = [(space, "onnx") for space in SPACES if space not in ("nats_size", "toy_cell")] + [("gpt", "torch")] # of those two see below
+# test_other_sizes_of_images and test_no_operation_of_ours_is_in_the_file trace the other two
+TRACED = [(space, "onnx") for space in SPACES if space not in ("nats_size", "toy_cell")]
+TRACED += [("gpt", "torch")]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,8 @@ def trained(data_dir, digits_dir, tmp_path_factory):
         if space not in made and space == "gpt":
             train.train(train_config(data_dir, out, n_layer=2, n_head=2, n_embd=8))
         elif space not in made:
-            arch = uniform(build(search_config(space, digits_dir, "") | dict(img_size=8, in_channels=1, num_classes=10)).choices, rng(1))
+            facts = dict(img_size=8, in_channels=1, num_classes=10)
+            arch = uniform(build(search_config(space, digits_dir, "") | facts).choices, rng(1))
             change = {"darts": {"n_layer": 1}, "swinir": {"val_portion": 0.1}}.get(space, {})
             train.train(space_config(train, space, digits_dir, out, **change), arch)
         made[space] = out
@@ -67,8 +70,10 @@ def load(path):
 
 
 def saved(out, arch=None, **sizes):
-    """A GPT with random weights and biases that are far from zero, as if it had been trained in out; (itself, its config)."""
-    config = train_config("data", out, **dict(n_layer=2, n_head=2, n_embd=8, vocab_size=17, bias=True) | sizes)
+    """(A GPT, its config): its random weights and biases are far from zero, and are in out as if it
+    had been trained there."""
+    default = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=17, bias=True)
+    config = train_config("data", out, **default | sizes)
     net, generator = build(config, arch).eval(), rng("weights")
     with torch.no_grad():
         for p in net.parameters():
@@ -96,21 +101,28 @@ def test_a_file_computes_what_the_network_does(space, format, trained, capsys):
     out = trained(space)
     path, difference = export.export(options(out, format, img_size=8 if space == "swinir" else 0))
     said, size = capsys.readouterr().out, Path(path).stat().st_size
-    assert difference <= 1e-4 and f"{size / 1e6:,.2f} MB" in said and f"{difference:.1e}" in said and not list(out.glob("*.tmp"))
+    assert difference <= 1e-4 and not list(out.glob("*.tmp"))
+    assert f"{size / 1e6:,.2f} MB" in said and f"{difference:.1e}" in said
     net, config = sample.load_run(str(out), "cpu")
     file = load(path)
     for batch_size in (1, 5, 8):
-        shape = (batch_size, 3 + batch_size) if space == "gpt" else (batch_size, 3 if space == "swinir" else 1, 8, 8)
-        x = torch.randint(config.vocab_size, shape, generator=rng(2)) if space == "gpt" else torch.randn(shape, generator=rng(2))
+        if space == "gpt":
+            shape = batch_size, 3 + batch_size
+            x = torch.randint(config.vocab_size, shape, generator=rng(2))
+            expected = *shape, config.vocab_size
+        else:
+            x = torch.randn(batch_size, 3 if space == "swinir" else 1, 8, 8, generator=rng(2))
+            expected = (batch_size, 3, 16, 16) if space == "swinir" else (batch_size, 10)
         y = outputs(net, space, x)
-        assert y.shape == ((*shape, config.vocab_size) if space == "gpt" else (batch_size, 3, 16, 16) if space == "swinir" else
-                           (batch_size, 10))
+        assert y.shape == expected
         assert (file(x) - y).abs().max() <= 1e-4 * y.abs().max()
 
 
 @pytest.mark.parametrize("format, change", [
-    ("onnx", dict(norm="rmsnorm", position="rope", activation="swiglu", residual="parallel", n_expert=3)),
-    ("torch", dict(norm="partial_rmsnorm", position="sinusoidal", activation="mish", residual="post", loss_chunk=7, head_size=3))])
+    ("onnx", dict(norm="rmsnorm", position="rope", activation="swiglu", residual="parallel",
+                  n_expert=3)),
+    ("torch", dict(norm="partial_rmsnorm", position="sinusoidal", activation="mish",
+                   residual="post", loss_chunk=7, head_size=3))])
 def test_the_options_of_a_gpt_export(format, change, tmp_path):
     net, config = saved(tmp_path, n_layer=1, **change)
     path, _ = export.export(options(tmp_path, format))
@@ -121,15 +133,20 @@ def test_no_operation_of_ours_is_in_the_file(trained):
     """Where the kernels of fused_ops.cpp were in use before."""
     turn_kernels_on()
     path, _ = export.export(options(trained("toy_cell"), "torch"))
-    operations = {str(node.target) for node in torch.export.load(path).graph.nodes if node.op == "call_function"}
-    assert any("conv2d" in name for name in operations) and not any("nas" in name for name in operations), operations
+    nodes = torch.export.load(path).graph.nodes
+    operations = " ".join(str(node.target) for node in nodes if node.op == "call_function")
+    assert "conv2d" in operations and "nas" not in operations, operations
 
 
-@pytest.mark.parametrize("change, words", [(lambda y: y * (1 + 3e-4), "3.0e-04"), (lambda y: y * torch.nan, "nan")])
+@pytest.mark.parametrize("change, words", [(lambda y: y * (1 + 3e-4), "3.0e-04"),
+                                           (lambda y: y * torch.nan, "nan")])
 def test_a_file_that_differs_is_not_written(change, words, trained, monkeypatch):
     out = trained("nb201")
     (out / "model.onnx").write_bytes(b"of before")
-    monkeypatch.setitem(export.FORMATS, "onnx", lambda net, trained, x: ({"model.onnx": b"other"}, lambda x: change(net(x))))
+
+    def differs(net, trained, x):
+        return {"model.onnx": b"other"}, lambda x: change(net(x))
+    monkeypatch.setitem(export.FORMATS, "onnx", differs)
     with pytest.raises(SystemExit, match=f"model.onnx was not written.*{words}"):
         export.export(options(out))
     assert (out / "model.onnx").read_bytes() == b"of before"
@@ -139,7 +156,8 @@ def test_what_cannot_be_exported_is_one_sentence(trained, monkeypatch):
     def fails(net, trained, x):
         raise RuntimeError("no operator for this\nand a page of advice")
     monkeypatch.setitem(export.FORMATS, "torch", fails)
-    with pytest.raises(SystemExit, match=r"nb201 cannot be exported with format=torch \(RuntimeError: no operator for this\).$"):
+    words = r"cannot be exported with format=torch \(RuntimeError: no operator for this\): try an"
+    with pytest.raises(SystemExit, match=f"nb201 {words}"):
         export.export(options(trained("nb201"), "torch"))
 
 
@@ -154,28 +172,37 @@ def test_other_sizes_of_images(trained):
 
 def test_mistakes_are_one_sentence(trained, tmp_path, monkeypatch):
     out = trained("nb201")
-    for words, config in {"There is no checkpoint": options(tmp_path), "'caffe' is not one of onnx, torch, safe": options(out, "caffe"),
-                          "toy_conv_macro takes no images of 16 pixels": options(trained("toy_conv_macro"), img_size=16),
-                          "img_size=28 is for images, and a GPT has none: leave it out": options(trained("gpt"), img_size=28),
-                          "img_size=-1 must be 0 or more": options(out, img_size=-1),
-                          "nanogpt is for a GPT, and this network is one of nb201": options(out, "nanogpt"),
-                          "huggingface is for a GPT, and this network is one of nb201": options(out, "huggingface")}.items():
+    macro, gpt = trained("toy_conv_macro"), trained("gpt")
+    mistakes = {
+        "There is no checkpoint": options(tmp_path),
+        "'caffe' must be one of onnx, torch, safe": options(out, "caffe"),
+        "toy_conv_macro takes no images of 16 pixels": options(macro, img_size=16),
+        "img_size=28 is for images, and a GPT has none: leave it out": options(gpt, img_size=28),
+        "img_size=-1 must be 0 or more": options(out, img_size=-1),
+        "nanogpt is for a GPT, and this network is one of nb201": options(out, "nanogpt"),
+        "huggingface is for a GPT, and this network is one of nb201": options(out, "huggingface")}
+    for words, config in mistakes.items():
         with pytest.raises(SystemExit, match=words):
             export.export(config)
-    for format, package in {"onnx": "onnxruntime", "huggingface": "transformers", "safetensors": "safetensors"}.items():
+    packages = {"onnx": "onnxruntime", "huggingface": "transformers", "safetensors": "safetensors"}
+    for format, package in packages.items():
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(SystemExit, match=f"{package}.*pip install .*{package}"):
-            export.export(options(trained("gpt"), format))
+            export.export(options(gpt, format))
 
 # -----------------------------------------------------------------------------
 # GPTs for other programs
 
-FOUND = dict(n_layer=[1, 3], n_embd=[8, 16], n_head=[1, 2, 4, 8], mlp_ratio=[1, 2, 4]) # different ratios in its layers:
-ARCH = dict(n_layer=3, n_embd=16, n_head=[4, 4, 4], mlp_ratio=[1, 4, 2])
-HEADS = ARCH | dict(n_head=[4, 1, 2]) # and different heads
-HELD = {"bias": (ARCH, dict()), "no bias, sinusoidal": (ARCH, dict(bias=False, position="sinusoidal", loss_chunk=5)),
-        "larger heads": (HEADS, dict(head_size=3)), "more heads": (HEADS | dict(n_head=[3, 1, 3]), dict(head_size=4, n_head=[1, 3])),
-        "exact gelu": (ARCH, dict(activation="exact_gelu")), "one layer": (None, dict(n_layer=1, n_head=1, n_embd=6, mlp_ratio=0.5))}
+FOUND = dict(n_layer=[1, 3], n_embd=[8, 16], n_head=[1, 2, 4, 8], mlp_ratio=[1, 2, 4])
+ARCH = dict(n_layer=3, n_embd=16, n_head=[4, 4, 4], mlp_ratio=[1, 4, 2]) # ratios that differ
+HEADS = ARCH | dict(n_head=[4, 1, 2]) # and heads that differ
+HELD = { # (architecture, keys) of networks that both programs can hold
+    "bias": (ARCH, dict()),
+    "no bias, sinusoidal": (ARCH, dict(bias=False, position="sinusoidal", loss_chunk=5)),
+    "larger heads": (HEADS, dict(head_size=3)),
+    "more heads": (HEADS | dict(n_head=[3, 1, 3]), dict(head_size=4, n_head=[1, 3])),
+    "exact gelu": (ARCH, dict(activation="exact_gelu")),
+    "one layer": (None, dict(n_layer=1, n_head=1, n_embd=6, mlp_ratio=0.5))}
 
 
 class NanoGPT(nn.Module):
@@ -186,12 +213,14 @@ class NanoGPT(nn.Module):
             return nn.Linear(i * n_embd, o * n_embd, bias=bias)
         def norm():
             return nn.LayerNorm(n_embd, bias=bias)
+        def block():
+            attn = nn.ModuleDict(dict(c_attn=linear(1, 3), c_proj=linear(1, 1)))
+            mlp = nn.ModuleDict(dict(c_fc=linear(1, 4), c_proj=linear(4, 1)))
+            return nn.ModuleDict(dict(ln_1=norm(), attn=attn, ln_2=norm(), mlp=mlp))
         self.n_head = n_head
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(vocab_size, n_embd), wpe=nn.Embedding(block_size, n_embd), ln_f=norm(),
-            h=nn.ModuleList(nn.ModuleDict(dict(ln_1=norm(), attn=nn.ModuleDict(dict(c_attn=linear(1, 3), c_proj=linear(1, 1))),
-                                               ln_2=norm(), mlp=nn.ModuleDict(dict(c_fc=linear(1, 4), c_proj=linear(4, 1)))))
-                            for _ in range(n_layer))))
+            h=nn.ModuleList(block() for _ in range(n_layer))))
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
 
@@ -200,8 +229,10 @@ class NanoGPT(nn.Module):
         net, T = self.transformer, idx.size(1)
         x = net.wte(idx) + net.wpe(torch.arange(T))
         for block in net.h:
-            q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in block.attn.c_attn(block.ln_1(x)).chunk(3, dim=2))
-            scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            qkv = block.attn.c_attn(block.ln_1(x)).chunk(3, dim=2)
+            q, k, v = (t.unflatten(2, (self.n_head, -1)).transpose(1, 2) for t in qkv)
+            later = torch.ones(T, T).triu(1).bool()
+            scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(later, -math.inf)
             x = x + block.attn.c_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
             x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate=approximate))
         return self.lm_head(net.ln_f(x))
@@ -228,11 +259,14 @@ def test_nanogpt_loads_its_checkpoint(case, tmp_path, capsys):
     assert_same(lambda x: other(x, "none" if exact else "tanh"), net, config)
     assert ("nn.GELU" in said) != exact
     if not exact:
-        off, x = float(re.search(r"within (\S+) of these", said)[1]), torch.randint(17, (8, 16), generator=rng(4))
+        off = float(re.search(r"within (\S+) of these", said)[1])
+        x = torch.randint(17, (8, 16), generator=rng(4))
         assert 1e-6 < (other(x) - other(x, "tanh")).abs().max() / other(x).abs().max() < 4 * off
-    groups = [[p for p in other.parameters() if (p.dim() >= 2) == decays] for decays in (True, False)]
-    torch.optim.AdamW([{"params": group} for group in groups]).load_state_dict(checkpoint["optimizer"])
-    assert path.endswith("nanogpt/ckpt.pt") and checkpoint["iter_num"] == 0 and checkpoint["config"]["dataset"] == config["dataset"]
+    groups = [{"params": [p for p in other.parameters() if (p.dim() >= 2) == decays]}
+              for decays in (True, False)]
+    torch.optim.AdamW(groups).load_state_dict(checkpoint["optimizer"])
+    assert path.endswith("nanogpt/ckpt.pt") and checkpoint["iter_num"] == 0
+    assert checkpoint["config"]["dataset"] == config["dataset"]
 
 
 @pytest.mark.parametrize("case", [*HELD, "relu", "silu", "mish"])
@@ -248,7 +282,7 @@ def test_transformers_loads_gpt2(case, tmp_path, transformers):
 
 @pytest.mark.parametrize("arch, change", [(HEADS, dict(bias=False)), (HEADS, dict(head_size=6))])
 def test_transformers_loads_heads_that_differ(arch, change, tmp_path, transformers):
-    """By the code beside the weights, if one trusts it; what is generated with cached keys is the same too."""
+    """By the code beside the weights, if one trusts it; with cached keys it generates the same."""
     net, config = saved(tmp_path, arch, **FOUND | change)
     path, _ = export.export(options(tmp_path, "huggingface"))
     with pytest.raises(ValueError, match="trust_remote_code"):
@@ -256,20 +290,26 @@ def test_transformers_loads_heads_that_differ(arch, change, tmp_path, transforme
     model = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     assert_same(lambda x: model(x).logits.detach(), net, config)
     x = torch.tensor([[1, 2, 3]])
-    assert model.generate(x, max_new_tokens=9, do_sample=False).tolist() == net.generate(x, 9, temperature=0).tolist()
-    model.save_pretrained(tmp_path / "again")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    generated = model.generate(x, max_new_tokens=9, do_sample=False)
+    assert generated.tolist() == net.generate(x, 9, temperature=0).tolist()
+    path = tmp_path / "again"
+    model.save_pretrained(path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     assert_same(lambda x: again(x).logits.detach(), net, config)
 
 
 @pytest.mark.parametrize("format, change, words", [
-    ("nanogpt", dict(activation="relu"), "activation='relu' has no place in format=nanogpt, which knows 'exact_gelu', 'gelu'"),
+    ("nanogpt", dict(activation="relu"),
+     "activation='relu' has no place in format=nanogpt, which knows 'exact_gelu', 'gelu'"),
     ("nanogpt", dict(arch=HEADS, **FOUND), "1 of 16, 2 of 8, 4 of 4: take --format=huggingface"),
     ("nanogpt", dict(head_size=6), "no n_head for n_embd=8 holds the layers' heads, 2 of 6"),
-    ("nanogpt", dict(mlp_ratio=5), "4 \\* n_embd = 32 channels, and one of this network has 40: take --format=huggingface"),
-    ("huggingface", dict(activation="swiglu"), "activation='swiglu'.*'gelu', 'exact_gelu', 'relu', 'silu', 'mish'"),
-    *[("huggingface", change, "has no place in format=huggingface.*take --format=safetensors") for change in (
-        dict(norm="rmsnorm"), dict(position="rope"), dict(residual="parallel"), dict(residual="post"), dict(n_expert=3))]])
+    ("nanogpt", dict(mlp_ratio=5),
+     "4 \\* n_embd = 32 channels, and one of this network has 40: take --format=huggingface"),
+    ("huggingface", dict(activation="swiglu"),
+     "activation='swiglu'.*'gelu', 'exact_gelu', 'relu', 'silu', 'mish'"),
+    *[("huggingface", change, "has no place in format=huggingface.*take --format=safetensors")
+      for change in (dict(norm="rmsnorm"), dict(position="rope"), dict(residual="parallel"),
+                     dict(residual="post"), dict(n_expert=3))]])
 def test_what_they_cannot_hold_is_one_sentence(format, change, words, tmp_path):
     saved(tmp_path, **change)
     with pytest.raises(SystemExit, match=words) as stopped:

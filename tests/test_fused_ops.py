@@ -1,4 +1,4 @@
-"""The kernels of fused_ops.cpp are what their PyTorch references compute: values and gradients, all types, strides and shapes."""
+"""The kernels of fused_ops.cpp compute what their PyTorch references do: values and gradients."""
 import os
 import signal
 import subprocess
@@ -17,7 +17,10 @@ from optim_nas import METHODS, discretize, uniform
 from search_spaces.convs import Conv2d
 from supernet import straight_through_arch
 
-TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+FORWARD_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor")
+TESTS = (*FORWARD_TESTS, "test_aot_dispatch_dynamic")
+DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01),
+          (torch.float16, 2e-3)]
 
 
 @pytest.fixture(autouse=True)
@@ -30,74 +33,96 @@ def kernels():
 def prefix_sizes(g, N):
     """One to five increasing sizes, the last of them N."""
     K = torch.randint(1, 6, (), generator=g).item()
-    return sorted({*(torch.randint(1, N, (K - 1,), generator=g) if K > 1 else torch.empty(0).int()).tolist(), N})
+    smaller = torch.randint(1, N, (K - 1,), generator=g).tolist() if K > 1 else []
+    return sorted({*smaller, N})
 
 
 def cases(seed, dtype):
-    """(reference, kernel's operator, inputs) of each kernel on random sizes."""
+    """(reference, the kernel's operator, inputs) of each kernel on random sizes."""
     g = torch.Generator().manual_seed(seed)
+    small = torch.float64 if dtype == torch.float64 else torch.float32 # the type of small tensors
 
     def number(low, high):
         return torch.randint(low, high + 1, (), generator=g).item()
 
-    def tensor(*shape, grad=True):
-        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad)
-    vector = torch.float64 if dtype == torch.float64 else torch.float32 # the type of small tensors
+    def tensor(*shape, grad=True, dtype=dtype, random=torch.randn):
+        return random(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
     N, R, B, T = number(1, 40), number(2, 40), number(1, 3), number(1, 150)
     n, o, bias = prefix_sizes(g, N), prefix_sizes(g, R), number(0, 1)
     x = tensor(B, T, N)
-    w, b, p = (torch.randn(size, generator=g, dtype=torch.float64).to(vector).requires_grad_() for size in (N, N, len(n)))
+    w, b, p = (tensor(size, dtype=small) for size in (N, N, len(n)))
     yield mixed_norm, torch.ops.nas.layer_norm, (x, w, b if bias else None, p, n, 1e-5)
-    M = torch.rand(len(o), len(n), generator=g, dtype=torch.float64).to(vector).requires_grad_()
+
+    linear = torch.ops.nas.block_linear
+    M = tensor(len(o), len(n), dtype=small, random=torch.rand)
     b = tensor(R) if bias else None
-    yield mixed_linear, torch.ops.nas.block_linear, (x, tensor(R, N), b, M, o, n)
-    yield mixed_linear, torch.ops.nas.block_linear, (x, tensor(R, N, grad=False), b, M, o, n) # frozen,
-    b2 = tensor(32 * R) if bias else None # and of so many rows that the backward goes by them
-    yield mixed_linear, torch.ops.nas.block_linear, (x, tensor(32 * R, N, grad=False), b2, M, [32 * rows for rows in o], n)
+    yield mixed_linear, linear, (x, tensor(R, N), b, M, o, n)
+    yield mixed_linear, linear, (x, tensor(R, N, grad=False), b, M, o, n) # frozen,
+    b = tensor(32 * R) if bias else None # and with enough rows for frozen_backward()
+    W = tensor(32 * R, N, grad=False)
+    yield mixed_linear, linear, (x, W, b, M, [32 * rows for rows in o], n)
+
     heads = [h for h in (1, 2, 3, 4, 6) if number(0, 1)] or [2]
     E = 12 * number(1, 6)
-    scales = [torch.randn(len(heads), E, generator=g, dtype=torch.float64).to(vector).requires_grad_() for _ in range(2)]
+    scales = [tensor(len(heads), E, dtype=small) for _ in range(2)]
     yield mixed_attention, torch.ops.nas.attention, (tensor(B, T, 3 * E), *scales, heads)
+
     C, k, stride, dilation = number(1, 40), number(1, 7), number(1, 3), number(1, 3)
     padding = dilation * (k - 1) // 2 + number(0, 1) # what an image of one pixel needs, or more
     for grad_x, grad_w in ((True, True), (True, False), (False, True)):
-        inputs = tensor(B, C, number(1, 17), number(1, 17), grad=grad_x), tensor(C, 1, k, k, grad=grad_w)
-        yield depthwise, torch.ops.nas.depthwise, (*inputs, stride, padding, dilation)
+        x = tensor(B, C, number(1, 17), number(1, 17), grad=grad_x)
+        w = tensor(C, 1, k, k, grad=grad_w)
+        yield depthwise, torch.ops.nas.depthwise, (x, w, stride, padding, dilation)
 
 
-def run(function, inputs, fused):
+def leaves_of(inputs):
+    return [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+
+
+def in_float64(inputs):
+    return [t.detach().double().requires_grad_(t.requires_grad)
+            if isinstance(t, torch.Tensor) else t for t in inputs]
+
+
+def run(function, inputs, enabled):
     """[output, gradients to all inputs], for a random direction."""
-    fused_ops.use_fused_ops(fused)
-    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    fused_ops.use_fused_ops(enabled)
     y = function(*inputs)
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16).to(y.dtype)
-    return [y, *torch.autograd.grad(y, leaves, direction)]
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    direction = direction.to(torch.bfloat16).to(y.dtype) # the same numbers in every type
+    return [y, *torch.autograd.grad(y, leaves_of(inputs), direction)]
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("dtype, tolerance", DTYPES)
 def test_kernels_are_their_references(seed, dtype, tolerance):
-    """As near to the truth, PyTorch's result in float64, as PyTorch's in the same type is."""
+    """As near to PyTorch's result in float64 as PyTorch's result in the same type is."""
     for reference, _, inputs in cases(seed, dtype):
-        exact = [t.detach().double().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in inputs]
-        truth, theirs, ours = run(reference, exact, False), run(reference, inputs, False), run(reference, inputs, True)
+        truth = run(reference, in_float64(inputs), False)
+        theirs, ours = run(reference, inputs, False), run(reference, inputs, True)
         for i, (t, a, b) in enumerate(zip(truth, theirs, ours, strict=True)):
             assert a.shape == b.shape and a.dtype == b.dtype
             error, scale = (b.double() - t).abs().max().item(), t.abs().max().item()
             allowed = 3 * (a.double() - t).abs().max().item() + tolerance * max(scale, 1e-3)
-            assert error <= allowed, f"{reference.__name__}, output or gradient {i}: {error:.2e} > {allowed:.2e}, of {scale:.2e}"
+            where = f"{reference.__name__}, output or gradient {i}"
+            assert error <= allowed, f"{where}: {error:.2e} > {allowed:.2e}, of {scale:.2e}"
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_strides_are_free(seed):
+    def loosened(t):
+        """The same tensor with another order of its dimensions in memory."""
+        other = t.detach().transpose(0, -1).contiguous().transpose(0, -1)
+        return other.requires_grad_(t.requires_grad)
+
     for reference, _, inputs in cases(seed, torch.float64):
-        loose = [t.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_(t.requires_grad)
-                 if isinstance(t, torch.Tensor) and t.dim() > 1 else t for t in inputs]
+        loose = [loosened(t) if isinstance(t, torch.Tensor) and t.dim() > 1 else t for t in inputs]
         y, z = reference(*inputs), reference(*loose)
         assert torch.allclose(y, z, rtol=1e-10, atol=1e-10)
-        leaves = [[t for t in some if isinstance(t, torch.Tensor) and t.requires_grad] for some in (inputs, loose)]
-        expanded = torch.ones((), dtype=y.dtype).expand(y.shape) # a gradient with strides of 0, as sum() sends it
-        for a, b in zip(torch.autograd.grad(y, leaves[0], expanded), torch.autograd.grad(z, leaves[1], expanded), strict=True):
+        g = torch.ones((), dtype=y.dtype).expand(y.shape) # with strides of 0, as sum() sends it
+        grads = torch.autograd.grad(y, leaves_of(inputs), g)
+        for a, b in zip(grads, torch.autograd.grad(z, leaves_of(loose), g), strict=True):
             assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
 
 
@@ -111,37 +136,45 @@ def test_operators_are_registered_right(seed):
 def test_depthwise_backward_is_registered_right(need_x, need_w):
     """Also the memory format of the gradient to x, whatever that of x is."""
     x, weight, g = torch.randn(2, 5, 7, 8), torch.randn(5, 1, 3, 3), torch.randn(2, 5, 4, 4)
-    torch.library.opcheck(torch.ops.nas.depthwise_backward, (g, x, weight, 2, 1, 1, need_x, need_w), test_utils=TESTS[:3])
+    torch.library.opcheck(torch.ops.nas.depthwise_backward,
+                          (g, x, weight, 2, 1, 1, need_x, need_w), test_utils=FORWARD_TESTS)
 
 
 @pytest.mark.parametrize("need_bias", [True, False])
 def test_attention_backward_is_registered_right(need_bias):
     """Also the strides of the gradient to the bias, whose rows the kernel pads to whole vectors."""
-    g, qkv, scale, bias = torch.randn(2, 3, 4), torch.randn(2, 3, 12), torch.randn(1, 4), torch.randn(2, 3, 3)
-    torch.library.opcheck(torch.ops.nas.attention_backward, (g, qkv, scale, scale, [2], bias, None, need_bias), test_utils=TESTS[:3])
+    g, qkv = torch.randn(2, 3, 4), torch.randn(2, 3, 12)
+    scale, bias = torch.randn(1, 4), torch.randn(2, 3, 3)
+    inputs = (g, qkv, scale, scale, [2], bias, None, need_bias)
+    torch.library.opcheck(torch.ops.nas.attention_backward, inputs, test_utils=FORWARD_TESTS)
 
 
 @pytest.mark.parametrize("need_W, need_bias", [(False, False), (True, False), (False, True)])
 def test_linear_backward_is_registered_right(need_W, need_bias):
-    g, x, W, M = torch.randn(5, 6), torch.randn(5, 4), torch.randn(6, 4), torch.randn(2, 2)
-    inputs = (g, x, W, M, [3, 6], [2, 4], need_W, need_bias, True)
+    M, sizes = torch.randn(2, 2), ([3, 6], [2, 4])
     for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(torch.ops.nas.block_linear_backward, tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t is not M else t
-                                                                         for t in inputs), test_utils=TESTS[:3])
+        g, x, W = (torch.randn(*shape).to(dtype) for shape in ((5, 6), (5, 4), (6, 4)))
+        inputs = (g, x, W, M, *sizes, need_W, need_bias, True)
+        torch.library.opcheck(torch.ops.nas.block_linear_backward, inputs,
+                              test_utils=FORWARD_TESTS)
 
 
 def test_second_derivatives_are_refused():
     """They would be wrong, and nothing would say so."""
     for _, operator, inputs in cases(0, torch.float64):
-        leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+        leaves = leaves_of(inputs)
         torch.autograd.grad(operator(*inputs).sum(), leaves)
         with pytest.raises(NotImplementedError, match="no second derivatives"):
             torch.autograd.grad(operator(*inputs).sum(), leaves, create_graph=True)
 
 
 def test_gradients_are_finite_differences():
+    def shortened(t):
+        return t[:1, :5].detach().requires_grad_()
+
     for reference, _, inputs in cases(5, torch.float64):
-        inputs = [t[:1, :5].detach().requires_grad_() if isinstance(t, torch.Tensor) and t.dim() == 3 else t for t in inputs]
+        inputs = [shortened(t) if isinstance(t, torch.Tensor) and t.dim() == 3 else t
+                  for t in inputs]
         assert torch.autograd.gradcheck(reference, inputs, fast_mode=True)
 
 
@@ -149,15 +182,20 @@ def test_gradients_are_finite_differences():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 7, 11])
 def test_depthwise_is_conv2d_at_every_shape(k, stride, dilation):
-    """Images of one pixel, smaller than the kernel, wider than the kernel's blocks; channels below, at and above whole vectors."""
+    """Images of one pixel, smaller than the kernel, and wider than the kernel's blocks; channels
+    below, at and above whole vectors."""
+    shapes = ((1, 1, 1, 1), (3, 8, 2, 3), (2, 33, 5, 30), (1, 17, 30, 16), (0, 4, 9, 9))
     for padding in {0, dilation * (k // 2), k + 2}:
-        for B, C, H, W in ((1, 1, 1, 1), (3, 8, 2, 3), (2, 33, 5, 30), (1, 17, 30, 16), (0, 4, 9, 9)):
+        for B, C, H, W in shapes:
             if min(H, W) + 2 * padding <= dilation * (k - 1): # there is no such convolution
                 continue
-            x, weight = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((B, C, H, W), (C, 1, k, k)))
+            x = torch.randn(B, C, H, W, dtype=torch.float64, requires_grad=True)
+            weight = torch.randn(C, 1, k, k, dtype=torch.float64, requires_grad=True)
             inputs = x, weight, stride, padding, dilation
-            for a, b in zip(run(depthwise, inputs, False), run(depthwise, inputs, True), strict=True):
-                assert a.shape == b.shape and torch.allclose(a, b, rtol=1e-12, atol=1e-12), (inputs[2:], x.shape)
+            theirs, ours = run(depthwise, inputs, False), run(depthwise, inputs, True)
+            for a, b in zip(theirs, ours, strict=True):
+                assert a.shape == b.shape, (inputs[2:], x.shape)
+                assert torch.allclose(a, b, rtol=1e-12, atol=1e-12), (inputs[2:], x.shape)
 
 
 MIXED = supernet.Sampled((3, 5, 7), weights=torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64))
@@ -179,7 +217,8 @@ def test_depthwise_takes_what_the_network_gives(o, k):
 
 def test_depthwise_on_two_threads():
     """The gradient to the weights is summed in another order, but always in the same one."""
-    inputs = torch.randn(8, 40, 16, 16, requires_grad=True), torch.randn(40, 1, 5, 5, requires_grad=True), 1, 2, 1
+    x = torch.randn(8, 40, 16, 16, requires_grad=True)
+    inputs = x, torch.randn(40, 1, 5, 5, requires_grad=True), 1, 2, 1
     one, threads = run(depthwise, inputs, True), torch.get_num_threads()
     torch.set_num_threads(2)
     two, again = run(depthwise, inputs, True), run(depthwise, inputs, True)
@@ -189,7 +228,8 @@ def test_depthwise_on_two_threads():
 
 
 def test_attention_is_causal():
-    """Later tokens change nothing, however large their scores: at lengths on both sides of the kernel's blocks."""
+    """Later tokens change nothing, however large their scores, at lengths around the kernel's
+    blocks of queries."""
     for T in (1, 63, 64, 65, 130):
         qkv, ones = torch.randn(1, T, 36), torch.ones(1, 12)
         y = mixed_attention(qkv, ones, ones, (3,))
@@ -199,8 +239,18 @@ def test_attention_is_causal():
             assert torch.equal(mixed_attention(changed, ones, ones, (3,))[:, :t], y[:, :t])
 
 
+@pytest.mark.parametrize("windows", [0, 3])
+def test_window_attention_is_the_same_on_every_device(windows):
+    """The form for a GPU, also computed here on a CPU."""
+    q, k, v = (torch.randn(6, 4, 5, 8, dtype=torch.float64) for _ in range(3)) # (B * M, h, T, d)
+    bias = torch.randn(4, 5, 5, dtype=torch.float64)
+    mask = torch.randn(windows, 5, 5, dtype=torch.float64) if windows else None
+    y = fused_ops.biased_attention(q, k, v, bias, mask)
+    assert torch.allclose(y, fused_ops.biased_attention_cpu(q, k, v, bias, mask), rtol=1e-12)
+
+
 def test_not_a_number_stays_one():
-    """A fault must be seen, not hidden by the kernel's own exp."""
+    """A fault must be seen, and not be hidden by the kernel's own exp."""
     for reference, _, inputs in cases(1, torch.float32):
         if reference is not depthwise: # which may not read that pixel
             with torch.no_grad():
@@ -210,52 +260,69 @@ def test_not_a_number_stays_one():
 
 @pytest.mark.parametrize("head_size", [0, 8])
 def test_memory_kept_for_backward(head_size):
-    """A mixture keeps at most 1.5 times what the plain network keeps; 1.3 times with a fixed head_size."""
+    """A mixture keeps at most 1.5 times what the plain network keeps; 1.3 times with a fixed
+    head_size."""
     sizes = dict(block_size=64, vocab_size=65, head_size=head_size, bias=False)
-    net = build(dict(n_layer=[2, 3, 4], n_embd=[32, 64, 96], n_head=[2, 4, 8], mlp_ratio=[2, 3, 4]) | sizes)
+    net = build(dict(n_layer=[2, 3, 4], n_embd=[32, 64, 96], n_head=[2, 4, 8],
+                     mlp_ratio=[2, 3, 4]) | sizes)
     plain = build(dict(n_layer=4, n_embd=96, n_head=8, mlp_ratio=4) | sizes)
     x = torch.randint(65, (8, 64))
 
-    def top_edges(net, *third):
-        storages, own = {}, {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers(), x)}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+    def kept_bytes(net, *third):
+        storages = {}
+        own = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers(), x)}
+
+        def keep(t):
+            return storages.setdefault(t.untyped_storage().data_ptr(), t)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             net(x, x, *third)
-        return sum(t.untyped_storage().nbytes() for pointer, t in storages.items() if pointer not in own)
+        kept = [t for pointer, t in storages.items() if pointer not in own]
+        return sum(t.untyped_storage().nbytes() for t in kept)
+
     weights = {name: torch.ones(c.shape) / len(c.options) for name, c in net.choices.items()}
-    limit = (1.3 if head_size else 1.5) * top_edges(plain)
-    assert top_edges(net, weights) <= limit
-    assert top_edges(net.requires_grad_(False), {name: w.requires_grad_() for name, w in weights.items()}) <= limit
+    limit = (1.3 if head_size else 1.5) * kept_bytes(plain)
+    assert kept_bytes(net, weights) <= limit
+    net.requires_grad_(False)
+    assert kept_bytes(net, {name: w.requires_grad_() for name, w in weights.items()}) <= limit
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_frozen_weights_get_no_gradient_and_cost_less(fused):
-    """The arch step of a mixture multiplies no more than forward and the gradient to activations ask for: two thirds of all."""
-    fused_ops.use_fused_ops(fused)
-    net = build(dict(block_size=64, vocab_size=65, n_layer=2, n_embd=[32, 64], n_head=4, mlp_ratio=[2, 4], bias=False))
-    x, weights = torch.randint(65, (4, 64)), {name: torch.ones(c.shape) / len(c.options) for name, c in net.choices.items()}
-    leaves = {name: w.requires_grad_() for name, w in weights.items()}
+@pytest.mark.parametrize("enabled", [True, False])
+def test_frozen_weights_get_no_gradient_and_cost_less(enabled):
+    """The arch step of a mixture multiplies no more than the forward pass and the gradient to the
+    activations need: two thirds of a training step."""
+    fused_ops.use_fused_ops(enabled)
+    net = build(dict(block_size=64, vocab_size=65, n_layer=2, n_embd=[32, 64], n_head=4,
+                     mlp_ratio=[2, 4], bias=False))
+    x = torch.randint(65, (4, 64))
+    leaves = {name: (torch.ones(c.shape) / len(c.options)).requires_grad_()
+              for name, c in net.choices.items()}
     net.requires_grad_(False)
     with torch.profiler.profile(with_flops=True) as profile:
         net(x, x, leaves)[1].backward()
+    assert all(p.grad is None for p in net.parameters())
+    assert leaves["n_embd"].grad.any() and leaves["mlp_ratio"].grad.any()
     matmuls = sum(e.flops for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm"))
-    assert all(p.grad is None for p in net.parameters()) and leaves["n_embd"].grad.any() and leaves["mlp_ratio"].grad.any()
-    per_token = sum(p.numel() for name, p in net.named_parameters() if p.dim() == 2 and "wpe" not in name)
+    per_token = sum(p.numel() for name, p in net.named_parameters()
+                    if p.dim() == 2 and "wpe" not in name)
     assert matmuls <= 1.05 * 2 * (2 * per_token * x.numel()), (matmuls, per_token)
 
 
 def test_without_a_compiler_the_search_says_so_and_runs(data_dir, tmp_path):
-    out = succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s", *flags(TINY_SEARCH), CXX="/no/such/compiler",
+    tiny = [f"--data_dir={data_dir}", *flags(TINY_SEARCH)]
+    out = succeeds("train_search.py", f"--out_dir={tmp_path}/s", *tiny, CXX="/no/such/compiler",
                    TORCH_EXTENSIONS_DIR=str(tmp_path))
     said = [line for line in out.splitlines() if "fused_ops.cpp is not in use" in line]
     assert len(said) == 1 and "found:" in out
-    out = succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/t", "--fused=False", *flags(TINY_SEARCH))
+    out = succeeds("train_search.py", f"--out_dir={tmp_path}/t", "--fused=False", *tiny)
     assert "fused_ops.cpp" not in out.replace("fused: True", "")
 
 
 def test_a_killed_compilation_does_not_hold_up_the_next(tmp_path):
-    command = [sys.executable, "-c", "import fused_ops; fused_ops.use_fused_ops(); print(fused_ops.fused)"]
-    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    killed = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    code = "import fused_ops; fused_ops.use_fused_ops(); print(fused_ops.enabled)"
+    command = [sys.executable, "-c", code]
+    where = dict(cwd=ROOT, env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}, text=True)
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True, **where)
     assert "compiling" in killed.stdout.readline()
     while not list(tmp_path.glob("*/*")): # the build has begun
         assert killed.poll() is None, "compiled before it could be killed"
@@ -263,7 +330,7 @@ def test_a_killed_compilation_does_not_hold_up_the_next(tmp_path):
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     for compiles in (True, False):
-        out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200).stdout
+        out = subprocess.run(command, capture_output=True, timeout=200, **where).stdout
         assert out.splitlines()[-1] == "True" and ("compiled" in out) == compiles, out
 
 

@@ -1,6 +1,9 @@
 """Agents that choose heads and layers: they learn, resume exactly, and leave files that hold no pickle."""
+import inspect
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +33,7 @@ def log_of(out):
 
 def expected_regret():
     """Of an architecture drawn at random."""
-    _, rewards = env.reward_table(TABLE, env.balance_reward, settings(""))
+    rewards = env.reward_table(env.balance_reward, settings(""))
     return np.mean([env.regret(rewards, np.full(len(rewards), a)) for a in range(64)])
 
 
@@ -45,6 +48,27 @@ def test_an_agent_learns(changes, tmp_path):
     analyze(str(tmp_path))
     for name in ("aggregate", "frames", "two", "regret", "surface"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("algo", train_rl.ALGOS)
+@pytest.mark.parametrize("q_network", ["numbers", "outputs"])
+def test_the_header_lists_every_deviation_from_stable_baselines3(algo, q_network):
+    """Each number of ours that differs, with the library's own in brackets, and no other one."""
+    changes = dict(algo=algo, q_network=q_network, budget=1000, updates=4000, learning_starts=0)
+    config = SimpleNamespace(**settings("", **changes))
+    ours = train_rl.agent_settings(config)
+    defaults = inspect.signature(train_rl.ALGOS[algo]).parameters
+    differing = {key: (ours[key], defaults[key].default) for key in ours.keys() & defaults.keys()
+                 if isinstance(ours[key], int | float) and ours[key] != defaults[key].default}
+    differing.pop("seed")
+    paragraph = r"^    (all|dqn|ppo|a2c) (.*?)(?=^    \w|\Z)"
+    paragraphs = re.findall(paragraph, train_rl.__doc__, re.M | re.S)
+    text = " ".join(words for name, words in paragraphs if name in ("all", algo))
+    numbers = re.findall(r"(\w+) ([\d.]+) \(([\d.]+)\)", text)
+    listed = {key: (float(own), float(default)) for key, own, default in numbers}
+    if q_network == "numbers":
+        listed.pop("exploration_fraction", None)
+    assert listed == differing
 
 
 def test_a_run_without_an_update_is_an_error(tmp_path):
@@ -129,7 +153,8 @@ def test_a_number_is_a_list_of_one_seed(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(n_envs=1, n_iterations=3), "has learned in n_envs=2, and not in n_envs=1: take the --n_envs of before"),
+    (dict(n_envs=1, n_iterations=3),
+     "n_envs=1 differs from the n_envs=2 that this agent has learned with: give --n_envs=2"),
     (dict(n_envs=2, n_iterations=1), "n_iterations=1 is below the 2 that this run has made: give --n_iterations=2 or more")])
 def test_a_resume_that_cannot_be_is_one_sentence(changes, words, tmp_path, monkeypatch):
     monkeypatch.setattr(train_rl, "SubprocVecEnv", lambda envs, start_method: DummyVecEnv(envs)) # no processes: seconds each
@@ -176,7 +201,8 @@ def test_what_ends_in_an_environments_process_is_said_without_a_traceback(data_d
                    budget=12, n_envs=2, learning_rate=1e30)
     done = run("train_rl.py", *flags(options))
     assert done.returncode == 1 and "Traceback" not in done.stderr and "try a lower learning_rate" in done.stderr, done.stderr
-    assert "The process of an environment has ended; why, it has said above." in done.stderr.splitlines() # the other one may end later
+    ended = "An environment's process has ended: see its message above."
+    assert ended in done.stderr.splitlines() # the other process may end later
 
 
 def test_parallel_environments_train_for_real(data_dir, tmp_path):
