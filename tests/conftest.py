@@ -15,22 +15,28 @@ import fused_ops # noqa: E402
 from prepare import prepare # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_accumulation_steps=1, max_iters=4, eval_interval=2,
+TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_accumulation_steps=1,
+            max_iters=4, eval_interval=2,
             eval_iters=2, log_interval=1, warmup_iters=1)
 TINY_SPACE = dict(n_layer=[1, 2], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
 TINY_EVALS = dict(arch_evals=6, population=4, parents=2)
 TINY_SEARCH = TINY | TINY_SPACE | TINY_EVALS
-TINY_IMAGES = {key: value for key, value in TINY.items() if key != "block_size"} | dict(dataset="digits", batch_size=8, bn_batches=2)
+TINY_IMAGES = {key: value for key, value in TINY.items()
+               if key != "block_size"} | dict(dataset="digits", batch_size=8, bn_batches=2)
 TINY_SPACES = {
     "autoformer": TINY_SPACE | dict(patch_size=2, head_size=4, rel_pos_clip=2),
-    "darts": dict(init_channels=4, n_layer=3, primitives=["none", "skip_connect", "sep_conv_3x3", "sep_conv_5x5"], auxiliary=0.0),
-    "mobilenetv3": dict(depth=[1, 2], kernel_size=[3, 5], expand=[2, 3], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[2, 1],
+    "darts": dict(init_channels=4, n_layer=3, primitives=["none", "skip_connect", "sep_conv_3x3",
+                                                          "sep_conv_5x5"], auxiliary=0.0),
+    "mobilenetv3": dict(depth=[1, 2], kernel_size=[3, 5], expand=[2, 3], stem_channels=8,
+                        stem_stride=1, widths=[8, 16], strides=[2, 1],
                         se=[0, 1], hswish=[0, 1], last_channels=16, mix_channels=16),
     "nats_size": dict(channels=[4, 8]),
     "nb201": dict(init_channels=4, n_cell=1),
-    "swinir": dict(dataset="sr_samples", n_embd=[4, 8], n_rstb=[1, 2], n_layer=[1, 2], n_head=[1, 2], window_size=4, patch=8),
+    "swinir": dict(dataset="sr_samples", n_embd=[4, 8], n_rstb=[1, 2], n_layer=[1, 2],
+                   n_head=[1, 2], window_size=4, patch=8),
     "toy_cell": dict(init_channels=4),
-    "toy_conv_macro": dict(channels_1=[2, 4], channels_2=[2, 4], channels_3=[4, 8], channels_4=[4, 8], kernel_size=[3, 5],
+    "toy_conv_macro": dict(channels_1=[2, 4], channels_2=[2, 4], channels_3=[4, 8],
+                           channels_4=[4, 8], kernel_size=[3, 5],
                            last_channels=8, last_kernel_size=3, last_padding=1, fc=16)}
 TINY_LARGEST = dict(depth=2, kernel_size=5, expand=3) # of mobilenetv3
 TINY_STAGES = dict(partial_channels=2, widen_to=1, prune_keep=2, arch_warmup_iters=1)
@@ -56,8 +62,10 @@ def flags(options):
 
 def run(*command, cwd=ROOT, timeout=300, **env):
     """A script as a user runs it: the finished process, its output as text. command: train.py --key=val ..., or torchrun ..."""
-    command = [sys.executable, *command] if command[0].endswith(".py") else [sys.executable, "-m", "torch.distributed.run", *command[1:]]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
+    command = [sys.executable, *command] if command[0].endswith(".py") else [sys.executable, "-m",
+                                                                             "torch.distributed.run", *command[1:]]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, **env})
 
 
 def succeeds(*command, **kwargs):
@@ -74,20 +82,25 @@ def fails(*command, **kwargs):
 
 
 def killed_in(function, condition, *command, cwd=ROOT):
-    """A script that ends itself by SIGKILL within the first call of this function in which condition, a Python expression, holds: who
-    watches from outside comes late on a busy machine. Returns what it had printed."""
-    program = WATCHED.format(function=function, condition=condition, command=list(map(str, command)))
-    done = subprocess.run([sys.executable, "-c", program], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    """A script that ends itself by SIGKILL within the first call of this function in which
+    condition, a Python expression, holds: who watches from outside comes late on a busy machine.
+    Returns what it had printed."""
+    program = WATCHED.format(function=function, condition=condition,
+                             command=list(map(str, command)))
+    done = subprocess.run([sys.executable, "-c", program], cwd=cwd, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True)
     assert done.returncode == -signal.SIGKILL, f"{command} ended with {done.returncode} before {condition} in {function}"
     return done.stdout
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """Real text, prepared once by the script: a part of the standard library's own, under the name of the default data set."""
+    """Real text, prepared once by the script: a part of the standard library's own, under the name
+    of the default data set."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text(Path(inspect.getsourcefile(argparse)).read_text()[:60_000])
-    succeeds("prepare.py", "--dataset=text", f"--path={folder}/text.txt", "--name=pydocs", f"--data_dir={folder}")
+    succeeds("prepare.py", "--dataset=text", f"--path={folder}/text.txt", "--name=pydocs",
+             f"--data_dir={folder}")
     return str(folder)
 
 
@@ -108,7 +121,8 @@ def no_kernels():
 
 
 def turn_kernels_on():
-    """fused_ops.cpp in use from here on; the test is skipped where there is no compiler, and fails where it does not compile."""
+    """fused_ops.cpp in use from here on; the test is skipped where there is no compiler, and fails
+    where it does not compile."""
     fused_ops.use_fused_ops()
     compiler = os.environ.get("CXX", "c++")
     if not fused_ops.enabled and shutil.which(compiler) is None:

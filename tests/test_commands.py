@@ -27,17 +27,21 @@ from optim_nas import space_size, uniform
 from run import rng
 from search_spaces import build, with_space
 
-SCRIPTS = ("train.py", "train_search.py", "train_base.py", "bench.py", "sample.py", "export.py", "analyze.py", "prepare.py", "env.py",
+SCRIPTS = ("train.py", "train_search.py", "train_base.py", "bench.py", "sample.py", "export.py",
+           "analyze.py", "prepare.py", "env.py",
            "train_rl.py", "report.py")
-TINY_RL = dict(budget=12, updates=12, eval_interval=4, learning_starts=4, shards=3, entries=[5, 40], test_entries=10, block_size=16,
+TINY_RL = dict(budget=12, updates=12, eval_interval=4, learning_starts=4, shards=3, entries=[5, 40],
+               test_entries=10, block_size=16,
                head_size=2, batch_size=2, max_iters=1, supernet_iters=2, seeds=[1])
 OPTIMIZERS = ("darts", "darts2", "drnas", "gdas", "spos")
 
 
 def commands(text):
-    """The command lines in a text, without prompts, comments, and what follows # or two spaces on their line."""
+    """The command lines in a text, without prompts, comments, and what follows # or two spaces on
+    their line."""
     found = re.findall(r"^[\s#]*((?:python|torchrun) .*?)(?:[ \t]{2,}|[ \t]+#|$)", text, re.M)
-    return [command.strip() for command in found if "x.py" not in command and "--help" not in command and "FILE" not in command]
+    return [command.strip() for command in found if "x.py" not in command
+            and "--help" not in command and "FILE" not in command]
 
 
 def shown():
@@ -47,13 +51,15 @@ def shown():
     seen = {}
     for place in places:
         text = place.read_text()
-        for command in commands(text if place.suffix == ".md" or place.parent.name == "config" else text.split('"""')[1]):
+        for command in commands(text if place.suffix == ".md" or place.parent.name == "config"
+                                else text.split('"""')[1]):
             seen.setdefault(command, place.name)
     return [(where, command) for command, where in seen.items()]
 
 
 def space_of(words):
-    """The space that a command is about: of its --space, or of its config, or of the search that its --arch or config is named after."""
+    """The space that a command is about: of its --space, or of its config, or of the search that
+    its --arch or config is named after."""
     named = re.search(f"(?:search|base)_({'|'.join(TINY_SPACES)})", " ".join(words))
     words = [str(ROOT / word) if word.startswith("config/") else word for word in words]
     return configurator.given("space", words) or (named[1] if named else "gpt")
@@ -76,7 +82,8 @@ def shrink_space(words, script, space, digits_dir, out):
         sizes |= dict(shrink="kernel_size=3,depth=1,expand=2", inherit=largest, teacher=largest)
     elif configurator.given("genotype", words): # of any operations; of sizes that are tiny
         sizes.pop("primitives", None)
-        words = ["--genotype=8: 1x2" if word.startswith("--genotype=autoformer") else word for word in words]
+        words = ["--genotype=8: 1x2" if word.startswith("--genotype=autoformer") else word
+                 for word in words]
     elif configurator.given("benchmark", words): # of the networks that are in the table
         sizes = {key: value for key, value in sizes.items() if key not in TINY_SPACES[space]}
     elif any("table" in word for word in words):
@@ -85,7 +92,8 @@ def shrink_space(words, script, space, digits_dir, out):
     elif script == "train_base.py":
         if not (out.parent / "s/arch.json").exists():
             train_search.search(search_config(space, digits_dir, out.parent / "s"))
-        words = [f"--arch={out.parent}/s/arch.json" if word.startswith("--arch=") else word for word in words]
+        words = [f"--arch={out.parent}/s/arch.json" if word.startswith("--arch=") else word
+                 for word in words]
         sizes |= dict(val_portion=0.1) if space == "swinir" else {} # of 18 regions
     return words, [f"--data_dir={digits_dir}", f"--out_dir={out}", *flags(sizes)]
 
@@ -99,24 +107,32 @@ def shrink(command, data_dir, digits_dir, finished, out):
         words, extra = shrink_space(words, script, space, digits_dir, out)
     elif script == "train_search.py":
         extra += ["--dataset=pydocs", *flags(TINY_SEARCH)]
-        words = ["--target_params=3000" if word == "--target_params=400000" else word for word in words] # of tiny networks
+        # of tiny networks
+        words = ["--target_params=3000" if word == "--target_params=400000" else word
+                 for word in words]
         if "--latency_table" in command:
-            small = [*extra, *flags(dict(out_dir=out.parent / "latency", rounds=2, warmup=1, latency_heldout=2))]
-            succeeds("bench.py", "latency", *(word for word in words if word.startswith("config/search")), *small)
+            small = [*extra, *flags(dict(out_dir=out.parent / "latency", rounds=2, warmup=1,
+                                         latency_heldout=2))]
+            succeeds("bench.py", "latency", *(word for word in words
+                                              if word.startswith("config/search")), *small)
             table = json.loads((out.parent / "latency/latency.json").read_text())
             reached = next(iter(table["latencies"].values()))["heldout"][0]["predicted"]
             words = [word for word in words if "latency" not in word]
-            extra += [f"--latency_table={out.parent}/latency/latency.json", f"--target_latency={reached}"]
+            extra += [f"--latency_table={out.parent}/latency/latency.json",
+                      f"--target_latency={reached}"]
         if "search_gpt2" in command: # a budget between the smallest and the largest
             extra += [*flags(SPACE), f"--init_from={finished}/gpt2", "--target_params=20_000"]
     elif script == "bench.py":
-        tiny = TINY_SEARCH | dict(rounds=2, warmup=1, dataset="pydocs", head_size=4 if "head_size" in command else 0, growth_options=[2],
+        tiny = TINY_SEARCH | dict(rounds=2, warmup=1, dataset="pydocs", head_size=4
+                                  if "head_size" in command else 0, growth_options=[2],
                                   growth_layers=[3], latency_heldout=2)
         extra += flags(tiny)
     elif script == "train_base.py":
-        option, file = ("--arch_traj", "arch_traj.jsonl") if "--arch_traj" in command else ("--arch", "arch.json")
+        option, file = ("--arch_traj",
+                        "arch_traj.jsonl") if "--arch_traj" in command else ("--arch", "arch.json")
         words = [word for word in words if not word.startswith("--arch")]
-        words = [f"--init_from={finished}/s" if word.startswith("--init_from") else word for word in words]
+        words = [f"--init_from={finished}/s" if word.startswith("--init_from") else word
+                 for word in words]
         extra += ["--dataset=pydocs", *flags(TINY), f"{option}={finished}/s/{file}"]
     elif script == "train.py":
         extra += ["--dataset=pydocs", *flags(TINY), "--n_layer=1", "--n_head=2", "--n_embd=8"]
@@ -126,7 +142,8 @@ def shrink(command, data_dir, digits_dir, finished, out):
     elif script == "export.py":
         if "nanogpt" in command: # whose layers are alike
             train.train(train_config(data_dir, out, n_layer=1, n_embd=8))
-        words = [f"--out_dir={out if 'nanogpt' in command else finished / 'b'}" if word.startswith("--out_dir") else word for word in words]
+        words = [f"--out_dir={out if 'nanogpt' in command else finished / 'b'}"
+                 if word.startswith("--out_dir") else word for word in words]
         extra = []
     elif script == "train_rl.py":
         words = [word for word in words if not word.startswith("--out_dir")]
@@ -134,26 +151,32 @@ def shrink(command, data_dir, digits_dir, finished, out):
     elif script == "analyze.py" and "--images" in command:
         train_search.search(search_config("swinir", digits_dir, out.parent / "s"))
         sizes = {key: value for key, value in TINY_IMAGES.items() if key != "dataset"}
-        succeeds("train_base.py", f"--arch={out.parent}/s/arch.json", f"--out_dir={out}", *flags(sizes))
+        succeeds("train_base.py", f"--arch={out.parent}/s/arch.json", f"--out_dir={out}",
+                 *flags(sizes))
         words, extra = ["python", "analyze.py"], [f"--out_dir={out}", "--images=sr_samples"]
     elif script == "report.py":
         words = [f"{finished}/s" if word.startswith("out/") else word for word in words]
         extra = [*flags(TINY | dict(n_pick=3, n_rank=3)), f"--data_dir={data_dir}"]
     elif script == "analyze.py":
         extra = []
-        words = [f"--out_dir={finished}/{'b' if 'base' in word else 'r' if 'rl' in word else 's'}" if word.startswith("--out_dir") else
-                 f"--compare=a:{finished}/r,b:{finished}/r" if word.startswith("--compare") else word for word in words]
+        words = [f"--out_dir={finished}/{'b' if 'base' in word else 'r' if 'rl' in word else 's'}"
+                 if word.startswith("--out_dir") else
+                 f"--compare=a:{finished}/r,b:{finished}/r" if word.startswith("--compare")
+                 else word for word in words]
     if words[0] == "torchrun":
         nodes = "--nnodes=2" in words
         extra.append("--gradient_accumulation_steps=2")
-        words = [f"--nproc_per_node={1 if nodes else 2}" if word.startswith("--nproc") else word for word in words]
-        words = ["--master_addr=127.0.0.1" if word.startswith("--master_addr") else word for word in words]
+        words = [f"--nproc_per_node={1 if nodes else 2}" if word.startswith("--nproc") else word
+                 for word in words]
+        words = ["--master_addr=127.0.0.1" if word.startswith("--master_addr") else word
+                 for word in words]
     return words[0 if words[0] == "torchrun" else 1:] + extra
 
 
 @pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
-    """A search, a training from its architecture, a policy, and a pretrained GPT-2, which later commands start from."""
+    """A search, a training from its architecture, a policy, and a pretrained GPT-2, which later
+    commands start from."""
     out = tmp_path_factory.mktemp("finished")
     succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={out}/s", *flags(TINY_SEARCH))
     succeeds("train_base.py", f"--arch={out}/s/arch.json", f"--out_dir={out}/b", *flags(TINY))
@@ -162,21 +185,27 @@ def finished(data_dir, tmp_path_factory):
     return out
 
 
-LOCAL = [(where, c) for where, c in shown() if not re.search("prepare.py|env.py|--nnodes", c)] # the first two have tests of their own
+# the first two have tests of their own
+LOCAL = [(where, c) for where, c in shown() if not re.search("prepare.py|env.py|--nnodes", c)]
 TWO_NODES = [(where, c) for where, c in shown() if "--node_rank=0" in c]
 
 
 def distinct_runs(cases):
-    """One case for each script and way of starting it: configs are all checked below, and take the same road."""
+    """One case for each script and way of starting it: configs are all checked below, and take the
+    same road."""
     roads = {}
     for where, command in cases:
         words = shlex.split(command)
-        options = tuple(sorted(word.split("=")[0] for word in words if word.startswith("--") and not word.startswith("--seed=")))
+        options = tuple(sorted(word.split("=")[0] for word in words if word.startswith("--")
+                               and not word.startswith("--seed=")))
         optimizer = next((word for word in words if Path(word).stem in OPTIMIZERS), "")
-        script = next(word for word in words if word.endswith(".py") and not word.startswith("config"))
+        script = next(word for word in words if word.endswith(".py")
+                      and not word.startswith("config"))
         images, kind = space_of(words) != "gpt" and script != "analyze.py", re.search("table|progressive|shrink|format=[a-z]+", command)
-        optimizer = optimizer if words[0] == "python" and not images else "" # test_vision.py has every method in every space
-        roads.setdefault((script, words[0], options, optimizer, images, kind and kind[0]), (where, command))
+        # test_vision.py has every method in every space
+        optimizer = optimizer if words[0] == "python" and not images else ""
+        roads.setdefault((script, words[0], options, optimizer, images, kind and kind[0]),
+                         (where, command))
     return list(roads.values())
 
 
@@ -191,11 +220,15 @@ def test_two_node_command_runs(where, command, data_dir, digits_dir, finished, t
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    words = [word for word in shrink(command, data_dir, digits_dir, finished, tmp_path / "out") if not word.startswith("--master_port")]
+    words = [word for word in shrink(command, data_dir, digits_dir, finished, tmp_path / "out")
+             if not word.startswith("--master_port")]
     assert words[0] == "torchrun"
-    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", f"--master_port={port}",
-                               *(word.replace("--node_rank=0", f"--node_rank={rank}") for word in words[1:])],
-                              cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in (0, 1)]
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run",
+                               f"--master_port={port}",
+                               *(word.replace("--node_rank=0", f"--node_rank={rank}")
+                                 for word in words[1:])],
+                              cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+             for rank in (0, 1)]
     outputs = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert (tmp_path / "out/result.json").exists() and outputs[1].count("step 4/4") == 0
@@ -213,15 +246,21 @@ def test_every_shown_script_and_config_exists():
 def test_config_keys_are_real_and_its_network_builds(path):
     stem = path.stem
     if stem in OPTIMIZERS:
-        config = configurator.configure(dict(vars(train_search)), ["config/search_pydocs.py", str(path)])
-        assert config["out_dir"] == f"out/search_pydocs_{stem}" and config["optimizer"] == stem.rstrip("2")
+        config = configurator.configure(dict(vars(train_search)), ["config/search_pydocs.py",
+                                                                   str(path)])
+        assert (config["out_dir"] == f"out/search_pydocs_{stem}" and config["optimizer"] ==
+                stem.rstrip("2"))
         return
     kind, name = stem.split("_", 1)
-    module = {"search": train_search, "shrink": train_search, "base": train_base, "table": train_base, "train": train}[kind]
+    module = {"search": train_search, "shrink": train_search, "base": train_base,
+              "table": train_base, "train": train}[kind]
     space = space_of([str(path)])
-    assert (configurator.given("space", [str(path)]) or "gpt") == ("gpt" if kind == "base" else space) # that of base is the search's
+    # that of base is the search's
+    assert (configurator.given("space", [str(path)]) or "gpt") == ("gpt" if kind == "base"
+                                                                   else space)
     config = configurator.configure(with_space(dict(vars(module)), space), [str(path)])
-    assert config["table"] == f"assets/{name}.csv" if kind == "table" else config["out_dir"] == f"out/{stem}"
+    assert (config["table"] == f"assets/{name}.csv" if kind == "table" else config["out_dir"] ==
+            f"out/{stem}")
     size, channels = {"digits": (8, 1), "fashion_mnist": (28, 1)}.get(config["dataset"], (32, 3))
     facts = {"vocab_size": 50304, "img_size": size, "in_channels": channels, "num_classes": 10}
     if kind != "base" or space != "gpt":
@@ -244,7 +283,8 @@ def test_help_lists_every_key(script):
 @pytest.mark.parametrize("script", ["train_search.py", "bench.py"])
 def test_help_of_a_space_lists_its_keys(script):
     out = succeeds(script, "--space=nb201", "--help")
-    assert "space = 'nb201'" in out and re.search(r"n_cell = 5 +# cells a third", out) and "n_head = " not in out
+    assert "space = 'nb201'" in out and re.search(r"n_cell = 5 +# cells a third",
+                                                  out) and "n_head = " not in out
 
 
 def test_python_of_the_readme_runs():
@@ -262,11 +302,13 @@ def test_python_of_the_readme_runs():
 
 
 def test_ruff_is_clean():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 def test_gradient_accumulation_that_does_not_divide_is_one_sentence(data_dir, tmp_path):
     options = [*flags(TINY), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o"]
     done = run("torchrun", "--standalone", "--nproc_per_node=2", "train.py", *options)
-    assert done.returncode and "gradient_accumulation_steps=1 does not divide over 2 processes" in done.stderr
+    assert (done.returncode
+            and "gradient_accumulation_steps=1 does not divide over 2 processes" in done.stderr)

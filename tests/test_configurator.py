@@ -1,4 +1,5 @@
-"""The contract of configurator.py: what a key is, what it takes, and that a mistake ends in one sentence."""
+"""The contract of configurator.py: what a key is, what it takes, and that a mistake ends in one
+sentence."""
 
 import json
 import math
@@ -20,8 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def script():
     """The globals of a small script, fresh for each test."""
     return {
-        "__doc__": "A script.", "__name__": "__main__", "_private": 1, "MAX": 9, "math": math, "main": script, "nothing": None,
-        "n_layer": 6, "learning_rate": 1e-3, "min_lr": 1e-4, "compile": True, "out_dir": "out", "n_embd": [192, 384],
+        "__doc__": "A script.", "__name__": "__main__", "_private": 1, "MAX": 9, "math": math,
+        "main": script, "nothing": None,
+        "n_layer": 6, "learning_rate": 1e-3, "min_lr": 1e-4, "compile": True, "out_dir": "out",
+        "n_embd": [192, 384],
         "betas": (0.9, 0.95), "primitives": ["skip", "conv"],
     }
 
@@ -60,7 +63,8 @@ def test_argv_is_the_command_line_by_default_and_is_not_read_for_defaults(monkey
 
 def test_snapshot_is_json_and_shares_nothing_with_the_script():
     namespace = script()
-    config = configure(namespace, ["--betas=[0.8, 0.9]"])                       # a tuple stays one in the script
+    # a tuple stays one in the script
+    config = configure(namespace, ["--betas=[0.8, 0.9]"])
     assert json.loads(json.dumps(config, allow_nan=False)) == config
     assert config["betas"] == [0.8, 0.9] and namespace["betas"] == (0.8, 0.9)
     config["n_embd"].append(1)
@@ -71,26 +75,36 @@ def test_snapshot_is_json_and_shares_nothing_with_the_script():
     ("--n_layer=12", 12), ("--n_layer=-1", -1),
     ("--learning_rate=6e-4", 6e-4), ("--learning_rate=1", 1.0),
     ("--compile=False", False),
-    ("--out_dir=1e5", "1e5"), ("--out_dir=a=b", "a=b"), ("--out_dir=./x", "./x"), ("--out_dir=", ""), ("--out_dir=x.py", "x.py"),
+    ("--out_dir=1e5", "1e5"), ("--out_dir=a=b", "a=b"), ("--out_dir=./x", "./x"),
+    ("--out_dir=", ""), ("--out_dir=x.py", "x.py"),
     ("--out_dir='q'", "'q'"), ("--out_dir=[1]", "[1]"), ("--out_dir=two words", "two words"),
-    ("--n_embd=[64]", [64]), ("--n_embd=64,96,128", [64, 96, 128]), ("--n_embd=[1, 2.5]", [1, 2.5]), ("--n_embd=256", 256),
-    ("--n_embd=0.5", 0.5), ("--betas=0.9", 0.9), ("--betas=[0, 1]", [0, 1]), ("--primitives=['pool']", ["pool"]),
+    ("--n_embd=[64]", [64]), ("--n_embd=64,96,128", [64, 96, 128]), ("--n_embd=[1, 2.5]", [1, 2.5]),
+    ("--n_embd=256", 256),
+    ("--n_embd=0.5", 0.5), ("--betas=0.9", 0.9), ("--betas=[0, 1]", [0, 1]),
+    ("--primitives=['pool']", ["pool"]),
 ])
 def test_command_line_value(arg, value):
     namespace = script()
     key = arg[2:].partition("=")[0]
     config = configure(namespace, [arg])
-    assert repr(config[key]) == repr(value)                                     # repr tells 1 from 1.0 and True
-    assert {k: v for k, v in config.items() if k != key} == {k: v for k, v in defaults(script()).items() if k != key}
+    # repr tells 1 from 1.0 and True
+    assert repr(config[key]) == repr(value)
+    assert {k: v for k, v in config.items() if k != key} == {k: v for k,
+                                                             v in defaults(script()).items()
+                                                             if k != key}
     assert defaults(namespace) == config
 
 
 @pytest.mark.parametrize("arg, takes", [
-    *[(f"--n_layer={text}", "an int") for text in ("3.0", "1e3", "True", "six", "'6'", "", "None", "0x" + "f" * 9999, "[" * 999)],
-    *[(f"--learning_rate={text}", "a finite number") for text in ("True", "fast", "", "1e999", "nan", "2j")],
+    *[(f"--n_layer={text}", "an int") for text in ("3.0", "1e3", "True", "six", "'6'", "", "None",
+                                                   "0x" + "f" * 9999, "[" * 999)],
+    *[(f"--learning_rate={text}", "a finite number") for text in ("True", "fast", "", "1e999",
+                                                                  "nan", "2j")],
     *[(f"--compile={text}", "True or False") for text in ("1", "0", "true", "", "'True'", "None")],
-    *[(f"--n_embd={text}", "list of them") for text in ("[]", "True", "[True, 2]", "['a']", "[1, 'a']", "[[1]]", "{1}", "x")],
-    *[(f"--primitives={text}", "list of quoted strings") for text in ("skip", "'skip'", "[]", "[1]", "['a', 1]", "3")],
+    *[(f"--n_embd={text}", "list of them") for text in ("[]", "True", "[True, 2]", "['a']",
+                                                        "[1, 'a']", "[[1]]", "{1}", "x")],
+    *[(f"--primitives={text}", "list of quoted strings") for text in ("skip", "'skip'", "[]", "[1]",
+                                                                      "['a', 1]", "3")],
 ])
 def test_wrong_type_on_the_command_line_says_what_the_key_takes(arg, takes):
     message = refused([arg])
@@ -98,9 +112,12 @@ def test_wrong_type_on_the_command_line_says_what_the_key_takes(arg, takes):
 
 
 @pytest.mark.parametrize("line, takes", [
-    ("n_layer = 3.0", "an int"), ("n_layer = True", "an int"), ("learning_rate = '1'", "a finite number"),
-    ("compile = 1", "True or False"), ("out_dir = 5", "a quoted string"), ("out_dir = None", "a quoted string"),
-    ("n_embd = []", "list of them"), ("n_embd = [True]", "list of them"), ("n_embd = [1e999]", "list of them"),
+    ("n_layer = 3.0", "an int"), ("n_layer = True", "an int"), ("learning_rate = '1'",
+                                                                "a finite number"),
+    ("compile = 1", "True or False"), ("out_dir = 5", "a quoted string"), ("out_dir = None",
+                                                                           "a quoted string"),
+    ("n_embd = []", "list of them"), ("n_embd = [True]", "list of them"), ("n_embd = [1e999]",
+                                                                           "list of them"),
     ("n_embd = range(3)", "list of them"),
     ("primitives = 'skip'", "list of quoted strings"), ("def n_layer(): pass", "an int"),
     ("import math as n_layer", "an int"), ("n_embd.append('x')", "list of them"),
@@ -115,7 +132,8 @@ def test_a_list_for_a_number_gets_the_hint():
     hint = "train_search.py searches over lists"
     for arg in ("--n_layer=[4, 6]", "--n_layer=4,6", "--learning_rate=[0.1]"):
         assert refused([arg], list_hint=hint).endswith(hint)
-    for arg in ("--n_layer=4.5", "--n_layer=[]", "--n_layer=['a']", "--n_layer=[True]", "--compile=[1]", "--primitives=[1]"):
+    for arg in ("--n_layer=4.5", "--n_layer=[]", "--n_layer=['a']", "--n_layer=[True]",
+                "--compile=[1]", "--primitives=[1]"):
         assert hint not in refused([arg], list_hint=hint)
 
 
@@ -144,17 +162,20 @@ learning_rate = circle
 n_embd.append(768)
 """
     config = configure(script(), [config_file(tmp_path, text)])
-    assert config == defaults(script()) | {"n_layer": 3, "learning_rate": math.pi, "n_embd": [192, 384, 768]}
+    assert config == defaults(script()) | {"n_layer": 3, "learning_rate": math.pi,
+                                           "n_embd": [192, 384, 768]}
 
 
 def test_an_included_file_runs_at_its_line(tmp_path, monkeypatch):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "recipe.py").write_text("include('sizes.py')\nmin_lr = learning_rate / 10\nout_dir += '_recipe'\n")
     (tmp_path / "parts" / "sizes.py").write_text("from math import pi\n_half = 3\nn_layer = _half\nn_embd.append(768)\n")
-    file = config_file(tmp_path, "learning_rate = 0.5\ninclude('parts/recipe.py') # found from here, wherever the script runs\n"
+    file = config_file(tmp_path,
+                       "learning_rate = 0.5\ninclude('parts/recipe.py') # found from here, wherever the script runs\n"
                                  "out_dir += '_small'\nn_layer += 1\n")
     monkeypatch.chdir(tmp_path.parent)
-    changed = {"learning_rate": 0.5, "min_lr": 0.05, "n_layer": 4, "n_embd": [192, 384, 768], "out_dir": "o_recipe_small"}
+    changed = {"learning_rate": 0.5, "min_lr": 0.05, "n_layer": 4, "n_embd": [192, 384, 768],
+               "out_dir": "o_recipe_small"}
     assert configure(script(), ["--out_dir=o", file]) == defaults(script()) | changed
     assert configure(script(), ["--out_dir=o", file, "--n_layer=2"])["n_layer"] == 2
 
@@ -171,21 +192,25 @@ def test_a_mistake_in_an_included_file_names_that_file(tmp_path):
 
 
 def test_given_reads_included_files(tmp_path):
-    """What a script must know before it configures, such as the space, may stand in an included file."""
+    """What a script must know before it configures, such as the space, may stand in an included
+    file."""
     (tmp_path / "part.py").write_text("n_layer = 3\nout_dir = 'part'\n")
     file = config_file(tmp_path, "include('part.py') # the sizes\nout_dir = 'small'\n")
-    assert (given("n_layer", [file]), given("out_dir", [file]), given("min_lr", [file])) == ("3", "small", None)
+    assert (given("n_layer", [file]), given("out_dir", [file]),
+            given("min_lr", [file])) == ("3", "small", None)
     file = config_file(tmp_path, "out_dir = 'small'\ninclude('part.py')\ninclude('missing.py')\n")
     assert given("out_dir", [file]) == "part" and given("out_dir", [file, "--out_dir=o"]) == "o"
 
 
 def test_a_file_that_is_refused_does_not_reach_a_list_of_the_script(tmp_path):
-    refused([config_file(tmp_path, "n_embd.append(768)\nn_layer = 'x'")])       # refused() compares the namespace
+    # refused() compares the namespace
+    refused([config_file(tmp_path, "n_embd.append(768)\nn_layer = 'x'")])
 
 
 def test_unknown_keys_stop_with_the_nearest(tmp_path):
     file = config_file(tmp_path, "learnig_rate = 0.1")
-    for message in (refused(["--learnig_rate=0.1"]), refused([file]), refused(["--learning-rate=0.1"])):
+    for message in (refused(["--learnig_rate=0.1"]), refused([file]),
+                    refused(["--learning-rate=0.1"])):
         assert "learning_rate" in message
     assert refused([file]).startswith(file)
     for name in ("__name__", "_private", "MAX", "math", "main", "nothing", "zzz", "", "n_layer "):
@@ -235,9 +260,11 @@ def test_one_line_per_change_on_rank_0(tmp_path, monkeypatch, capsys):
     file = config_file(tmp_path, "n_layer = 3\nout_dir = 'out'\n")
     argv = [file, "--n_layer=4", "--min_lr=1e-4", "--out_dir=a\nb"]
     for rank, printed in ((None, True), ("0", True), ("1", False)):
-        monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK", rank)
+        monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK",
+                                                                                          rank)
         configure(script(), argv)
-        lines = [f"n_layer: 6 -> 3 ({file})", "n_layer: 3 -> 4 (command line)", r"out_dir: 'out' -> 'a\nb' (command line)"]
+        lines = [f"n_layer: 6 -> 3 ({file})", "n_layer: 3 -> 4 (command line)",
+                 r"out_dir: 'out' -> 'a\nb' (command line)"]
         assert capsys.readouterr().out.splitlines() == (lines if printed else [])
 
 
@@ -252,7 +279,8 @@ def suits(key, value):
     def number(v):
         return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
     if key in ("n_embd", "betas"):
-        return number(value) or (isinstance(value, list) and len(value) > 0 and all(number(v) for v in value))
+        return number(value) or (isinstance(value, list) and len(value) > 0 and all(number(v)
+                                                                                    for v in value))
     if key == "primitives":
         return isinstance(value, list) and len(value) > 0 and all(isinstance(v, str) for v in value)
     return type(value) is type(script()[key])
@@ -260,8 +288,10 @@ def suits(key, value):
 
 def test_any_argv_gives_right_types_or_one_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pieces = ["1", "-2", "0.5", "1e3", "1e999", "nan", "True", "None", "[", "]", "(", ")", "{", "}", ",", "'", '"', "a", "b.c",
-              ".py", " ", "\n", "\t", "=", "--", "-", "\\", "\u2028", "\udcff", "é", "[1,2]", "['x']", "[True]", "[]", "{[]:1}",
+    pieces = ["1", "-2", "0.5", "1e3", "1e999", "nan", "True", "None", "[", "]", "(", ")", "{", "}",
+              ",", "'", '"', "a", "b.c",
+              ".py", " ", "\n", "\t", "=", "--", "-", "\\", "\u2028", "\udcff", "é", "[1,2]",
+              "['x']", "[True]", "[]", "{[]:1}",
               "lambda:0", "__import__('os')", "n_layer", "0x" + "f" * 5000, "9" * 5000, "(" * 300]
     rng = random.Random(1337)
     accepted = 0
@@ -269,12 +299,14 @@ def test_any_argv_gives_right_types_or_one_sentence(tmp_path, monkeypatch):
         argv = []
         for _ in range(rng.randint(1, 3)):
             key = rng.choice(KEYS)
-            value = repr(script()[rng.choice([key, rng.choice(KEYS)])])                   # of this key's type, or of another's
+            # of this key's type, or of another's
+            value = repr(script()[rng.choice([key, rng.choice(KEYS)])])
             if rng.random() < 0.5:
                 value = "".join(rng.choices(pieces, k=rng.randint(0, 3)))
             if rng.random() < 0.1:
                 key = rng.choice([*pieces, "MAX", "__doc__", "main"])
-            start, equals = ("--", "=") if rng.random() < 0.9 else (rng.choice(["", "-", "---"]), rng.choice(["", " ", "=="]))
+            start, equals = ("--", "=") if rng.random() < 0.9 else (rng.choice(["", "-", "---"]),
+                                                                    rng.choice(["", " ", "=="]))
             argv.append(start + key + equals + value)
         namespace = script()
         try:
@@ -284,7 +316,8 @@ def test_any_argv_gives_right_types_or_one_sentence(tmp_path, monkeypatch):
             assert repr(namespace) == repr(script()), argv
             continue
         accepted += 1
-        assert list(config) == KEYS and all(suits(key, value) for key, value in config.items()), (argv, config)
+        assert list(config) == KEYS and all(suits(key, value) for key,
+                                            value in config.items()), (argv, config)
         json.dumps(config, allow_nan=False)
     assert 400 < accepted < 3600, f"{accepted} of 4000 accepted: the loop sees one side only"
 
@@ -322,9 +355,11 @@ if __name__ == "__main__":
 def run(tmp_path):
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "search.py").write_text(SEARCH)
-    env = {key: value for key, value in os.environ.items() if key != "RANK"} | {"PYTHONPATH": str(ROOT)}
+    env = {key: value for key, value in os.environ.items()
+           if key != "RANK"} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "search.py"]
-    return lambda *argv: subprocess.run([*command, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+    return lambda *argv: subprocess.run([*command, *argv], cwd=tmp_path, env=env,
+                                        capture_output=True, text=True)
 
 
 def test_process_help_shows_docstring_defaults_and_comments_own_and_inherited(run):
@@ -332,8 +367,10 @@ def test_process_help_shows_docstring_defaults_and_comments_own_and_inherited(ru
     assert done.returncode == 0 and done.stderr == ""
     lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
     assert lines[0] == "Searches nothing."
-    assert lines[-6:] == ["seed = 1", "n_layer = [4, 6] # depths to choose from", "out_dir = '#out' # where the files go",
-                          "n_embd = [192, 384] # widths", "batch_size = 6 # sequences a step", "tau_max = 10.0"]
+    assert lines[-6:] == ["seed = 1", "n_layer = [4, 6] # depths to choose from",
+                          "out_dir = '#out' # where the files go",
+                          "n_embd = [192, 384] # widths", "batch_size = 6 # sequences a step",
+                          "tau_max = 10.0"]
     assert run("-h").stdout == done.stdout
 
 
@@ -343,14 +380,17 @@ def test_process_override_reaches_main(run, tmp_path):
     done = run("config/tiny.py", "--out_dir=./a=b")
     assert done.returncode == 0 and done.stderr == ""
     *changes, last = done.stdout.splitlines()
-    assert json.loads(last) == {"seed": 1, "n_layer": 2, "out_dir": "./a=b", "n_embd": [192, 384], "batch_size": 6,
+    assert json.loads(last) == {"seed": 1, "n_layer": 2, "out_dir": "./a=b", "n_embd": [192, 384],
+                                "batch_size": 6,
                                 "tau_max": 3.0}
     assert len(changes) == 3
 
 
-@pytest.mark.parametrize("arg", ["--n_layers=3", "--tau_max=hot", "config/none.py", "--__name__=x", "--seed", "broken.py"])
+@pytest.mark.parametrize("arg", ["--n_layers=3", "--tau_max=hot", "config/none.py", "--__name__=x",
+                                 "--seed", "broken.py"])
 def test_process_mistake_ends_in_one_line_on_stderr(run, tmp_path, arg):
     (tmp_path / "broken.py").write_text("n_layer = 1 / 0\n")
     done = run(arg)
     assert done.returncode == 1 and done.stdout == ""
-    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1 and arg in done.stderr
+    assert ("Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+            and arg in done.stderr)

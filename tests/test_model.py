@@ -1,4 +1,5 @@
-"""The law of exactness for GPT: one-hot supernet == hard supernet == extracted network, in logits, loss and gradients."""
+"""The law of exactness for GPT: one-hot supernet == hard supernet == extracted network, in logits,
+loss and gradients."""
 import itertools
 import json
 from types import SimpleNamespace
@@ -23,21 +24,24 @@ SPACES = { # lists of lengths 1 to 4 that differ between choices, and sizes of n
     "single": dict(n_layer=[2], n_embd=[40], n_head=[5], mlp_ratio=[3]),
     "numbers": dict(n_layer=2, n_embd=[20, 60], n_head=4, mlp_ratio=[1, 2, 3, 4]),
 }
-EVEN = dict(n_layer=[1, 2], n_embd=[12, 24, 36], n_head=[1, 3], mlp_ratio=[1, 2.5]) # every head has an even size, as rope asks
+# every head has an even size, as rope asks
+EVEN = dict(n_layer=[1, 2], n_embd=[12, 24, 36], n_head=[1, 3], mlp_ratio=[1, 2.5])
 BLOCKS = { # every block option that may live in a supernet, a few at a time
     "llama": dict(norm="rmsnorm", position="rope", activation="swiglu", bias=False),
     "gpt-j": dict(position="rope", activation="silu", residual="parallel"),
     "original": dict(position="sinusoidal", activation="relu", residual="post"),
     "branch": dict(activation="geglu", residual="branch", loss_chunk=7),
     "partial": dict(norm="partial_rmsnorm", prmsnorm_pct=0.3, activation="mish"),
-    "post": dict(norm="partial_rmsnorm", prmsnorm_pct=0.5, position="rope", activation="reglu", residual="post"),
+    "post": dict(norm="partial_rmsnorm", prmsnorm_pct=0.5, position="rope", activation="reglu",
+                 residual="post"),
 }
 MOE = dict(n_expert=4, top_k=2, activation="swiglu")
 
 
 def supernet(space, **rest):
     torch.manual_seed(1)
-    net = build(dict(block_size=12, vocab_size=29) | (EVEN if space == "even" else SPACES[space]) | rest)
+    net = build(dict(block_size=12, vocab_size=29) | (EVEN if space == "even" else SPACES[space]) |
+                rest)
     with torch.no_grad():
         for p in net.parameters():
             p.normal_(0, 0.3) # the initial ones and zeros would hide a wrong slice
@@ -58,7 +62,8 @@ def agree(a, b, what):
 
 
 def some_archs(net):
-    """Every (n_embd, n_head) pair, with random depths, ratios and other heads; then the smallest and the largest."""
+    """Every (n_embd, n_head) pair, with random depths, ratios and other heads; then the smallest
+    and the largest."""
     g = torch.Generator().manual_seed(0)
     for e, h in itertools.product(net.choices["n_embd"].options, net.choices["n_head"].options):
         arch = uniform(net.choices, g)
@@ -93,9 +98,11 @@ def check_law_of_exactness(net):
             loss.backward()
             agree(logits, alone, f"{form} logits of {arch}")
             agree(loss, alone_loss, f"{form} loss of {arch}")
-            # extraction copies slices, so it carries the supernet's gradients to the places of the small network's own
+            # extraction copies slices, so it carries the supernet's gradients to the places of the
+            # small network's own
             shared = net.extract(arch)
-            for p, q in zip(gradients_as_weights(net).extract(arch).parameters(), small.parameters(), strict=True):
+            for p, q in zip(gradients_as_weights(net).extract(arch).parameters(),
+                            small.parameters(), strict=True):
                 agree(p, q.grad, f"{form} gradient of {arch}")
             outside = sum(p.grad.abs().sum() for p in net.parameters() if p.grad is not None)
             inside = sum(p.grad.abs().sum() for p in small.parameters())
@@ -106,19 +113,25 @@ def check_law_of_exactness(net):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm", "partial_rmsnorm"])
 def test_norms_of_16_bit_numbers(norm, dtype):
-    """With residual=branch they come from a matrix product: the gradients of a new network are those of float32 in half precision too."""
+    """With residual=branch they come from a matrix product: the gradients of a new network are
+    those of float32 in half precision too."""
     torch.manual_seed(0)
-    net = build(dict(n_layer=2, n_embd=[64, 128], n_head=[2, 4], mlp_ratio=[1, 2], vocab_size=20, block_size=16, norm=norm,
+    net = build(dict(n_layer=2, n_embd=[64, 128], n_head=[2, 4], mlp_ratio=[1, 2], vocab_size=20,
+                     block_size=16, norm=norm,
                      residual="branch"))
     x = torch.randint(20, (4, 16))
-    for third in (extremes(net.choices)[1], {name: w.softmax(-1) for name, w in one_hot(net.choices, extremes(net.choices)[0]).items()}):
+    for third in (extremes(net.choices)[1], {name: w.softmax(-1) for name,
+                                             w in one_hot(net.choices,
+                                                          extremes(net.choices)[0]).items()}):
         gradients = []
         for enabled in (False, True):
             net.zero_grad()
             with torch.autocast("cpu", dtype, enabled):
                 net(x, x, third)[1].backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
-        assert (gradients[1] - gradients[0]).norm() <= 3 * torch.finfo(dtype).eps * gradients[0].norm()
+            gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()
+                                        if p.grad is not None]))
+        assert ((gradients[1] - gradients[0]).norm() <=
+                3 * torch.finfo(dtype).eps * gradients[0].norm())
 
 
 def gradients_as_weights(net):
@@ -130,21 +143,26 @@ def gradients_as_weights(net):
 
 
 def test_mixed_depth_is_the_sum_over_depths():
-    """With the (nonlinear) final norm replaced by the identity, the logits are the weighted sum of those of each depth."""
+    """With the (nonlinear) final norm replaced by the identity, the logits are the weighted sum of
+    those of each depth."""
     net, (x, y) = supernet("three", n_embd=24, n_head=2, mlp_ratio=2), tokens()
     net.transformer.ln_f.forward = lambda h, e: h
-    weights = {name: torch.ones(c.shape) for name, c in net.choices.items()} | {"n_layer": torch.tensor([0.5, 0.2, 0.3])}
-    parts = [net(x, y, {"n_layer": d, "n_embd": 24, "n_head": [2] * d, "mlp_ratio": [2] * d})[0] for d in (1, 2, 3)]
+    weights = {name: torch.ones(c.shape) for name,
+               c in net.choices.items()} | {"n_layer": torch.tensor([0.5, 0.2, 0.3])}
+    parts = [net(x, y, {"n_layer": d, "n_embd": 24, "n_head": [2] * d, "mlp_ratio": [2] * d})[0]
+             for d in (1, 2, 3)]
     agree(net(x, y, weights)[0], 0.5 * parts[0] + 0.2 * parts[1] + 0.3 * parts[2], "logits")
 
 
 @pytest.mark.parametrize("head_size", [0, 4])
 @pytest.mark.usefixtures("implementation")
 def test_attention_mixture_is_its_padded_sum(head_size):
-    """sum_h a_h of the heads' outputs, each in the layout and with the scale of h; in and out of the projections mixed once."""
+    """sum_h a_h of the heads' outputs, each in the layout and with the scale of h; in and out of
+    the projections mixed once."""
     net = supernet("three", head_size=head_size)
     attn, e_options, E = net.transformer.h[0].attn, (12, 24, 36), 36
-    p, a = torch.tensor([0.2, 0.5, 0.3], requires_grad=True), torch.tensor([0.1, 0.6, 0.3], requires_grad=True)
+    p, a = torch.tensor([0.2, 0.5, 0.3], requires_grad=True), torch.tensor([0.1, 0.6, 0.3],
+                                                                           requires_grad=True)
     x = torch.randn(2, 5, E, requires_grad=True)
     cheap = attn(x, Size(e_options, mask=net.mask, p=p, last=net.last), Sampled(weights=a))
 
@@ -154,18 +172,25 @@ def test_attention_mixture_is_its_padded_sum(head_size):
     for ah, h in zip(a, (2, 3, 6), strict=True):
         if head_size:
             heads = [t[..., :h * head_size].reshape(2, 5, h, -1).transpose(1, 2) for t in (q, k, v)]
-            out = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).reshape(2, 5, -1)
+            out = F.scaled_dot_product_attention(*heads,
+                                                 is_causal=True).transpose(1, 2).reshape(2, 5, -1)
             y = y + ah * F.pad(out, (0, inner - out.shape[-1]))
         else:
             masks = [((torch.arange(E) % (E // h)) < n // h).float() for n in e_options]
             mask = sum(pk * m for pk, m in zip(p, masks, strict=True))
-            scaled = sum(pk * m * (n / h) ** -0.5 for pk, m, n in zip(p, masks, e_options, strict=True))
-            heads = [t.reshape(2, 5, h, -1).transpose(1, 2) for t in (q * scaled, k * mask, v * mask)]
-            y = y + ah * mask * F.scaled_dot_product_attention(*heads, is_causal=True, scale=1.0).transpose(1, 2).reshape(2, 5, -1)
+            scaled = sum(pk * m * (n / h) ** -0.5 for pk, m, n in zip(p, masks, e_options,
+                                                                      strict=True))
+            heads = [t.reshape(2, 5, h, -1).transpose(1, 2) for t in (q * scaled, k * mask,
+                                                                      v * mask)]
+            y = y + ah * mask * F.scaled_dot_product_attention(*heads, is_causal=True,
+                                                               scale=1.0).transpose(1,
+                                                                                    2).reshape(2, 5,
+                                                                                               -1)
     padded = F.linear(y, attn.c_proj.weight, attn.c_proj.bias) * width
     agree(cheap, padded, "output")
     direction, inputs = torch.randn_like(padded), [x, p, a, attn.c_attn.weight, attn.c_proj.weight]
-    for g, g0 in zip(*(torch.autograd.grad((out * direction).sum(), inputs) for out in (cheap, padded)), strict=True):
+    for g, g0 in zip(*(torch.autograd.grad((out * direction).sum(), inputs)
+                       for out in (cheap, padded)), strict=True):
         agree(g, g0, "gradient")
 
 
@@ -176,8 +201,10 @@ def test_attention_mixture_is_its_padded_sum(head_size):
     (dict(bias=False, block_size=224, n_layer=7, n_embd=576), 56_981_952), # TinyStories
     (dict(bias=False, block_size=224, n_layer=5, n_embd=384, n_head=6, mlp_ratio=2), 25_305_216),
     (dict(bias=False, block_size=224, n_layer=7), 88_362_240),
-    (dict(bias=False, block_size=256, vocab_size=65, n_layer=6, n_embd=384, n_head=6), 10_745_088), # Shakespeare-char
-    (dict(bias=False, block_size=256, vocab_size=65, n_layer=4, n_embd=96, n_head=2, mlp_ratio=2), 326_592),
+    # Shakespeare-char
+    (dict(bias=False, block_size=256, vocab_size=65, n_layer=6, n_embd=384, n_head=6), 10_745_088),
+    (dict(bias=False, block_size=256, vocab_size=65, n_layer=4, n_embd=96, n_head=2, mlp_ratio=2),
+     326_592),
     (dict(bias=False, n_layer=10, n_embd=192, n_head=6, mlp_ratio=2), 12_808_128), # OpenWebText
 ])
 def test_published_parameter_counts(config, params):
@@ -187,14 +214,18 @@ def test_published_parameter_counts(config, params):
     assert net.cost()["params"] == params
 
 
-@pytest.mark.parametrize("sum_of_ratios, n_layer, params", [(22, 6, 78_923_520), (22, 7, 81_284_352), (21, 6, 77_743_872)])
+@pytest.mark.parametrize("sum_of_ratios, n_layer, params", [(22, 6, 78_923_520),
+                                                            (22, 7, 81_284_352),
+                                                            (21, 6, 77_743_872)])
 def test_parameter_counts_of_published_searches(sum_of_ratios, n_layer, params):
     with torch.device("meta"):
-        net = build(dict(bias=False, block_size=224, n_layer=[5, 6, 7], n_head=[6, 8, 12], n_embd=[384, 576, 768], mlp_ratio=[2, 3, 4]))
+        net = build(dict(bias=False, block_size=224, n_layer=[5, 6, 7], n_head=[6, 8, 12],
+                         n_embd=[384, 576, 768], mlp_ratio=[2, 3, 4]))
     ratios = [4] * n_layer
     while sum(ratios) > sum_of_ratios:
         ratios[ratios.index(max(ratios))] -= 1
-    cost = net.cost({"n_layer": n_layer, "n_embd": 768, "n_head": [12] * n_layer, "mlp_ratio": ratios})
+    cost = net.cost({"n_layer": n_layer, "n_embd": 768, "n_head": [12] * n_layer,
+                     "mlp_ratio": ratios})
     assert cost["params"] == params
 
 
@@ -210,10 +241,12 @@ def test_flops_are_those_that_run(head_size):
 
 @pytest.mark.parametrize("head_size", [0, 4])
 def test_expected_cost_is_the_mean_over_architectures(head_size):
-    """The sum over all architectures of probability times exact cost, and a gradient that finite differences confirm."""
+    """The sum over all architectures of probability times exact cost, and a gradient that finite
+    differences confirm."""
     net = supernet("ragged", head_size=head_size, n_layer=[1, 2], mlp_ratio=[1, 2])
     g = torch.Generator().manual_seed(0)
-    weights = {name: torch.rand(c.shape, generator=g, dtype=torch.float64).softmax(-1) for name, c in net.choices.items()}
+    weights = {name: torch.rand(c.shape, generator=g, dtype=torch.float64).softmax(-1) for name,
+               c in net.choices.items()}
     total = {"params": 0.0, "flops": 0.0}
     options = {name: [c.options] * (c.repeat or 1) for name, c in net.choices.items()}
     for values in itertools.product(*(itertools.product(*rows) for rows in options.values())):
@@ -228,37 +261,50 @@ def test_expected_cost_is_the_mean_over_architectures(head_size):
         assert value.item() == pytest.approx(total[key], rel=1e-12)
     leaf = {name: w.clone().requires_grad_() for name, w in weights.items()}
     for key in total:
-        assert torch.autograd.gradcheck(lambda *w, key=key: net.cost(dict(zip(leaf, w, strict=True)))[key] / 1e3, tuple(leaf.values()))
+        assert torch.autograd.gradcheck(lambda *w,
+                                        key=key: net.cost(dict(zip(leaf, w,
+                                                                   strict=True)))[key] / 1e3,
+                                        tuple(leaf.values()))
 
 
 @pytest.mark.parametrize("block", [*BLOCKS, "moe"])
 def test_cost_of_every_block_option(block):
-    """Parameters and matrix products as they are; the expectation over two equal choices is the mean."""
+    """Parameters and matrix products as they are; the expectation over two equal choices is the
+    mean."""
     options = MOE if block == "moe" else BLOCKS[block]
-    net, (x, y) = supernet("single", head_size=8, mlp_ratio=2.5, block_size=16, **options), tokens(B=1, T=16)
+    net, (x, y) = supernet("single", head_size=8, mlp_ratio=2.5, block_size=16,
+                           **options), tokens(B=1, T=16)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         net(x, y)
-    assert net.cost() == {"params": sum(p.numel() for p in net.parameters()), "flops": counter.get_total_flops()}
+    assert net.cost() == {"params": sum(p.numel() for p in net.parameters()),
+                          "flops": counter.get_total_flops()}
     if block != "moe":
         net = supernet("even", n_layer=1, n_head=1, mlp_ratio=2.5, **options)
         half = {name: torch.full(c.shape, 1 / len(c.options)) for name, c in net.choices.items()}
-        costs = [net.cost({"n_layer": 1, "n_embd": e, "n_head": [1], "mlp_ratio": [2.5]}) for e in (12, 24, 36)]
+        costs = [net.cost({"n_layer": 1, "n_embd": e, "n_head": [1], "mlp_ratio": [2.5]})
+                 for e in (12, 24, 36)]
         for key, value in net.cost(half).items():
             assert value.item() == pytest.approx(sum(cost[key] for cost in costs) / 3)
 
 
 def test_state_dict_has_the_names_of_nanogpt():
-    names = set(build(dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=4)).state_dict())
-    layers = {"ln_1": "wb", "attn.c_attn": "wb", "attn.c_proj": "wb", "ln_2": "wb", "mlp.c_fc": "wb", "mlp.c_proj": "wb"}
-    expected = {f"transformer.h.0.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    assert names == expected | {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight", "transformer.ln_f.bias",
+    names = set(build(dict(block_size=8, vocab_size=11, n_layer=1, n_head=2,
+                           n_embd=4)).state_dict())
+    layers = {"ln_1": "wb", "attn.c_attn": "wb", "attn.c_proj": "wb", "ln_2": "wb",
+              "mlp.c_fc": "wb", "mlp.c_proj": "wb"}
+    expected = {f"transformer.h.0.{layer}.{kind}" for layer in layers for kind in ("weight",
+                                                                                   "bias")}
+    assert names == expected | {"transformer.wte.weight", "transformer.wpe.weight",
+                                "transformer.ln_f.weight", "transformer.ln_f.bias",
                                 "lm_head.weight"}
 
 
 @pytest.mark.parametrize("block", [*BLOCKS, "moe"])
 def test_every_block_option_is_causal(block):
-    """A later token changes no earlier logits, and an earlier one changes all later ones: nothing is seen too soon or hidden."""
-    net, (x, _) = supernet("single", **(MOE if block == "moe" else BLOCKS[block]) | {"loss_chunk": 0}).eval(), tokens()
+    """A later token changes no earlier logits, and an earlier one changes all later ones: nothing
+    is seen too soon or hidden."""
+    net, (x, _) = supernet("single", **(MOE if block == "moe" else BLOCKS[block]) |
+                           {"loss_chunk": 0}).eval(), tokens()
     logits, _ = net(x, x)
     for t in range(9):
         x2 = x.clone()
@@ -272,25 +318,32 @@ def test_plain_network_is_causal_and_ignores_minus_one():
     logits, _ = net(x, y)
     x2 = x.clone()
     x2[:, 6:] = (x2[:, 6:] + 1) % 29
-    assert torch.equal(net(x2, y)[0][:, :6], logits[:, :6]) and not torch.equal(net(x2, y)[0][:, 6:], logits[:, 6:])
+    assert torch.equal(net(x2, y)[0][:, :6],
+                       logits[:, :6]) and not torch.equal(net(x2, y)[0][:, 6:], logits[:, 6:])
     y2 = y.clone()
     y2[:, 4:] = -1
-    agree(net(x, y2)[1], F.cross_entropy(logits[:, :4].flatten(0, 1), y[:, :4].flatten()), "masked loss")
+    agree(net(x, y2)[1], F.cross_entropy(logits[:, :4].flatten(0, 1), y[:, :4].flatten()),
+          "masked loss")
 
 
-@pytest.mark.parametrize("options", [{}, BLOCKS["llama"], BLOCKS["original"], dict(position="rope"), MOE])
+@pytest.mark.parametrize("options", [{}, BLOCKS["llama"], BLOCKS["original"], dict(position="rope"),
+                                     MOE])
 @pytest.mark.parametrize("head_size", [0, 4])
 def test_cached_generation_equals_recomputing(head_size, options):
     space = "single" if "n_expert" in options else "even" if options else "ragged"
     net, (x, _) = supernet(space, head_size=head_size, **options), tokens(T=3)
     net.eval()
     for arch in extremes(net.choices):
-        new = net.generate(x, 40, temperature=1.5, arch=arch, generator=torch.Generator().manual_seed(3)) # runs past block_size=12
+        # runs past block_size=12
+        new = net.generate(x, 40, temperature=1.5, arch=arch,
+                           generator=torch.Generator().manual_seed(3))
         g = torch.Generator().manual_seed(3)
         for t in range(3, 43):
             logits, _ = net(new[:, max(0, t - 12):t], arch=arch)
-            assert torch.equal(torch.multinomial((logits[:, -1] / 1.5).softmax(-1), 1, generator=g)[:, 0], new[:, t]), t
-    drawn = [net.generate(x, 8, temperature=0.9, top_k=5, arch=arch, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+            assert torch.equal(torch.multinomial((logits[:, -1] / 1.5).softmax(-1), 1,
+                                                 generator=g)[:, 0], new[:, t]), t
+    drawn = [net.generate(x, 8, temperature=0.9, top_k=5, arch=arch,
+                          generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert net.generate(x, 30, temperature=5.0, arch=arch, vocab_size=7)[:, 3:].max() < 7
 
@@ -302,26 +355,31 @@ def test_a_mixture_generates_what_it_computes():
     new = net.generate(x, 15, temperature=0, arch=weights)
     assert torch.equal(net.generate(x, 15, temperature=1e-300, arch=weights), new)
     for t in range(3, 18):
-        assert torch.equal(net(new[:, max(0, t - 12):t], arch=weights)[0][:, -1].argmax(-1), new[:, t]), t
+        assert torch.equal(net(new[:, max(0, t - 12):t], arch=weights)[0][:, -1].argmax(-1),
+                           new[:, t]), t
 
 
 def test_plain_network_is_gpt2_written_out():
-    """Against the equations of GPT-2, in plain tensor operations: tanh GELU, pre-norm, tied head, softmax(q k / sqrt(d)) v."""
+    """Against the equations of GPT-2, in plain tensor operations: tanh GELU, pre-norm, tied head,
+    softmax(q k / sqrt(d)) v."""
     net, (x, y) = supernet("single"), tokens()
     w = net.state_dict()
     h = w["transformer.wte.weight"][x] + w["transformer.wpe.weight"][:9]
 
     def norm(h, name):
         centred = h - h.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return centred / (centred.square().mean(-1, keepdim=True) +
+                          1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     def linear(h, name):
         return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
     for i in range(2):
         qkv = linear(norm(h, f"transformer.h.{i}.ln_1"), f"transformer.h.{i}.attn.c_attn")
         q, k, v = (t.view(2, 9, 5, 8).transpose(1, 2) for t in qkv.split(40, -1))
-        scores = (q @ k.transpose(-1, -2) / 8 ** 0.5).masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
-        h = h + linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 40), f"transformer.h.{i}.attn.c_proj")
+        scores = (q @ k.transpose(-1, -2) / 8 ** 0.5).masked_fill(torch.ones(9, 9).triu(1).bool(),
+                                                                  float("-inf"))
+        h = h + linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 40),
+                       f"transformer.h.{i}.attn.c_proj")
         z = linear(norm(h, f"transformer.h.{i}.ln_2"), f"transformer.h.{i}.mlp.c_fc")
         z = 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z ** 3)))
         h = h + linear(z, f"transformer.h.{i}.mlp.c_proj")
@@ -330,19 +388,25 @@ def test_plain_network_is_gpt2_written_out():
     agree(net(x)[0], logits[:, [-1]], "logits of the last position")
 
 
-ACTIVATIONS = {"gelu": torch.nn.GELU("tanh"), "exact_gelu": torch.nn.GELU(), "relu": torch.nn.ReLU(), "silu": torch.nn.SiLU(),
-               "mish": torch.nn.Mish(), "geglu": torch.nn.GELU("tanh"), "swiglu": torch.nn.SiLU(), "reglu": torch.nn.ReLU()}
+ACTIVATIONS = {"gelu": torch.nn.GELU("tanh"), "exact_gelu": torch.nn.GELU(),
+               "relu": torch.nn.ReLU(), "silu": torch.nn.SiLU(),
+               "mish": torch.nn.Mish(), "geglu": torch.nn.GELU("tanh"), "swiglu": torch.nn.SiLU(),
+               "reglu": torch.nn.ReLU()}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
-    """Against torch's modules; the gated ones are act(W x) * (V x), W the first half of the rows of c_fc and V the second."""
-    mlp, x, act = supernet("single", activation=activation).transformer.h[0].mlp, torch.randn(3, 5, 40), ACTIVATIONS[activation]
+    """Against torch's modules; the gated ones are act(W x) * (V x), W the first half of the rows
+    of c_fc and V the second."""
+    mlp, x, act = supernet("single",
+                           activation=activation).transformer.h[0].mlp, torch.randn(3, 5,
+                                                                                    40), ACTIVATIONS[activation]
     w, b = mlp.c_fc.weight, mlp.c_fc.bias
     hidden = act(x @ w[:120].T + b[:120])
     if activation.endswith("glu"):
         hidden = hidden * (x @ w[120:].T + b[120:])
-    assert len(w) == (240 if activation.endswith("glu") else 120) # mlp_ratio=3 times 40, for each part
+    # mlp_ratio=3 times 40, for each part
+    assert len(w) == (240 if activation.endswith("glu") else 120)
     agree(mlp(x), hidden @ mlp.c_proj.weight.T + mlp.c_proj.bias, "output")
 
 
@@ -350,7 +414,8 @@ def test_activations(activation):
 def test_vision_transformers_have_the_exact_gelu(space):
     net = space_module(space).build(TINY_SPACES[space] | dict(img_size=8))
     mlp = next(module for module in net.modules() if isinstance(module, MLP))
-    x = 100 * torch.randn(4, 5, mlp.c_fc.in_features) # its weights are small, and around 0 both forms are one
+    # its weights are small, and around 0 both forms are one
+    x = 100 * torch.randn(4, 5, mlp.c_fc.in_features)
     agree(mlp(x), mlp.c_proj(torch.nn.GELU()(mlp.c_fc(x))), "output")
 
 
@@ -359,13 +424,15 @@ def test_residuals(residual):
     """With the places of the norms written out, around torch's own attention."""
     net, x = supernet("single", residual=residual), torch.randn(2, 9, 40)
     block = net.transformer.h[0]
-    norm_1, norm_2 = (lambda x, m=m: m and F.layer_norm(x, (40,), m.weight, m.bias) for m in (block.ln_1, getattr(block, "ln_2", None)))
+    norm_1, norm_2 = (lambda x, m=m: m and F.layer_norm(x, (40,), m.weight, m.bias)
+                      for m in (block.ln_1, getattr(block, "ln_2", None)))
 
     def attention(x):
         torch_attention = torch.nn.MultiheadAttention(40, 5, batch_first=True)
         torch_attention.in_proj_weight, torch_attention.in_proj_bias = block.attn.c_attn.weight, block.attn.c_attn.bias
         torch_attention.out_proj = block.attn.c_proj
-        return torch_attention(x, x, x, attn_mask=torch.ones(9, 9).triu(1).bool(), need_weights=False)[0]
+        return torch_attention(x, x, x, attn_mask=torch.ones(9, 9).triu(1).bool(),
+                               need_weights=False)[0]
     if residual == "pre":
         y = x + attention(norm_1(x))
         y = y + block.mlp(norm_2(y))
@@ -381,12 +448,16 @@ def test_residuals(residual):
 
 
 def test_rope_attention_sees_distances_alone():
-    """The scores of a whole attention, against scaled_dot_product_attention of tokens turned as complex numbers, at any offset."""
+    """The scores of a whole attention, against scaled_dot_product_attention of tokens turned as
+    complex numbers, at any offset."""
     attn, x = supernet("single", position="rope").transformer.h[0].attn, torch.randn(2, 9, 40)
     q, k, v = (t.unflatten(2, (5, 8)).transpose(1, 2) for t in attn.c_attn(x).chunk(3, 2))
     for offset in (0, 100):
-        turn = torch.exp(1j * torch.outer(torch.arange(9.0) + offset, 10000 ** (-torch.arange(0, 8, 2) / 8)))
-        q_k = [torch.view_as_real(torch.view_as_complex(t.unflatten(3, (4, 2)).contiguous()) * turn).flatten(3) for t in (q, k)]
+        turn = torch.exp(1j * torch.outer(torch.arange(9.0) + offset,
+                                          10000 ** (-torch.arange(0, 8, 2) / 8)))
+        q_k = [torch.view_as_real(torch.view_as_complex(t.unflatten(3,
+                                                                    (4,
+                                                                     2)).contiguous()) * turn).flatten(3) for t in (q, k)]
         y = F.scaled_dot_product_attention(*q_k, v, is_causal=True).transpose(1, 2).flatten(2)
         torch.testing.assert_close(attn(x), attn.c_proj(y), rtol=1e-4, atol=1e-4)
 
@@ -402,7 +473,8 @@ def test_top_1_of_the_mixture_of_experts_is_the_chosen_expert():
     layer.eval()
     chosen = (x @ layer.router.weight[:4].T).argmax(-1)
     assert len(chosen.unique()) > 1
-    y = torch.stack([layer.experts[int(i)](token) for i, token in zip(chosen.flatten(), x.flatten(0, 1), strict=True)])
+    y = torch.stack([layer.experts[int(i)](token) for i,
+                     token in zip(chosen.flatten(), x.flatten(0, 1), strict=True)])
     agree(layer(x), y.view_as(x), "output")
 
 
@@ -412,12 +484,13 @@ def test_mixture_of_experts_is_the_weighted_sum_of_the_top_k():
     logits = x @ layer.router.weight[:4].T
     hidden = logits < logits.sort(descending=True).values[..., [1]]
     gates = logits.masked_fill(hidden, float("-inf")).softmax(-1)
-    agree(layer(x), sum(gates[..., [i]] * expert(x) for i, expert in enumerate(layer.experts)), "output")
+    agree(layer(x), sum(gates[..., [i]] * expert(x) for i, expert in enumerate(layer.experts)),
+          "output")
 
 
 def test_load_of_an_expert_is_how_often_it_would_be_chosen():
-    """P(x, i) in the loss, against drawing the noise of expert i anew 4,000 times while that of the others stays (Shazeer et al. 2017,
-    appendix A); and the whole loss from it."""
+    """P(x, i) in the loss, against drawing the noise of expert i anew 4,000 times while that of
+    the others stays (Shazeer et al. 2017, appendix A); and the whole loss from it."""
     layer, x = moe()
     clean, scale = (x.flatten(0, 1) @ layer.router.weight.T).chunk(2, -1)
     torch.manual_seed(5)
@@ -429,7 +502,8 @@ def test_load_of_an_expert_is_how_often_it_would_be_chosen():
         redrawn = logits.repeat(4000, 1, 1)
         redrawn[..., i] = clean[:, i] + torch.randn(4000, 100) * F.softplus(scale)[:, i]
         load[i] = (redrawn.topk(2).indices == i).any(-1).float().mean(0).sum()
-    gates = torch.zeros(100, 4).scatter(1, logits.topk(2).indices, logits.topk(2).values.softmax(-1)).sum(0)
+    gates = torch.zeros(100, 4).scatter(1, logits.topk(2).indices,
+                                        logits.topk(2).values.softmax(-1)).sum(0)
     loss = sum((t.std(correction=0) / t.mean()) ** 2 for t in (gates, load))
     assert layer.aux_loss.item() == pytest.approx(loss.item(), rel=0.03)
 
@@ -438,7 +512,8 @@ def test_training_loss_has_the_experts_imbalance_and_evaluation_has_not():
     net, (x, y) = supernet("single", **MOE, router_aux_loss_coef=0.25), tokens()
     logits, loss = net(x, y)
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-    agree(loss, cross_entropy + 0.25 * sum(block.mlp.aux_loss for block in net.transformer.h), "training loss")
+    agree(loss, cross_entropy + 0.25 * sum(block.mlp.aux_loss for block in net.transformer.h),
+          "training loss")
     net.eval()
     logits, loss = net(x, y)
     agree(loss, F.cross_entropy(logits.flatten(0, 1), y.flatten()), "loss")
@@ -452,7 +527,7 @@ def test_load_balancing_loss_balances():
         layer.router.weight[0] += 0.1
 
     def largest_share():
-        return (x @ layer.router.weight[:4].T).argmax(-1).flatten().bincount(minlength=4).max().item() / 100
+        return ((x @ layer.router.weight[:4].T).argmax(-1).flatten().bincount(minlength=4).max().item() / 100)
     before, optimizer = largest_share(), torch.optim.Adam([layer.router.weight], lr=0.01)
     for _ in range(100):
         layer(x)
@@ -464,7 +539,8 @@ def test_load_balancing_loss_balances():
 
 @pytest.mark.parametrize("loss_chunk", [1, 7, 18, 100])
 def test_chunked_loss_is_the_whole_loss(loss_chunk):
-    """In value and gradient, also where the chunks do not divide the tokens and where targets are ignored."""
+    """In value and gradient, also where the chunks do not divide the tokens and where targets are
+    ignored."""
     nets, (x, y) = [supernet("single", loss_chunk=n) for n in (0, loss_chunk)], tokens()
     y[0, 3:6] = -1
     for net in nets:
@@ -477,9 +553,11 @@ def test_chunked_loss_is_the_whole_loss(loss_chunk):
 
 
 def test_chunked_loss_never_holds_all_logits():
-    """The logits of 1,024 tokens are 33 MB, and their gradient as much: a step stays below even one of them."""
+    """The logits of 1,024 tokens are 33 MB, and their gradient as much: a step stays below even
+    one of them."""
     def step(loss_chunk):
-        net = build(dict(block_size=256, vocab_size=8192, n_layer=1, n_head=1, n_embd=8, loss_chunk=loss_chunk))
+        net = build(dict(block_size=256, vocab_size=8192, n_layer=1, n_head=1, n_embd=8,
+                         loss_chunk=loss_chunk))
         x = torch.randint(8192, (4, 256))
         return peak(lambda: net(x, x)[1].backward(), SimpleNamespace(device_type="cpu"))
     whole, chunked = step(0), step(64)
@@ -487,23 +565,30 @@ def test_chunked_loss_never_holds_all_logits():
 
 
 def test_options_go_from_search_to_training(data_dir, tmp_path):
-    """A search with the options of a block hands them on; the network that is trained is the one that was found."""
+    """A search with the options of a block hands them on; the network that is trained is the one
+    that was found."""
     options = dict(norm="rmsnorm", position="rope", activation="swiglu", residual="parallel")
-    succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s", *flags(TINY_SEARCH | options))
-    succeeds("train_base.py", f"--arch={tmp_path}/s/arch.json", f"--out_dir={tmp_path}/b", *flags(TINY), "--loss_chunk=10")
+    succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s",
+             *flags(TINY_SEARCH | options))
+    succeeds("train_base.py", f"--arch={tmp_path}/s/arch.json", f"--out_dir={tmp_path}/b",
+             *flags(TINY), "--loss_chunk=10")
     found, trained = (json.loads((tmp_path / out / "result.json").read_text()) for out in "sb")
     checkpoint = torch.load(tmp_path / "b/best.pt", weights_only=True)
     net = build(checkpoint["config"], found["arch"])
     net.load_state_dict(checkpoint["model"])
-    assert "wpe" not in dict(net.transformer.named_children()) and not hasattr(net.transformer.h[0], "ln_2")
+    assert "wpe" not in dict(net.transformer.named_children()) and not hasattr(net.transformer.h[0],
+                                                                               "ln_2")
     assert found["params"] == trained["params"] == sum(p.numel() for p in net.parameters())
 
 
 def test_a_mixture_of_experts_trains(data_dir, tmp_path):
-    options = TINY | dict(n_layer=2, n_head=2, n_embd=16, n_expert=3, norm="partial_rmsnorm", position="sinusoidal", residual="post")
-    succeeds("train.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o", *flags(options | dict(loss_chunk=10)))
+    options = TINY | dict(n_layer=2, n_head=2, n_embd=16, n_expert=3, norm="partial_rmsnorm",
+                          position="sinusoidal", residual="post")
+    succeeds("train.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o",
+             *flags(options | dict(loss_chunk=10)))
     search = flags(TINY_SEARCH | dict(n_expert=3))
-    assert "n_expert=3" in fails("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s", *search)
+    assert "n_expert=3" in fails("train_search.py", f"--data_dir={data_dir}",
+                                 f"--out_dir={tmp_path}/s", *search)
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -520,25 +605,29 @@ def test_straight_through_options_of_every_block_option(block, head_size):
 
 
 def check_straight_through_options(net):
-    """gdas slices: its loss is the mixture's, so are the gradients of the shared weights and those to the weights of what was
-    chosen; of all depths, whose own weight the final norm hides. (In float64, but for buffers rounded to
-    float32: the norms all but cancel some of them.)"""
+    """gdas slices: its loss is the mixture's, so are the gradients of the shared weights and those
+    to the weights of what was chosen; of all depths, whose own weight the final norm hides. (In
+    float64, but for buffers rounded to float32: the norms all but cancel some of them.)"""
     net, (x, y) = net.double(), tokens()
     params = list(net.parameters())
     for arch in some_archs(net):
-        leaves = {name: w.double().requires_grad_() for name, w in one_hot(net.choices, arch).items()}
+        leaves = {name: w.double().requires_grad_() for name, w in one_hot(net.choices,
+                                                                           arch).items()}
         results = []
         for third in (straight_through_arch(net.choices, leaves), leaves):
             logits, loss = net(x, y, third)
             grads = torch.autograd.grad(loss, [*leaves.values(), *params], materialize_grads=True)
-            results.append((logits, loss, dict(zip(leaves, grads, strict=False)), grads[len(leaves):]))
-        (logits, loss, grads, shared), (mixed_logits, mixed_loss, mixed_grads, mixed_shared) = results
+            results.append((logits, loss, dict(zip(leaves, grads, strict=False)),
+                            grads[len(leaves):]))
+        (logits, loss, grads, shared), (mixed_logits, mixed_loss, mixed_grads,
+                                        mixed_shared) = results
         agree(logits, mixed_logits, "logits")
         agree(loss, mixed_loss, "loss")
         for g, g0 in zip(shared, mixed_shared, strict=True):
             agree(g, g0, "gradient")
         for name, g in grads.items():
-            chosen = leaves[name] if name != "n_layer" else 1 # layers that were not run get nothing from either
+            # layers that were not run get nothing from either
+            chosen = leaves[name] if name != "n_layer" else 1
             worst = (g - mixed_grads[name] * chosen).abs().max().item()
             assert worst <= 1e-7, f"gradient to {name} of {arch}: differs by {worst:.2e}"
 
@@ -547,7 +636,8 @@ def test_mixture_mixes_the_width_once_in_every_operation():
     """Embeddings, final norm and head of the mixture, written out around its blocks."""
     net, (x, y) = supernet("three"), tokens()
     g = torch.Generator().manual_seed(0)
-    weights = {name: torch.rand(c.shape, generator=g).softmax(-1) for name, c in net.choices.items()}
+    weights = {name: torch.rand(c.shape, generator=g).softmax(-1) for name,
+               c in net.choices.items()}
     (e, _, layers), p, w = transformer_sizes(net, weights), weights["n_layer"], net.state_dict()
     options = list(zip(weights["n_embd"], (12, 24, 36), strict=True))
     S = sum(pk * (torch.arange(36) < k) for pk, k in options)
@@ -556,7 +646,8 @@ def test_mixture_mixes_the_width_once_in_every_operation():
         h = block(h, e, *layers[i])
         mixed = mixed + p[i] * h
     weight, bias = w["transformer.ln_f.weight"], w["transformer.ln_f.bias"]
-    normed = sum(pk * F.pad(F.layer_norm(mixed[..., :k], (k,), weight[:k], bias[:k]), (0, 36 - k)) for pk, k in options)
+    normed = sum(pk * F.pad(F.layer_norm(mixed[..., :k], (k,), weight[:k], bias[:k]), (0, 36 - k))
+                 for pk, k in options)
     agree(net(x, y, weights)[0], (normed * S) @ w["transformer.wte.weight"].T, "logits")
 
 
@@ -568,9 +659,11 @@ def test_dropout_is_everywhere_in_training_and_nowhere_in_evaluation(monkeypatch
         dropped.append(dropout_p)
         return attention(*args, dropout_p=dropout_p, **kwargs)
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    places = [net.transformer.drop, *(m for b in net.transformer.h for m in (b.attn.resid_dropout, b.mlp.dropout))]
+    places = [net.transformer.drop, *(m for b in net.transformer.h for m in (b.attn.resid_dropout,
+                                                                             b.mlp.dropout))]
     for place in places:
-        place.register_forward_hook(lambda module, args, out: dropped.append(module.p if module.training else 0.0))
+        place.register_forward_hook(lambda module, args,
+                                    out: dropped.append(module.p if module.training else 0.0))
     net(x, y)
     assert dropped == [0.3] * 7
     dropped.clear()
@@ -582,7 +675,8 @@ def test_sampling_follows_temperature_and_top_k():
     net, (x, _) = supernet("single"), tokens(B=1, T=4)
     net.eval()
     logits = net(x)[0][0, -1].detach()
-    drawn = net.generate(x.repeat(20_000, 1), 1, temperature=2.0, top_k=5, generator=torch.Generator().manual_seed(0))[:, -1]
+    drawn = net.generate(x.repeat(20_000, 1), 1, temperature=2.0, top_k=5,
+                         generator=torch.Generator().manual_seed(0))[:, -1]
     top_edges = logits.topk(5)
     p = torch.zeros(29).index_put((top_edges.indices,), (top_edges.values / 2.0).softmax(-1))
     assert (drawn.bincount(minlength=29) / 20_000 - p).abs().max() < 0.015
@@ -629,7 +723,8 @@ def test_bad_sizes_are_one_sentence(change, words):
     assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("change", [dict(n_layer=9), dict(n_embd=13), dict(n_head=[2]), dict(n_head=[2, 7, 2]), dict(extra=1),
+@pytest.mark.parametrize("change", [dict(n_layer=9), dict(n_embd=13), dict(n_head=[2]),
+                                    dict(n_head=[2, 7, 2]), dict(extra=1),
                                     dict(mlp_ratio=2)])
 def test_an_architecture_of_another_space_is_one_sentence(change):
     net = supernet("three")

@@ -1,4 +1,5 @@
-"""Agents that choose heads and layers: they learn, resume exactly, and leave files that hold no pickle."""
+"""Agents that choose heads and layers: they learn, resume exactly, and leave files that hold no
+pickle."""
 import inspect
 import json
 import re
@@ -23,12 +24,14 @@ SMALL = dict(table=TABLE, budget=40, updates=40, eval_interval=10, learning_star
 
 
 def settings(out, **changes):
-    return configurator.defaults(vars(train_rl)) | SMALL | dict(out_dir=str(out), overwrite=True) | changes
+    return configurator.defaults(vars(train_rl)) | SMALL | dict(out_dir=str(out),
+                                                                overwrite=True) | changes
 
 
 def log_of(out):
     lines = read_lines(str(Path(out) / "log.jsonl"))
-    return [line for line in lines if "reward" in line], [line for line in lines if "actions" in line]
+    return [line for line in lines if "reward" in line], [line for line in lines
+                                                          if "actions" in line]
 
 
 def expected_regret():
@@ -37,14 +40,18 @@ def expected_regret():
     return np.mean([env.regret(rewards, np.full(len(rewards), a)) for a in range(64)])
 
 
-@pytest.mark.parametrize("changes", [dict(q_network="numbers"), dict(q_network="outputs"), dict(algo="ppo"), dict(algo="a2c")])
+@pytest.mark.parametrize("changes", [dict(q_network="numbers"), dict(q_network="outputs"),
+                                     dict(algo="ppo"), dict(algo="a2c")])
 def test_an_agent_learns(changes, tmp_path):
     """Its regret ends far below that of chance, and it values what it takes above the average."""
     result = learn(settings(tmp_path, budget=300, updates=1500, eval_interval=50, **changes))
     assert result["updates"] > 0 and result["regret"] < 0.5 * expected_regret()
     evaluated, looks = log_of(tmp_path)
-    assert np.mean([line["reward"] for line in evaluated[-100:]]) > np.mean([line["reward"] for line in evaluated[:100]])
-    assert np.mean(looks[-1]["regret"]) == pytest.approx(result["regret"], abs=0.05) or changes.get("algo") # that updates once more
+    assert np.mean([line["reward"] for line in evaluated[-100:]]) > np.mean([line["reward"]
+                                                                             for line in evaluated[:100]])
+    # that updates once more
+    assert np.mean(looks[-1]["regret"]) == pytest.approx(result["regret"],
+                                                         abs=0.05) or changes.get("algo")
     analyze(str(tmp_path))
     for name in ("aggregate", "frames", "two", "regret", "surface"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
@@ -82,7 +89,8 @@ def test_two_iterations_are_one_and_one_more(changes, tmp_path):
     learn(settings(tmp_path / "a", n_iterations=2, mode=1, **changes))
     learn(settings(tmp_path / "b", n_iterations=1, mode=1, **changes))
     learn(settings(tmp_path / "b", n_iterations=2, mode=1, init_from="resume", **changes))
-    a, b = (load_checkpoint(str(tmp_path / out / "ckpt.pt"), "cpu") for out in "ab") # nothing is unpickled
+    # nothing is unpickled
+    a, b = (load_checkpoint(str(tmp_path / out / "ckpt.pt"), "cpu") for out in "ab")
     assert flat(a) == flat(b)
     assert log_of(tmp_path / "a")[0] == log_of(tmp_path / "b")[0]
     halves = {line["entries"]: line["iteration"] for line in log_of(tmp_path / "a")[0]}
@@ -112,35 +120,49 @@ def test_random_search_that_has_seen_all_of_one_seed_is_the_oracle(tmp_path):
     result = learn(settings(tmp_path, algo="random", seeds=[1], budget=64 * len(shards)))
     assert result["regret"] == 0 and result["updates"] == 0
     evaluated, _ = log_of(tmp_path)
-    assert len({(line["entries"], line["n_head"], line["n_layer"]) for line in evaluated}) == 64 * len(shards)
+    assert len({(line["entries"], line["n_head"], line["n_layer"])
+                for line in evaluated}) == 64 * len(shards)
 
 
 def test_the_policy_table_says_what_the_environment_says(tmp_path):
     result = learn(settings(tmp_path, seeds=[2]))
-    rows = {(row["entries"], row["n_head"], row["n_layer"], row["seed"]): row for row in env.read_table(TABLE)}
+    rows = {(row["entries"], row["n_head"], row["n_layer"], row["seed"]): row
+            for row in env.read_table(TABLE)}
     for row in result["policy"]:
         found = rows[row["entries"], row["n_head"], row["n_layer"], 2]
-        assert (row["loss"], row["time"]) == (found["loss"], found["time"]) and row["reward"] == env.balance_reward(found)
+        assert (row["loss"], row["time"]) == (found["loss"],
+                                              found["time"]) and row["reward"] == env.balance_reward(found)
     assert result == read_json(tmp_path / "result.json")
 
 
 def test_numbers_are_what_the_network_sees():
-    """Before any update the value is a function of heads and layers alone, the same for equal sizes and smooth in them."""
+    """Before any update the value is a function of heads and layers alone, the same for equal
+    sizes and smooth in them."""
     torch.manual_seed(0)
     net = train_rl.NumbersNet(1, [64, 64], torch.nn.ReLU)
     q = net(torch.tensor([[0.3]])).view(8, 8)
     assert (q.diff(dim=0).abs().max() < q.std() * 2) and (q.diff(dim=1).abs().max() < q.std() * 2)
     assert torch.equal(net.rest(torch.rand(5, 1)), torch.zeros(5, 64))
-    assert net.sizes.view(8, 8, 2)[0, 0].tolist() == [-1, -1] and net.sizes.view(8, 8, 2)[7, 7].tolist() == [1, 1]
+    assert net.sizes.view(8, 8, 2)[0, 0].tolist() == [-1,
+                                                      -1] and net.sizes.view(8, 8,
+                                                                             2)[7,
+                                                                                7].tolist() == [1,
+                                                                                                1]
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(algo="sac"), "algo='sac' is not one of dqn, ppo, a2c, random"), (dict(reward="x"), "reward='x'"), (dict(budget=0), "budget=0"),
-    (dict(seeds=[9]), "lacks a row"), (dict(table="none.csv"), "cannot be read"), (dict(mode=5), "mode=5 is not one of 0, 1, 2"),
-    (dict(updates=0), "updates=0 must be 1 or more"), (dict(temperature=0.0), "temperature=0.0 must be above 0"),
-    (dict(time_from="flop"), "time_from='flop' is not one of measured, flops"), (dict(seeds=1.5), r"seeds=\[1.5\] must be whole"),
-    (dict(flops_per_second=0.0), "flops_per_second=0.0 must be above 0"), (dict(evaluator="x"), "evaluator='x' is not one of"),
-    (dict(learning_starts=-1), "learning_starts=-1 must be 0"), (dict(rl_learning_rate=-1), "rl_learning_rate=-1 must be 0 or more")])
+    (dict(algo="sac"), "algo='sac' is not one of dqn, ppo, a2c, random"),
+    (dict(reward="x"), "reward='x'"), (dict(budget=0), "budget=0"),
+    (dict(seeds=[9]), "lacks a row"), (dict(table="none.csv"), "cannot be read"),
+    (dict(mode=5), "mode=5 is not one of 0, 1, 2"),
+    (dict(updates=0), "updates=0 must be 1 or more"), (dict(temperature=0.0),
+                                                       "temperature=0.0 must be above 0"),
+    (dict(time_from="flop"), "time_from='flop' is not one of measured, flops"),
+    (dict(seeds=1.5), r"seeds=\[1.5\] must be whole"),
+    (dict(flops_per_second=0.0), "flops_per_second=0.0 must be above 0"),
+    (dict(evaluator="x"), "evaluator='x' is not one of"),
+    (dict(learning_starts=-1), "learning_starts=-1 must be 0"),
+    (dict(rl_learning_rate=-1), "rl_learning_rate=-1 must be 0 or more")])
 def test_a_mistake_is_one_sentence(changes, words, tmp_path):
     with pytest.raises(SystemExit, match=words) as e:
         learn(settings(tmp_path / "o", **changes))
@@ -148,16 +170,19 @@ def test_a_mistake_is_one_sentence(changes, words, tmp_path):
 
 
 def test_a_number_is_a_list_of_one_seed(tmp_path):
-    number, listed = (learn(settings(tmp_path / str(i), seeds=seeds, algo="random")) for i, seeds in enumerate((1, [1])))
+    number, listed = (learn(settings(tmp_path / str(i), seeds=seeds, algo="random")) for i,
+                      seeds in enumerate((1, [1])))
     assert number | {"out_dir": ""} == listed | {"out_dir": ""}
 
 
 @pytest.mark.parametrize("changes, words", [
     (dict(n_envs=1, n_iterations=3),
      "n_envs=1 differs from the n_envs=2 that this agent has learned with: give --n_envs=2"),
-    (dict(n_envs=2, n_iterations=1), "n_iterations=1 is below the 2 that this run has made: give --n_iterations=2 or more")])
+    (dict(n_envs=2, n_iterations=1),
+     "n_iterations=1 is below the 2 that this run has made: give --n_iterations=2 or more")])
 def test_a_resume_that_cannot_be_is_one_sentence(changes, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_rl, "SubprocVecEnv", lambda envs, start_method: DummyVecEnv(envs)) # no processes: seconds each
+    # no processes: seconds each
+    monkeypatch.setattr(train_rl, "SubprocVecEnv", lambda envs, start_method: DummyVecEnv(envs))
     learn(settings(tmp_path, n_envs=2, n_iterations=2))
     log = (tmp_path / "log.jsonl").read_bytes()
     with pytest.raises(SystemExit, match=words) as e:
@@ -167,16 +192,20 @@ def test_a_resume_that_cannot_be_is_one_sentence(changes, words, tmp_path, monke
 
 @pytest.mark.parametrize("n_envs, changes", [(3, {}), (1, dict(budget=9)), (1, dict(budget=70))])
 def test_an_agent_that_goes_on_forgets_nothing(n_envs, changes, tmp_path, monkeypatch):
-    """40 evaluations do not divide by 3; later iterations may be shorter or longer than the first."""
+    """40 evaluations do not divide by 3; later iterations may be shorter or longer than the
+    first."""
     monkeypatch.setattr(train_rl, "SubprocVecEnv", lambda envs, start_method: DummyVecEnv(envs))
     learn(settings(tmp_path / "b", mode=1, n_envs=n_envs))
-    learn(settings(tmp_path / "b", mode=1, n_envs=n_envs, n_iterations=3, init_from="resume", **changes))
+    learn(settings(tmp_path / "b", mode=1, n_envs=n_envs, n_iterations=3, init_from="resume",
+                   **changes))
     evaluated, _ = log_of(tmp_path / "b")
     rewards = load_checkpoint(str(tmp_path / "b/ckpt.pt"), "cpu")["agent"]["buffer"]["rewards"]
     assert rewards.flatten().tolist() == pytest.approx([line["reward"] for line in evaluated])
     if not changes:
         learn(settings(tmp_path / "a", mode=1, n_envs=n_envs, n_iterations=3))
-        assert flat(load_checkpoint(str(tmp_path / "a/ckpt.pt"), "cpu")) == flat(load_checkpoint(str(tmp_path / "b/ckpt.pt"), "cpu"))
+        assert flat(load_checkpoint(str(tmp_path / "a/ckpt.pt"),
+                                    "cpu")) == flat(load_checkpoint(str(tmp_path / "b/ckpt.pt"),
+                                                                    "cpu"))
 
 
 def test_groups_of_runs_are_compared(tmp_path, capsys):
@@ -185,8 +214,9 @@ def test_groups_of_runs_are_compared(tmp_path, capsys):
     analyze(str(tmp_path), f"draws:{tmp_path}/r_*,the first:{tmp_path}/r_1")
     assert (tmp_path / "regret.png").stat().st_size > 10_000
     last = [np.mean(log_of(tmp_path / f"r_{seed}")[1][-1]["regret"]) for seed in (1, 2)]
-    assert f"draws: regret after the last evaluation {100 * np.mean(last):.2f}%" in capsys.readouterr().out
-    learn(settings(tmp_path / "short", algo="random", budget=8)) # it ends before its first look at the policy
+    assert (f"draws: regret after the last evaluation {100 * np.mean(last):.2f}%" in capsys.readouterr().out)
+    # it ends before its first look at the policy
+    learn(settings(tmp_path / "short", algo="random", budget=8))
     for folders in ("none_*", "short"):
         with pytest.raises(SystemExit, match="names no runs"):
             analyze(str(tmp_path), f"x:{tmp_path}/{folders}")
@@ -196,8 +226,10 @@ def test_groups_of_runs_are_compared(tmp_path, capsys):
 
 def test_what_ends_in_an_environments_process_is_said_without_a_traceback(data_dir, tmp_path):
     """There, where the training diverges, and by the script, which loses that environment."""
-    options = dict(evaluator="train", data_dir=data_dir, cache_dir=tmp_path / "cache", out_dir=tmp_path / "out", shards=3, entries=[5, 40],
-                   test_entries=10, block_size=16, head_size=2, batch_size=2, max_iters=3, warmup_iters=0, decay_lr=False, seeds=[1],
+    options = dict(evaluator="train", data_dir=data_dir, cache_dir=tmp_path / "cache",
+                   out_dir=tmp_path / "out", shards=3, entries=[5, 40],
+                   test_entries=10, block_size=16, head_size=2, batch_size=2, max_iters=3,
+                   warmup_iters=0, decay_lr=False, seeds=[1],
                    budget=12, n_envs=2, learning_rate=1e30)
     done = run("train_rl.py", *flags(options))
     assert done.returncode == 1 and "Traceback" not in done.stderr and "try a lower learning_rate" in done.stderr, done.stderr
@@ -206,11 +238,15 @@ def test_what_ends_in_an_environments_process_is_said_without_a_traceback(data_d
 
 
 def test_parallel_environments_train_for_real(data_dir, tmp_path):
-    """Two processes, real training, TensorBoard: from nothing to a policy on shards cut at first use."""
-    options = dict(evaluator="train", data_dir=data_dir, cache_dir=tmp_path / "cache", out_dir=tmp_path / "out", shards=3, entries=[5, 40],
-                   test_entries=10, block_size=16, head_size=2, batch_size=2, max_iters=1, seeds=[1], budget=12, eval_interval=4, n_envs=2,
+    """Two processes, real training, TensorBoard: from nothing to a policy on shards cut at first
+    use."""
+    options = dict(evaluator="train", data_dir=data_dir, cache_dir=tmp_path / "cache",
+                   out_dir=tmp_path / "out", shards=3, entries=[5, 40],
+                   test_entries=10, block_size=16, head_size=2, batch_size=2, max_iters=1,
+                   seeds=[1], budget=12, eval_interval=4, n_envs=2,
                    learning_starts=4, tensorboard=True)
-    out = succeeds("train_rl.py", *(f"--{key}={str(value).replace(' ', '')}" for key, value in options.items()))
+    out = succeeds("train_rl.py", *(f"--{key}={str(value).replace(' ', '')}" for key,
+                                    value in options.items()))
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["evaluations"] == 12 and result["updates"] > 0 and "the best seen" in out
     assert [row["entries"] for row in result["policy"]] == [5, 14, 40]

@@ -1,4 +1,5 @@
-"""The sandwich rule and in-place distillation: of the draws of a step the largest learns from labels, the others from its answers."""
+"""The sandwich rule and in-place distillation: of the draws of a step the largest learns from
+labels, the others from its answers."""
 import pytest
 import torch
 from conftest import TINY_SPACES, flags, succeeds
@@ -31,19 +32,22 @@ def network(space):
         config = search_config("", "") | dict(vocab_size=17)
         x, y = torch.randint(17, (2, 2, 6))
     else:
-        config = image_config(space, "", "") | TINY_SPACES[space] | dict(img_size=8, in_channels=1, num_classes=10)
+        config = image_config(space, "", "") | TINY_SPACES[space] | dict(img_size=8, in_channels=1,
+                                                                         num_classes=10)
         x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
     return search_spaces.build(config).eval(), x, y
 
 
 @pytest.mark.parametrize("space", ["gpt", "mobilenetv3"])
 def test_only_the_first_of_a_batch_learns_from_labels(space):
-    """The others' loss, and its gradient, are those of the cross-entropy to fixed answers; each batch has its own."""
+    """The others' loss, and its gradient, are those of the cross-entropy to fixed answers; each
+    batch has its own."""
     net, x, y = network(space)
     forward, generator = with_inplace_distillation(net), rng(0)
     for _ in range(2):
         x = x.flip(0) # another batch
-        archs = [extremes(net.choices)[1], uniform(net.choices, generator), extremes(net.choices)[0]]
+        archs = [extremes(net.choices)[1], uniform(net.choices, generator),
+                 extremes(net.choices)[0]]
         answers = net(x, y, archs[0])[0].detach().softmax(-1)
         for i, arch in enumerate(archs):
             logits, loss = net(x, y, arch)
@@ -59,11 +63,14 @@ def test_only_the_first_of_a_batch_learns_from_labels(space):
                     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_a_step_trains_the_largest_some_draws_and_the_smallest(data_dir, digits_dir, tmp_path, monkeypatch):
+def test_a_step_trains_the_largest_some_draws_and_the_smallest(data_dir, digits_dir, tmp_path,
+                                                               monkeypatch):
     def archs_of(out, **rest):
         steps, real = [], train.train_step
-        monkeypatch.setattr(train_search, "train_step", lambda *args: steps.append(args[-1]) or real(*args))
-        train_search.search(config_of("gpt", data_dir, digits_dir, tmp_path / out, subnets_per_step=4, **rest))
+        monkeypatch.setattr(train_search, "train_step", lambda *args: steps.append(args[-1])
+                            or real(*args))
+        train_search.search(config_of("gpt", data_dir, digits_dir, tmp_path / out,
+                                      subnets_per_step=4, **rest))
         monkeypatch.undo()
         return steps
     plain, steps = archs_of("a", sandwich=False, inplace_distill=False), archs_of("b")
@@ -71,8 +78,12 @@ def test_a_step_trains_the_largest_some_draws_and_the_smallest(data_dir, digits_
     assert len(steps) == 4
     for draws, archs in zip(plain, steps, strict=True):
         assert archs == [largest, *draws[1:3], dict(n_layer=1, n_embd=8, n_head=[1], mlp_ratio=[1])]
-    for archs, smallest in zip(archs_of("c", shrink="n_embd=8, n_layer=1"), (2, 2, 1, 1), strict=True): # the smallest that is unlocked
-        assert archs[0] == largest and archs[-1] == dict(n_layer=smallest, n_embd=8, n_head=[2] * smallest, mlp_ratio=[2] * smallest)
+    # the smallest that is unlocked
+    for archs, smallest in zip(archs_of("c", shrink="n_embd=8, n_layer=1"), (2, 2, 1, 1),
+                               strict=True):
+        assert archs[0] == largest and archs[-1] == dict(n_layer=smallest, n_embd=8,
+                                                         n_head=[2] * smallest,
+                                                         mlp_ratio=[2] * smallest)
 
 
 @pytest.mark.parametrize("space", ["gpt", "nats_size"])
@@ -88,8 +99,10 @@ def test_a_resumed_search_is_one_that_was_not_stopped(space, data_dir, digits_di
 def test_two_processes_are_one(data_dir, digits_dir, tmp_path):
     config = config_of("gpt", data_dir, digits_dir, tmp_path / "one", gradient_accumulation_steps=2)
     train_search.search(config)
-    changed = {key: value for key, value in config.items() if value != defaults(vars(train_search))[key]}
-    succeeds("torchrun", "--standalone", "--nproc_per_node=2", "train_search.py", *flags(changed | {"out_dir": tmp_path / "two"}))
+    changed = {key: value for key, value in config.items()
+               if value != defaults(vars(train_search))[key]}
+    succeeds("torchrun", "--standalone", "--nproc_per_node=2", "train_search.py",
+             *flags(changed | {"out_dir": tmp_path / "two"}))
     one, two = (read_lines(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     one, two = ([line["loss"] for line in lines if "loss" in line] for lines in (one, two))
     assert len(one) == 4 and one == pytest.approx(two, abs=2e-5)
@@ -97,7 +110,8 @@ def test_two_processes_are_one(data_dir, digits_dir, tmp_path):
 
 def test_answers_teach_what_labels_would(data_dir, digits_dir, tmp_path):
     """The smallest, which never sees a label, still learns the text."""
-    config = config_of("gpt", data_dir, digits_dir, tmp_path / "s", subnets_per_step=2, max_iters=150, eval_interval=150,
+    config = config_of("gpt", data_dir, digits_dir, tmp_path / "s", subnets_per_step=2,
+                       max_iters=150, eval_interval=150,
                        learning_rate=5e-3, n_embd=[16, 32], block_size=32, eval_iters=8)
     train_search.search(config)
     losses = [line["arch_loss"] for line in read_lines(tmp_path / "s/arch_traj.jsonl")]
@@ -105,8 +119,10 @@ def test_answers_teach_what_labels_would(data_dir, digits_dir, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(sandwich=False), ["inplace_distill=True needs sandwich=True"]), (dict(loss_chunk=8), ["loss_chunk=0", "8"]),
-    (dict(optimizer="drnas"), ["optimizer=spos", "drnas"]), (dict(subnets_per_step=1), ["subnets_per_step of 2 or more (it is 1)"]),
+    (dict(sandwich=False), ["inplace_distill=True needs sandwich=True"]), (dict(loss_chunk=8),
+                                                                           ["loss_chunk=0", "8"]),
+    (dict(optimizer="drnas"), ["optimizer=spos", "drnas"]),
+    (dict(subnets_per_step=1), ["subnets_per_step of 2 or more (it is 1)"]),
     (dict(shrink="n_embd=8, n_layer=1 subnets_per_step=1"), ["in every phase", "it is 1"])])
 def test_mistakes_are_one_sentence(change, words, data_dir, digits_dir, tmp_path):
     with pytest.raises(SystemExit) as e:

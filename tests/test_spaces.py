@@ -1,4 +1,5 @@
-"""Every vision space: mixture, hard architecture and extracted network agree in value and gradient; costs, genotypes, published counts."""
+"""Every vision space: mixture, hard architecture and extracted network agree in value and
+gradient; costs, genotypes, published counts."""
 import copy
 import functools
 import importlib
@@ -18,20 +19,27 @@ from search_spaces.cells import Edge, FactorizedReduce, ReLUConvBN, Skip, nodes,
 from search_spaces.convs import ENTANGLEMENTS, drop_path, measure_norms
 from supernet import ALL, Sampled, check_arch, extremes, one_hot, straight_through_arch
 
-SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4), "darts": dict(init_channels=4, n_layer=3),
-          "mobilenetv3": dict(depth=[1, 2, 3], expand=[2, 3], stem_channels=8, stem_stride=1, widths=[8, 16], strides=[2, 1], se=[0, 1],
-                              hswish=[1, 0], last_channels=16, mix_channels=16, kernel_transform=False),
-          "autoformer": dict(patch_size=2, n_embd=[4, 6, 9], n_layer=[1, 2, 3], n_head=[1, 2, 4], mlp_ratio=[1, 2.5], head_size=4,
+SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4),
+          "darts": dict(init_channels=4, n_layer=3),
+          "mobilenetv3": dict(depth=[1, 2, 3], expand=[2, 3], stem_channels=8, stem_stride=1,
+                              widths=[8, 16], strides=[2, 1], se=[0, 1],
+                              hswish=[1, 0], last_channels=16, mix_channels=16,
+                              kernel_transform=False),
+          "autoformer": dict(patch_size=2, n_embd=[4, 6, 9], n_layer=[1, 2, 3], n_head=[1, 2, 4],
+                             mlp_ratio=[1, 2.5], head_size=4,
                              rel_pos_clip=2, drop_path=0.3)}
 TINY = dict(img_size=8, in_channels=2, num_classes=3)
 
 
 def entanglements(name):
-    return ENTANGLEMENTS if "entanglement" in defaults(vars(importlib.import_module(f"search_spaces.{name}"))) else ("weights",)
+    return (ENTANGLEMENTS
+            if "entanglement" in defaults(vars(importlib.import_module(f"search_spaces.{name}")))
+            else ("weights",))
 
 
 CASES = [(name, entanglement) for name in SPACES for entanglement in entanglements(name)]
-PARTIAL = {"nb201": dict(init_channels=4, n_cell=1, partial_channels=2), "darts": dict(init_channels=8, n_layer=3, partial_channels=4)}
+PARTIAL = {"nb201": dict(init_channels=4, n_cell=1, partial_channels=2),
+           "darts": dict(init_channels=8, n_layer=3, partial_channels=4)}
 CELLS = [name for name in SPACES if len(entanglements(name)) > 1]
 
 
@@ -49,7 +57,8 @@ def in_float64():
 def make(name, **rest):
     """A tiny supernet in which no weight is 0 or 1."""
     torch.manual_seed(0)
-    net = importlib.import_module(f"search_spaces.{name}").build(TINY | SPACES[name] | rest).to(torch.get_default_dtype())
+    net = importlib.import_module(f"search_spaces.{name}").build(TINY | SPACES[name] |
+                                                                 rest).to(torch.get_default_dtype())
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -69,16 +78,19 @@ def run(net, *args):
 
 
 def weights_of(net, arch, **rest):
-    return {name: w.to(torch.get_default_dtype()).requires_grad_(**rest) for name, w in one_hot(net.choices, arch).items()}
+    return {name: w.to(torch.get_default_dtype()).requires_grad_(**rest) for name,
+            w in one_hot(net.choices, arch).items()}
 
 
 def mixed(net, seed=0):
     """Weights of a mixture, as leaves."""
-    return {name: torch.randn(c.shape, generator=generator(seed)).softmax(-1).requires_grad_() for name, c in net.choices.items()}
+    return {name: torch.randn(c.shape, generator=generator(seed)).softmax(-1).requires_grad_()
+            for name, c in net.choices.items()}
 
 
 def close(a, b, tolerance=1e-9):
-    assert a.shape == b.shape and (a - b).abs().max() <= tolerance * max(b.abs().max().item(), 1e-3), f"{(a - b).abs().max():.2e}"
+    assert a.shape == b.shape and (a - b).abs().max() <= tolerance * max(b.abs().max().item(),
+                                                                         1e-3), f"{(a - b).abs().max():.2e}"
 
 
 def gradients(net, loss):
@@ -88,13 +100,16 @@ def gradients(net, loss):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name, entanglement", CASES)
 def test_law_of_exactness(name, entanglement, dtype):
-    """One-hot mixture, hard architecture and extracted network: logits, loss, and the gradient of everything that they share."""
+    """One-hot mixture, hard architecture and extracted network: logits, loss, and the gradient of
+    everything that they share."""
     torch.set_default_dtype(dtype)
     net = make(name, entanglement=entanglement)
     options = [{choice: c.options[min(i, len(c.options) - 1)] for choice, c in net.choices.items()}
                for i in range(max(len(c.options) for c in net.choices.values()))]
-    everywhere = [check_arch(net.choices, {choice: [option[choice]] * c.repeat if c.repeat else option[choice]
-                                           for choice, c in net.choices.items()}) for option in options]
+    everywhere = [check_arch(net.choices, {choice: [option[choice]] * c.repeat if c.repeat
+                                           else option[choice]
+                                           for choice, c in net.choices.items()})
+                  for option in options]
     drawn = [uniform(net.choices, generator(seed)) for seed in range(1 if name in CELLS else 3)]
     check_law(net, [*drawn, *(everywhere if dtype == torch.float64 else everywhere[1:3])])
 
@@ -112,22 +127,30 @@ def check_law(net, archs, batch=batch):
     for arch in archs:
         net.train()
         small = net.extract(arch)
-        assert not small.choices and {n for n, _ in small.named_parameters()} <= {n for n, _ in net.named_parameters()}
+        assert not small.choices and {n for n, _ in small.named_parameters()} <= {n for n,
+                                                                                  _ in net.named_parameters()}
         for training in (True, False):
             if not training:
                 measure_norms(net, lambda i, arch=arch: net(batch(seed=i)[0], None, arch), 3)
                 measure_norms(small, lambda i, small=small: small(batch(seed=i)[0]), 3)
-                for (_, a), (_, b) in zip(small.named_buffers(), net.extract(arch).named_buffers(), strict=True):
+                for (_, a), (_, b) in zip(small.named_buffers(), net.extract(arch).named_buffers(),
+                                          strict=True):
                     close(a, b, tolerance)
             net.train(training)
             small.train(training)
-            alone, hard, mixture = run(small, x, y), run(net, x, y, arch), run(net, x, y, weights_of(net, arch))
+            alone, hard, mixture = run(small, x, y), run(net, x, y,
+                                                         arch), run(net, x, y,
+                                                                    weights_of(net, arch))
             for found in (hard, mixture):
                 close(found[0], alone[0], tolerance)
                 close(found[1], alone[1], tolerance)
-            expected, of_hard, of_mixture = gradients(small, alone[1]), gradients(net, hard[1]), gradients(net, mixture[1])
+            expected, of_hard, of_mixture = gradients(small,
+                                                      alone[1]), gradients(net,
+                                                                           hard[1]), gradients(net,
+                                                                                               mixture[1])
             scale = 10 * tolerance * max(g.abs().max().item() for g in expected)
-            for a, b in zip(of_mixture, of_hard, strict=True): # also 0 where the architecture does not reach
+            # also 0 where the architecture does not reach
+            for a, b in zip(of_mixture, of_hard, strict=True):
                 assert (a - b).abs().max() <= scale
             for p, g in zip(of_net.parameters(), of_hard, strict=True):
                 p.data = g
@@ -138,7 +161,8 @@ def check_law(net, archs, batch=batch):
 @pytest.mark.parametrize("group_weight", [True, False])
 @pytest.mark.parametrize("name, entanglement", CASES)
 def test_an_option_that_carries_its_weight(name, entanglement, group_weight):
-    """gdas: the forward pass of the architecture, and to the drawn option's weight the gradient of the mixture; of depth to all."""
+    """gdas: the forward pass of the architecture, and to the drawn option's weight the gradient of
+    the mixture; of depth to all."""
     net, (x, y) = make(name, entanglement=entanglement, group_weight=group_weight), batch()
     for seed in range(1 + (entanglement == "weights")):
         arch = uniform(net.choices, generator(seed))
@@ -151,7 +175,8 @@ def test_an_option_that_carries_its_weight(name, entanglement, group_weight):
         for a, b, (choice, w) in zip(found, expected, soft.items(), strict=True):
             close(a, b * (1 if choice in depths else w), 1e-6)
         assert any(g.any() for g in found)
-        net.eval() # with statistics of all operations, also of those that the architecture does not have
+        # with statistics of all operations, also of those that the architecture does not have
+        net.eval()
         close(run(net, x, y, soft)[1], run(net, x, y, arch)[1])
         net.train()
 
@@ -159,7 +184,8 @@ def test_an_option_that_carries_its_weight(name, entanglement, group_weight):
 @pytest.mark.parametrize("name", CELLS)
 def test_options_that_share_nothing_mix_alike(name):
     """One kernel an operation: mixed weights and mixed outputs are the same."""
-    kernels = {"nb201": ["none", "skip_connect", "nor_conv_3x3"], "toy_cell": ["sep_conv_3x3", "dil_conv_5x5"],
+    kernels = {"nb201": ["none", "skip_connect", "nor_conv_3x3"], "toy_cell": ["sep_conv_3x3",
+                                                                               "dil_conv_5x5"],
                "darts": ["none", "max_pool_3x3", "skip_connect", "sep_conv_5x5", "dil_conv_3x3"]}
     x, y = batch()
     losses, grads = [], []
@@ -174,10 +200,12 @@ def test_options_that_share_nothing_mix_alike(name):
 
 
 def test_mixed_weights_are_mixed_outputs_where_nothing_normalises():
-    """A convolution is linear in its weight: what differs between the entanglements is the norm alone."""
+    """A convolution is linear in its weight: what differs between the entanglements is the norm
+    alone."""
     torch.manual_seed(0)
     ops = {"nor_conv": lambda kernels, stride: ReLUConvBN(4, 4, kernels, stride)}
-    edges = [Edge(("nor_conv_3x3", "nor_conv_1x1"), ops, 1, entanglement, False).double() for entanglement in ("weights", "outputs")]
+    edges = [Edge(("nor_conv_3x3", "nor_conv_1x1"), ops, 1, entanglement, False).double()
+             for entanglement in ("weights", "outputs")]
     edges[1].load_state_dict(edges[0].state_dict())
     x, w = torch.randn(2, 4, 5, 5), torch.tensor([0.3, 0.7], requires_grad=True)
     for edge in edges:
@@ -189,7 +217,8 @@ def test_mixed_weights_are_mixed_outputs_where_nothing_normalises():
 
 @pytest.mark.parametrize("name", CELLS)
 def test_group_weight_gives_a_group_its_gradient(name):
-    """Behind a BatchNorm the size of mixed weights does not matter, so that without it only their ratio is learned."""
+    """Behind a BatchNorm the size of mixed weights does not matter, so that without it only their
+    ratio is learned."""
     x, y = batch(12)
     along = {}
     for group_weight in (True, False):
@@ -201,10 +230,14 @@ def test_group_weight_gives_a_group_its_gradient(name):
         edge = next(edge for cell in net.cells if hasattr(cell, "edges") for edge in cell.edges)
         for group, (places, kernels) in edge.groups.items():
             if len(kernels) > 1: # the derivative to the size of the group, in every row
-                along[group, group_weight] = torch.cat([(g * w)[:, places].sum(1) for g, w in zip(grads, weights.values(), strict=True)])
+                along[group, group_weight] = torch.cat([(g * w)[:, places].sum(1) for g,
+                                                        w in zip(grads, weights.values(),
+                                                                 strict=True)])
     for group in {group for group, _ in along}:
         with_weight, without = along[group, True].abs(), along[group, False].abs()
-        assert with_weight.min() > 1e-5 and without.max() < 0.02 * with_weight.max(), (group, with_weight, without)
+        assert with_weight.min() > 1e-5 and without.max() < 0.02 * with_weight.max(), (group,
+                                                                                       with_weight,
+                                                                                       without)
 
 
 def flops_of(net):
@@ -216,30 +249,38 @@ def flops_of(net):
 
 @pytest.mark.parametrize("name, entanglement", CASES)
 def test_cost_is_that_of_the_extracted_network(name, entanglement):
-    """Exact for an architecture and for one-hot weights, and the expectation of weights, by every combination of a few options."""
+    """Exact for an architecture and for one-hot weights, and the expectation of weights, by every
+    combination of a few options."""
     net = make(name, entanglement=entanglement)
     a, b = (uniform(net.choices, generator(seed)) for seed in (3, 4))
     for arch in (a, *extremes(net.choices)):
         small, cost = net.extract(arch), net.cost(arch)
-        assert cost == {"params": sum(p.numel() for p in small.parameters()), "flops": flops_of(small)} == small.cost()
+        assert cost == {"params": sum(p.numel() for p in small.parameters()),
+                        "flops": flops_of(small)} == small.cost()
         assert {key: value.item() for key, value in net.cost(weights_of(net, arch)).items()} == cost
     one, other = weights_of(net, a), weights_of(net, b)
     places = [(key, i) for key, w in one.items() for i in range(len(w) if w.dim() > 1 else 1)]
-    places = [(key, i) for key, i in places if not torch.equal(one[key].view(-1, one[key].shape[-1])[i],
-                                                               other[key].view(-1, one[key].shape[-1])[i])]
+    places = [(key, i) for key, i in places if not torch.equal(one[key].view(-1,
+                                                                             one[key].shape[-1])[i],
+                                                               other[key].view(-1,
+                                                                               one[key].shape[-1])[i])]
     places = [places[i] for i in torch.linspace(0, len(places) - 1, 3).long()]
 
     def between(shares): # the share of the other's option at each of three places
         weights = {key: w.clone() for key, w in one.items()}
         for (key, i), t in zip(places, shares, strict=True):
-            rows, others = weights[key].view(-1, weights[key].shape[-1]), other[key].view(-1, weights[key].shape[-1])
+            rows, others = weights[key].view(-1,
+                                             weights[key].shape[-1]), other[key].view(-1,
+                                                                                      weights[key].shape[-1])
             rows[i] = (1 - t) * rows[i] + t * others[i]
         return net.cost(weights)
     t = torch.tensor([0.2, 0.5, 0.9])
-    corners = [(math.prod(t[i] if on else 1 - t[i] for i, on in enumerate(ons)), between([float(on) for on in ons]))
+    corners = [(math.prod(t[i] if on else 1 - t[i] for i, on in enumerate(ons)),
+                between([float(on) for on in ons]))
                for ons in itertools.product((0, 1), repeat=3)]
     for key, value in between(t).items():
-        assert value.item() == pytest.approx(sum(p * cost[key] for p, cost in corners).item(), rel=1e-9)
+        assert value.item() == pytest.approx(sum(p * cost[key] for p, cost in corners).item(),
+                                             rel=1e-9)
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -249,7 +290,8 @@ def test_gradient_of_the_alphas_is_the_finite_difference(name):
     alphas = list(arch_optimizer.alphas.values())
     for alpha in alphas:
         alpha.data.copy_(0.3 * torch.randn(alpha.shape, generator=generator(2)))
-    directions = [torch.randn(alpha.shape, generator=generator(i)) for i, alpha in enumerate(alphas)]
+    directions = [torch.randn(alpha.shape, generator=generator(i)) for i,
+                  alpha in enumerate(alphas)]
     grads = torch.autograd.grad(run(net, x, y, arch_optimizer.mean())[1], alphas)
     slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True)).item()
 
@@ -283,15 +325,22 @@ def test_genotypes_round_trip(name):
 
 
 def test_genotypes_are_the_published_texts():
-    ops = ["sep_conv_3x3", "dil_conv_5x5", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_3x3", "sep_conv_3x3"]
+    ops = ["sep_conv_3x3", "dil_conv_5x5", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_3x3",
+           "sep_conv_3x3"]
     assert toy_cell.genotype({"normal": ops[:3], "reduce": ops[3:]}) == TOY.format(*ops)
-    assert toy_cell.columns(toy_cell.arch_of(TOY.format(*ops))) == dict(zip(("n01", "n02", "n12", "r01", "r02", "r12"), ops, strict=True))
-    ops = ["avg_pool_3x3", "nor_conv_1x1", "skip_connect", "nor_conv_1x1", "skip_connect", "skip_connect"]
-    assert nb201.genotype({"cell": ops}) == NB201.format(*ops) == nb201.columns({"cell": ops})["genotype"]
+    assert toy_cell.columns(toy_cell.arch_of(TOY.format(*ops))) == dict(zip(("n01", "n02", "n12",
+                                                                             "r01", "r02", "r12"),
+                                                                            ops, strict=True))
+    ops = ["avg_pool_3x3", "nor_conv_1x1", "skip_connect", "nor_conv_1x1", "skip_connect",
+           "skip_connect"]
+    assert (nb201.genotype({"cell": ops}) == NB201.format(*ops) ==
+            nb201.columns({"cell": ops})["genotype"])
     text = darts.GENOTYPES["DARTS_V2"]
     arch = darts.arch_of("DARTS_V2")
-    assert arch == darts.arch_of(text) == darts.arch_of(text.replace("[2, 3, 4, 5]", "range(2, 6)")) == darts.arch_of(darts.genotype(arch))
-    assert arch["normal"][:9] == ["sep_conv_3x3"] * 4 + ["none", "skip_connect", "sep_conv_3x3", "none", "none"]
+    assert arch == darts.arch_of(text) == darts.arch_of(text.replace("[2, 3, 4, 5]",
+                                                                     "range(2, 6)")) == darts.arch_of(darts.genotype(arch))
+    assert arch["normal"][:9] == ["sep_conv_3x3"] * 4 + ["none", "skip_connect", "sep_conv_3x3",
+                                                         "none", "none"]
     assert arch["reduce"][9:] == ["none", "max_pool_3x3", "skip_connect", "none", "none"]
     assert darts.genotype(arch).startswith("Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ")
     assert darts.genotype(arch).endswith("('max_pool_3x3', 1), ('skip_connect', 2)], reduce_concat=range(2, 6))")
@@ -304,30 +353,45 @@ V1 = darts.GENOTYPES["DARTS_V1"]
     (lambda: nb201.arch_of("|conv~0|"), r"'\|conv~0\|' is not a genotype of nb201"),
     (lambda: nb201.arch_of(NB201.format(*["pool"] * 6)), "cell has pool, which is not one of"),
     (lambda: toy_cell.arch_of("__import__('os')"), "is not a genotype of toy_cell: write Genotype"),
-    (lambda: toy_cell.arch_of(TOY.format(*["skip"] * 6)), "'skip', which is not an operation of toy_cell"),
-    (lambda: toy_cell.arch_of(TOY.format(*["sep_conv_3x3"] * 6).replace("1)", "0)")), "the sources of both cells are 0, 0, 1"),
+    (lambda: toy_cell.arch_of(TOY.format(*["skip"] * 6)),
+     "'skip', which is not an operation of toy_cell"),
+    (lambda: toy_cell.arch_of(TOY.format(*["sep_conv_3x3"] * 6).replace("1)", "0)")),
+     "the sources of both cells are 0, 0, 1"),
     (lambda: darts.arch_of("DARTS_V3"), "'DARTS_V3' is not a genotype of darts"),
-    (lambda: darts.arch_of(V1.replace("('sep_conv_3x3', 1), ", "", 1)), "normal needs two operations a node"),
-    (lambda: darts.arch_of(V1.replace("('max_pool_3x3', 1)", "('max_pool_3x3', 0)", 1)), "reduce needs .* different sources"),
-    (lambda: darts.arch_of(V1.replace("('avg_pool_3x3', 0)", "('avg_pool_3x3', 5)", 1)), "reduce needs"),
-    (lambda: darts.genotype({"normal": ["none"] * 14, "reduce": ["none"] * 14}), "this normal has 0 at node 2"),
-    (lambda: make("nb201", primitives=["none", "conv"]), "primitives=.* must be one or more different ones of none, skip_connect"),
-    (lambda: make("toy_cell", primitives=["sep_conv_3x3"] * 2), "primitives=.* must be one or more different ones"),
+    (lambda: darts.arch_of(V1.replace("('sep_conv_3x3', 1), ", "", 1)),
+     "normal needs two operations a node"),
+    (lambda: darts.arch_of(V1.replace("('max_pool_3x3', 1)", "('max_pool_3x3', 0)", 1)),
+     "reduce needs .* different sources"),
+    (lambda: darts.arch_of(V1.replace("('avg_pool_3x3', 0)", "('avg_pool_3x3', 5)", 1)),
+     "reduce needs"),
+    (lambda: darts.genotype({"normal": ["none"] * 14, "reduce": ["none"] * 14}),
+     "this normal has 0 at node 2"),
+    (lambda: make("nb201", primitives=["none", "conv"]),
+     "primitives=.* must be one or more different ones of none, skip_connect"),
+    (lambda: make("toy_cell", primitives=["sep_conv_3x3"] * 2),
+     "primitives=.* must be one or more different ones"),
     (lambda: make("darts", primitives=["skip_connect"]), "must have 'none'"),
     (lambda: make("nb201", primitives=["none"]), "must have another operation"),
-    (lambda: make("toy_cell", entanglement="weight"), "entanglement='weight' is not one of weights, outputs, none"),
+    (lambda: make("toy_cell", entanglement="weight"),
+     "entanglement='weight' is not one of weights, outputs, none"),
     (lambda: make("toy_cell", img_size=4), "img_size=4 leaves nothing to classify"),
-    (lambda: make("darts", init_channels=10, partial_channels=4), "partial_channels=4 does not divide the 10 channels"),
-    (lambda: make("darts", init_channels=3, partial_channels=2), "partial_channels=2 does not divide the 3 channels"),
+    (lambda: make("darts", init_channels=10, partial_channels=4),
+     "partial_channels=4 does not divide the 10 channels"),
+    (lambda: make("darts", init_channels=3, partial_channels=2),
+     "partial_channels=2 does not divide the 3 channels"),
     (lambda: FactorizedReduce(3, 3), "its 3 channels in two halves: choose an even number"),
-    (lambda: darts.build({"auxiliary": 0.4, "img_size": 28, "init_channels": 4, "n_layer": 3}, darts.arch_of("DARTS_V1")),
+    (lambda: darts.build({"auxiliary": 0.4, "img_size": 28, "init_channels": 4, "n_layer": 3},
+                         darts.arch_of("DARTS_V1")),
      "img_size=28 leaves 7 x 7"),
-    *((functools.partial(make, name, **{key: value}), f"^{key}={value} must be {allowed}.$") for name, key, value, allowed in (
-        ("darts", "init_channels", 0, "1 or more"), ("darts", "n_layer", 2, "3 or more"), ("darts", "stem_multiplier", -1, "1 or more"),
-        ("darts", "auxiliary", -0.4, "0 or more"), ("darts", "drop_path", 1.0, "at least 0 and below 1"),
-        ("darts", "drop_path", -0.1, "at least 0 and below 1"), ("nb201", "init_channels", -4, "1 or more"),
-        ("nb201", "n_cell", 0, "1 or more"), ("toy_cell", "init_channels", 0, "1 or more"),
-        ("toy_cell", "dropout", 1.0, "at least 0 and below 1"), ("toy_cell", "dropout", -0.1, "at least 0 and below 1"))),
+    *((functools.partial(make, name, **{key: value}), f"^{key}={value} must be {allowed}.$")
+      for name, key, value, allowed in (
+("darts", "init_channels", 0, "1 or more"), ("darts", "n_layer", 2, "3 or more"),
+("darts", "stem_multiplier", -1, "1 or more"),
+("darts", "auxiliary", -0.4, "0 or more"), ("darts", "drop_path", 1.0, "at least 0 and below 1"),
+("darts", "drop_path", -0.1, "at least 0 and below 1"), ("nb201", "init_channels", -4, "1 or more"),
+("nb201", "n_cell", 0, "1 or more"), ("toy_cell", "init_channels", 0, "1 or more"),
+("toy_cell", "dropout", 1.0, "at least 0 and below 1"), ("toy_cell", "dropout", -0.1,
+                                                         "at least 0 and below 1"))),
     (lambda: make("nb201").extract({"cell": ["none"] * 5}), "needs a list of at least 6 entries")])
 def test_errors_are_one_sentence(call, message):
     with pytest.raises((ConfigError, SystemExit), match=message) as error:
@@ -336,14 +400,18 @@ def test_errors_are_one_sentence(call, message):
 
 
 @pytest.mark.parametrize("build, config, arch, params", [
-    (toy_cell.build, dict(entanglement="weights"), None, 239_146), (toy_cell.build, dict(entanglement="none"), None, 304_810),
-    # the published 1,528,186 and 1,692,826 have a bias before each norm of their cells, 16 + 32 + 64 an edge, of no effect
+    (toy_cell.build, dict(entanglement="weights"), None, 239_146),
+    (toy_cell.build, dict(entanglement="none"), None, 304_810),
+    # the published 1,528,186 and 1,692,826 have a bias before each norm of their cells, 16 + 32 +
+    # 64 an edge, of no effect
     (nb201.build, dict(entanglement="weights", affine=False), None, 1_528_186 - 5 * 6 * 112),
     (nb201.build, dict(entanglement="none", affine=False), None, 1_692_826 - 2 * 5 * 6 * 112),
     (darts.build, dict(entanglement="weights", affine=False), None, 1_143_034),
     (darts.build, dict(entanglement="none", affine=False), None, 1_930_618),
-    (darts.build, dict(init_channels=36, n_layer=20, pool_norm=False), darts.arch_of("DARTS_V1"), 3_169_414),
-    (darts.build, dict(init_channels=36, n_layer=20, pool_norm=False), darts.arch_of("DARTS_V2"), 3_349_342),
+    (darts.build, dict(init_channels=36, n_layer=20, pool_norm=False), darts.arch_of("DARTS_V1"),
+     3_169_414),
+    (darts.build, dict(init_channels=36, n_layer=20, pool_norm=False), darts.arch_of("DARTS_V2"),
+     3_349_342),
     (toy_cell.build, {}, toy_cell.arch_of(TOY.format(*["dil_conv_3x3"] * 6)), 176_938),
     (toy_cell.build, {}, toy_cell.arch_of(TOY.format(*["sep_conv_5x5"] * 6)), 211_114)])
 def test_published_parameter_counts(build, config, arch, params):
@@ -352,15 +420,18 @@ def test_published_parameter_counts(build, config, arch, params):
 
 
 @pytest.mark.parametrize("ops, params, mflops", [
-    ("avg_pool_3x3 nor_conv_1x1 skip_connect nor_conv_1x1 skip_connect skip_connect", 129_306, 15.647),
+    ("avg_pool_3x3 nor_conv_1x1 skip_connect nor_conv_1x1 skip_connect skip_connect", 129_306,
+     15.647),
     ("nor_conv_3x3 nor_conv_3x3 avg_pool_3x3 none nor_conv_3x3 avg_pool_3x3", 802_426, 113.951),
     ("skip_connect skip_connect skip_connect none nor_conv_1x1 none", 101_306, 11.715),
-    ("nor_conv_3x3 nor_conv_3x3 nor_conv_3x3 skip_connect nor_conv_3x3 nor_conv_3x3", 1_288_506, None)])
+    ("nor_conv_3x3 nor_conv_3x3 nor_conv_3x3 skip_connect nor_conv_3x3 nor_conv_3x3", 1_288_506,
+     None)])
 def test_published_costs_of_nb201(ops, params, mflops):
     """Its MFLOPs are millions of multiply-adds."""
     torch.set_default_dtype(torch.float32)
     cost = nb201.build({}, nb201.arch_of(NB201.format(*ops.split()))).cost()
-    assert cost["params"] == params and (mflops is None or cost["flops"] / 2e6 == pytest.approx(mflops, abs=1e-3))
+    assert cost["params"] == params and (mflops is None or cost["flops"] / 2e6 ==
+                                         pytest.approx(mflops, abs=1e-3))
 
 
 # -----------------------------------------------------------------------------
@@ -374,16 +445,20 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
 
 
 def test_identities_are_never_dropped():
-    ops = {"skip_connect": lambda kernels, stride: Skip(), "nor_conv": lambda kernels, stride: ReLUConvBN(3, 3, kernels)}
+    ops = {"skip_connect": lambda kernels, stride: Skip(), "nor_conv": lambda kernels,
+           stride: ReLUConvBN(3, 3, kernels)}
     x = torch.randn(4, 3, 5, 5)
-    dropped = nodes([x, x], [Edge(["skip_connect"], ops), Edge(["nor_conv_3x3"], ops)], [ALL, ALL], 1 - 1e-12)
+    dropped = nodes([x, x], [Edge(["skip_connect"], ops), Edge(["nor_conv_3x3"], ops)], [ALL, ALL],
+                    1 - 1e-12)
     assert len(dropped) == 1 and torch.equal(dropped[0], x)
 
 
 def test_drop_path_rises_with_progress_and_is_for_training_alone():
     """A supernet, a network that is evaluated and one at the start of its training drop nothing."""
     arch, x = uniform(make("darts").choices, generator()), batch()[0]
-    supernet, net, plain = make("darts", drop_path=0.5), make("darts", drop_path=0.5), make("darts").extract(arch)
+    supernet, net, plain = make("darts",
+                                drop_path=0.5), make("darts",
+                                                     drop_path=0.5), make("darts").extract(arch)
     net = net.extract(arch)
     assert torch.equal(run(net, x)[0], run(plain, x)[0])
     net.progress = supernet.progress = 1.0
@@ -394,11 +469,13 @@ def test_drop_path_rises_with_progress_and_is_for_training_alone():
 
 
 def test_the_auxiliary_head_counts_in_training_alone():
-    arch, (x, y) = darts.arch_of("DARTS_V2"), (torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))
+    arch, (x, y) = darts.arch_of("DARTS_V2"), (torch.randn(4, 3, 32, 32),
+                                               torch.tensor([0, 1, 2, 3]))
     torch.manual_seed(0)
     net = darts.build(dict(init_channels=4, n_layer=3, auxiliary=0.4), arch)
     without = darts.build(dict(init_channels=4, n_layer=3), arch)
-    without.load_state_dict({name: t for name, t in net.state_dict().items() if not name.startswith("auxiliary")})
+    without.load_state_dict({name: t for name, t in net.state_dict().items()
+                             if not name.startswith("auxiliary")})
     assert net.cost() == without.cost()
     head = []
     net.auxiliary.register_forward_hook(lambda module, args, logits: head.append(logits))
@@ -424,14 +501,16 @@ def test_a_network_of_darts_has_no_module_for_what_it_does_not_use():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_what_goes_around_an_edge(stride):
-    """With identities, or nothing, for operations: the first half is that of the operation, the other passes; channels alternate."""
+    """With identities, or nothing, for operations: the first half is that of the operation, the
+    other passes; channels alternate."""
     ops = {"skip_connect": lambda kernels, stride: Skip()}
     x = torch.randn(2, 4, 5, 5)
     around = x[:, 2:] if stride == 1 else F.max_pool2d(x[:, 2:], 2, ceil_mode=True)
     y = Edge(["none"], ops, stride, partial_channels=2)(x, F.relu(x))
     assert torch.equal(y[:, 1::2], around) and not y[:, ::2].any()
     if stride == 1:
-        y = Edge(["skip_connect", "none"], ops, partial_channels=2)(x, F.relu(x), Sampled(weights=torch.tensor([0.25, 0.75])))
+        y = Edge(["skip_connect", "none"], ops, partial_channels=2)(x, F.relu(x),
+                                                                    Sampled(weights=torch.tensor([0.25, 0.75])))
         close(y, torch.stack((0.25 * x[:, 0], x[:, 2], 0.25 * x[:, 1], x[:, 3]), 1))
 
 
@@ -447,7 +526,9 @@ def test_pruning_changes_nothing_where_the_weight_is_zero(name, entanglement):
     for _ in range(2): # before and after
         loss = run(net, x, y, weights)[1]
         grads = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
-        results.append([loss, run(net, x, y, arch)[1], *(g * w for g, w in zip(grads, weights.values(), strict=True)),
+        results.append([loss, run(net, x, y, arch)[1], *(g * w for g,
+                                                         w in zip(grads, weights.values(),
+                                                                  strict=True)),
                         *net.cost(weights).values(), torch.tensor(net.cost(arch)["params"])])
         net.prune(arch_optimizer.mask)
     for a, b in zip(*results, strict=True):
@@ -462,8 +543,10 @@ def test_pruning_changes_nothing_where_the_weight_is_zero(name, entanglement):
 
 @pytest.mark.parametrize("name", PARTIAL)
 def test_widening_copies_random_channels_with_their_momentum(name):
-    """The same channels of every tensor; what had its size is as it was; the old channels come first, in their order."""
-    old, new = (make(name, **PARTIAL[name] | {"partial_channels": k}) for k in (PARTIAL[name]["partial_channels"], 1))
+    """The same channels of every tensor; what had its size is as it was; the old channels come
+    first, in their order."""
+    old, new = (make(name, **PARTIAL[name] | {"partial_channels": k})
+                for k in (PARTIAL[name]["partial_channels"], 1))
     x, y = batch()
     weights = mixed(old)
     mask = {key: torch.zeros_like(w, dtype=torch.bool) for key, w in weights.items()}
@@ -477,7 +560,8 @@ def test_widening_copies_random_channels_with_their_momentum(name):
     maps = {}
     for key, q in new.named_parameters():
         p = old.get_parameter(key)
-        momentum = [optimizer.state[w]["momentum_buffer"] for optimizer, w in zip(optimizers, (p, q), strict=True)]
+        momentum = [optimizer.state[w]["momentum_buffer"] for optimizer,
+                    w in zip(optimizers, (p, q), strict=True)]
         for a, b in ((p, q), momentum):
             assert torch.equal(b[tuple(slice(n) for n in a.shape)], a), key
         if q.shape[0] > p.shape[0] and p.dim() > 1:
@@ -498,4 +582,5 @@ def test_nb201_indices_are_the_benchmarks():
                  9930: "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"}
     for i, text in published.items():
         assert nb201.genotype(nb201.arch_at(i)) == text and nb201.index(nb201.arch_of(text)) == i
-    assert [nb201.index(nb201.arch_at(i)) for i in range(0, 15625, 625)] == list(range(0, 15625, 625))
+    assert [nb201.index(nb201.arch_at(i)) for i in range(0, 15625,
+                                                         625)] == list(range(0, 15625, 625))

@@ -1,4 +1,5 @@
-"""Each layer's cheap form equals the padded sum that it stands for, forward and backward; with one-hot weights it is the slice."""
+"""Each layer's cheap form equals the padded sum that it stands for, forward and backward; with
+one-hot weights it is the slice."""
 import math
 
 import pytest
@@ -14,7 +15,8 @@ EMBD = (3, 5, 8)
 
 @pytest.fixture(autouse=True)
 def in_float64():
-    """The forms are equal as algebra, so float64 must show it to many digits; test_model.py checks float32."""
+    """The forms are equal as algebra, so float64 must show it to many digits; test_model.py checks
+    float32."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
@@ -39,7 +41,8 @@ def same_with_gradients(cheap, padded, inputs):
     """Two tensors with equal values, and equal gradients of a random projection to every input."""
     close(cheap, padded)
     direction = torch.randn_like(padded)
-    for a, b in zip(*(torch.autograd.grad((y * direction).sum(), inputs, retain_graph=True) for y in (cheap, padded)), strict=True):
+    for a, b in zip(*(torch.autograd.grad((y * direction).sum(), inputs, retain_graph=True)
+                      for y in (cheap, padded)), strict=True):
         close(a, b)
 
 
@@ -51,7 +54,8 @@ def test_layer_norm(n, bias):
     torch.nn.init.normal_(norm.weight)
     if bias:
         torch.nn.init.normal_(norm.bias)
-    padded = sum(p * pad(F.layer_norm(x[..., :k], (k,), norm.weight[:k], norm.bias[:k] if bias else None, norm.eps), 8)
+    padded = sum(p * pad(F.layer_norm(x[..., :k], (k,), norm.weight[:k], norm.bias[:k] if bias
+                                      else None, norm.eps), 8)
                  for p, k in zip(e.p, n, strict=True))
     same_with_gradients(norm(x, e), padded, [x, e.p, *params])
 
@@ -59,7 +63,8 @@ def test_layer_norm(n, bias):
 @pytest.mark.parametrize("n", [(8,), EMBD, (1, 3, 4, 6, 8)])
 @pytest.mark.parametrize("portion", [1.0, 0.5, 0.01])
 def test_rms_norm(n, portion):
-    """Against torch.nn.RMSNorm; with a portion, the RMS is that of the first channels of each width, at least one."""
+    """Against torch.nn.RMSNorm; with a portion, the RMS is that of the first channels of each
+    width, at least one."""
     norm, x, e = RMSNorm(8, portion), (torch.randn(2, 4, 8) + 3).requires_grad_(), mixture(n, 8)
     torch.nn.init.normal_(norm.weight)
     whole = torch.nn.RMSNorm(8, eps=norm.eps)
@@ -78,16 +83,20 @@ def test_sinusoidal():
     """Written out entry by entry; of a mixture: the padded sum of the tables."""
     def table(n):
         wave = (math.sin, math.cos)
-        return torch.tensor([[wave[i % 2](t / 10000 ** ((i - i % 2) / n)) for i in range(n)] for t in range(6)])
+        return torch.tensor([[wave[i % 2](t / 10000 ** ((i - i % 2) / n)) for i in range(n)]
+                             for t in range(6)])
     layer, e, pos = Sinusoidal(8), mixture(EMBD, 8), torch.arange(6)
-    assert (layer(pos) - table(8)).abs().max() < 1e-5 and (layer(pos[2:], Size(5)) - table(5)[2:]).abs().max() < 1e-5
+    assert (layer(pos) - table(8)).abs().max() < 1e-5 and (layer(pos[2:],
+                                                                 Size(5)) - table(5)[2:]).abs().max() < 1e-5
     padded = sum(p * pad(table(k), 8) for p, k in zip(e.p, EMBD, strict=True))
     assert (layer(pos, e) - padded).abs().max() < 1e-5
 
 
 def turned(x, n_head, past=0):
-    """RoPE by complex numbers: channels 2i and 2i + 1 are a number that e^(i t theta) turns. x: (B, T, n) -> (B, n_head, T, d)."""
-    z = torch.view_as_complex(x.unflatten(2, (n_head, -1, 2)).transpose(1, 2).contiguous()) # (B, n_head, T, d / 2)
+    """RoPE by complex numbers: channels 2i and 2i + 1 are a number that e^(i t theta) turns. x:
+    (B, T, n) -> (B, n_head, T, d)."""
+    # (B, n_head, T, d / 2)
+    z = torch.view_as_complex(x.unflatten(2, (n_head, -1, 2)).transpose(1, 2).contiguous())
     d = 2 * z.shape[3]
     theta = torch.tensor([10000 ** (-2 * i / d) for i in range(d // 2)])
     angle = torch.arange(past, past + z.shape[2]).unsqueeze(1) * theta
@@ -100,9 +109,12 @@ def test_rotary(n_head):
     qkv = torch.randn(2, 7, 72)
     q, k, v = rotary(qkv, n_head, past=5).chunk(3, dim=2)
     for x, x0 in ((q, qkv[..., :24]), (k, qkv[..., 24:48])):
-        assert (x.unflatten(2, (n_head, -1)).transpose(1, 2) - turned(x0, n_head, 5)).abs().max() < 1e-5 # angles are float32
+        # angles are float32
+        assert (x.unflatten(2, (n_head, -1)).transpose(1, 2) - turned(x0, n_head,
+                                                                      5)).abs().max() < 1e-5
     assert torch.equal(v, qkv[..., 48:])
-    q, k, _ = (t.unflatten(2, (n_head, -1)).transpose(1, 2) for t in rotary(qkv[:, :1].expand(2, 7, 72), n_head).chunk(3, dim=2))
+    q, k, _ = (t.unflatten(2, (n_head, -1)).transpose(1, 2)
+               for t in rotary(qkv[:, :1].expand(2, 7, 72), n_head).chunk(3, dim=2))
     scores = q @ k.transpose(-1, -2) # of the same query and key everywhere
     for distance in range(-6, 7):
         on = scores.diagonal(distance, 2, 3)
@@ -111,34 +123,46 @@ def test_rotary(n_head):
 
 
 def test_mixed_rotary_attention():
-    """Scores sum_k p_k scores_k of widths that turn at frequencies of their own, for each head count."""
+    """Scores sum_k p_k scores_k of widths that turn at frequencies of their own, for each head
+    count."""
     E, widths, heads = 24, (12, 24), (1, 3)
-    qkv, p = torch.randn(2, 5, 3 * E, requires_grad=True), torch.rand(2).softmax(-1).requires_grad_()
+    qkv, p = torch.randn(2, 5, 3 * E,
+                         requires_grad=True), torch.rand(2).softmax(-1).requires_grad_()
     y_scale = torch.rand(2, E, requires_grad=True)
     q, k, v = qkv.chunk(3, dim=2)
     y = 0
     for j, h in enumerate(heads):
-        slots = [t.unflatten(2, (h, -1)) for t in (q, k)] # a width's part of a head is the beginning of its slot
-        scores = sum(pk * turned(slots[0][..., :e // h].flatten(2), h) @ turned(slots[1][..., :e // h].flatten(2), h).transpose(-1, -2)
+        # a width's part of a head is the beginning of its slot
+        slots = [t.unflatten(2, (h, -1)) for t in (q, k)]
+        scores = sum(pk * turned(slots[0][..., :e // h].flatten(2),
+                                 h) @ turned(slots[1][..., :e // h].flatten(2), h).transpose(-1, -2)
                      * (e / h) ** -0.5 for pk, e in zip(p, widths, strict=True))
         attention = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf).softmax(-1)
-        y = y + y_scale[j] * (attention @ v.unflatten(2, (h, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
-    out, inputs, direction = mixed_rotary_attention(qkv, widths, p, y_scale, heads), [qkv, p, y_scale], torch.randn_like(y)
+        y = y + y_scale[j] * (attention @ v.unflatten(2,
+                                                      (h, -1)).transpose(1,
+                                                                         2)).transpose(1,
+                                                                                       2).flatten(2)
+    out, inputs, direction = mixed_rotary_attention(qkv, widths, p, y_scale,
+                                                    heads), [qkv, p, y_scale], torch.randn_like(y)
     assert (out - y).abs().max() < 1e-5 * y.abs().max() # angles are float32
-    for a, b in zip(*(torch.autograd.grad((t * direction).sum(), inputs) for t in (out, y)), strict=True):
+    for a, b in zip(*(torch.autograd.grad((t * direction).sum(), inputs) for t in (out, y)),
+                    strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
 def test_layer_norm_far_from_zero():
     """Block statistics must not cancel: channels around 1000 with a deviation of 1, in float32."""
     x, n, p = (torch.randn(4, 64) + 1000).float(), (16, 48, 64), torch.tensor([0.2, 0.3, 0.5])
-    exact = sum(pk * pad(F.layer_norm(x[..., :k].double(), (k,)), 64) for pk, k in zip(p, n, strict=True))
-    assert (mixed_norm(x, torch.ones(64).float(), None, p.float(), n, 1e-5) - exact).abs().max() < 2e-3
+    exact = sum(pk * pad(F.layer_norm(x[..., :k].double(), (k,)), 64) for pk,
+                k in zip(p, n, strict=True))
+    assert (mixed_norm(x, torch.ones(64).float(), None, p.float(), n,
+                       1e-5) - exact).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_sizes_chosen_together(bias):
-    """Rows int(m e) by columns e, every (e, m) weighted by the product of the two choices: c_fc, and c_proj transposed."""
+    """Rows int(m e) by columns e, every (e, m) weighted by the product of the two choices: c_fc,
+    and c_proj transposed."""
     ratios, x = (1, 2.5), torch.randn(2, 4, 8, requires_grad=True)
     linear, e = Linear(8, 20, bias), mixture(EMBD, 8)
     alpha = torch.randn(2, requires_grad=True)
@@ -146,17 +170,22 @@ def test_linear_sizes_chosen_together(bias):
     share = prefix_masks([[int(m * k) for m in ratios] for k in EMBD], 20).double()
     n = tuple(sorted({int(m * k) for m in ratios for k in EMBD}))
     hidden = Size(n, mask=torch.einsum("m,emh->eh", q, share), p=e.p, last=torch.tensor(n) - 1)
-    pairs = [(pi * qj, k, int(m * k)) for pi, k in zip(e.p, EMBD, strict=True) for qj, m in zip(q, ratios, strict=True)]
-    padded = sum(w * pad(F.linear(x[..., :k], linear.weight[:o, :k], linear.bias[:o] if bias else None), 20) for w, k, o in pairs)
+    pairs = [(pi * qj, k, int(m * k)) for pi, k in zip(e.p, EMBD, strict=True) for qj,
+             m in zip(q, ratios, strict=True)]
+    padded = sum(w * pad(F.linear(x[..., :k], linear.weight[:o, :k], linear.bias[:o] if bias
+                                  else None), 20) for w, k, o in pairs)
     same_with_gradients(linear(x, e, hidden), padded, [x, e.p, alpha, *linear.parameters()])
     both = Linear(8, 40, bias) # a gated MLP's: the same rows of two parts
     halves = [Linear(8, 20, bias) for _ in range(2)]
     for i, half in enumerate(halves):
-        half.weight, half.bias = (p if p is None else torch.nn.Parameter(p[20 * i:20 * i + 20].detach()) for p in (both.weight, both.bias))
+        half.weight, half.bias = (p if p is None
+                                  else torch.nn.Parameter(p[20 * i:20 * i + 20].detach())
+                                  for p in (both.weight, both.bias))
     apart = torch.cat([half(x, e, hidden) for half in halves], -1)
     same_with_gradients(both(x, e, hidden.doubled), apart, [x, e.p, alpha])
     back, h = Linear(20, 8, bias), torch.randn(2, 4, 20, requires_grad=True)
-    padded = sum(w * pad(F.linear(h[..., :o], back.weight[:k, :o], back.bias[:k] if bias else None), 8) for w, k, o in pairs)
+    padded = sum(w * pad(F.linear(h[..., :o], back.weight[:k, :o], back.bias[:k] if bias else None),
+                         8) for w, k, o in pairs)
     same_with_gradients(back(h, hidden, e), padded, [h, e.p, alpha, *back.parameters()])
 
 
@@ -167,14 +196,17 @@ def test_linear_sizes_chosen_independently(sides):
     o = mixture((2, 6), 6) if sides != "in" else None
     ins = zip(i.p, i.n, strict=True) if i else [(torch.tensor(1.0), 8)]
     outs = list(zip(o.p, o.n, strict=True)) if o else [(torch.tensor(1.0), 6)]
-    padded = sum(a * b * pad(F.linear(x[..., :c], linear.weight[:r, :c]), 6) for a, c in ins for b, r in outs)
+    padded = sum(a * b * pad(F.linear(x[..., :c], linear.weight[:r, :c]), 6) for a, c in ins for b,
+                 r in outs)
     padded = padded + sum(b * pad(linear.bias[:r], 6) for b, r in outs)
-    same_with_gradients(linear(x, i, o), padded, [x, *linear.parameters(), *(s.p for s in (i, o) if s)])
+    same_with_gradients(linear(x, i, o), padded, [x, *linear.parameters(), *(s.p for s in (i, o)
+                                                                             if s)])
 
 
 def test_embedding():
     table, idx, e = Embedding(11, 8), torch.randint(11, (2, 5)), mixture(EMBD, 8)
-    padded = sum(p * pad(F.embedding(idx, table.weight[:, :k]), 8) for p, k in zip(e.p, EMBD, strict=True))
+    padded = sum(p * pad(F.embedding(idx, table.weight[:, :k]), 8) for p, k in zip(e.p, EMBD,
+                                                                                   strict=True))
     same_with_gradients(table(idx, e), padded, [e.p, table.weight])
 
 
@@ -198,9 +230,11 @@ def test_one_hot_is_the_slice(k):
 
 
 def test_slice_dim_slices_every_part():
-    """Two of four channels of each of three equal parts: what a head count, or q, k and v side by side, use."""
+    """Two of four channels of each of three equal parts: what a head count, or q, k and v side by
+    side, use."""
     w = torch.arange(12.0)
     assert slice_dim(w, 0, Size(6, groups=3)).tolist() == [0, 1, 4, 5, 8, 9]
     assert prefix_masks((6, 12), 12, groups=3)[0].nonzero().flatten().tolist() == [0, 1, 4, 5, 8, 9]
     for whole in (None, Size(12), Size(12, groups=3)): # copies nothing
-        assert slice_dim(w, 0, whole).tolist() == w.tolist() and slice_dim(w, 0, whole).data_ptr() == w.data_ptr()
+        assert slice_dim(w, 0, whole).tolist() == w.tolist() and slice_dim(w, 0,
+                                                                           whole).data_ptr() == w.data_ptr()

@@ -1,4 +1,5 @@
-"""Runs that survive: killed, stopped, damaged, out of room, on one process or many, they lose nothing and never go on wrongly."""
+"""Runs that survive: killed, stopped, damaged, out of room, on one process or many, they lose
+nothing and never go on wrongly."""
 import run as runs
 import json
 import math
@@ -30,20 +31,26 @@ LONG = dict(max_iters=20, lr_decay_iters=20, eval_interval=10, dropout=0.1)
 
 
 def state_of(out_dir):
-    """Everything a checkpoint and the logs hold but times: two runs that did the same have the same."""
+    """Everything a checkpoint and the logs hold but times: two runs that did the same have the
+    same."""
     checkpoint = torch.load(Path(out_dir) / "ckpt.pt", weights_only=True)
     for key in ("config", "sha256", "logs"):
         checkpoint.pop(key)
     checkpoint["state"].pop("seconds")
     times = ("ms", "tokens_per_s", "images_per_s", "seconds", "sha256")
-    logs, searched = ([{k: v for k, v in line.items() if k not in times} for line in read_lines(path)] if path.exists() else []
-                      for path in (Path(out_dir) / "log.jsonl", Path(out_dir) / "arch_search.jsonl"))
-    files = {name: (Path(out_dir) / name).read_bytes() for name in ("arch.json", "arch_traj.jsonl") if (Path(out_dir) / name).exists()}
-    return runs.content_hash(checkpoint), [line for line in logs if line.get("step")], searched, files
+    logs, searched = ([{k: v for k, v in line.items() if k not in times}
+                       for line in read_lines(path)] if path.exists() else []
+                      for path in (Path(out_dir) / "log.jsonl",
+                                   Path(out_dir) / "arch_search.jsonl"))
+    files = {name: (Path(out_dir) / name).read_bytes() for name in ("arch.json", "arch_traj.jsonl")
+             if (Path(out_dir) / name).exists()}
+    return runs.content_hash(checkpoint), [line for line in logs
+                                           if line.get("step")], searched, files
 
 
 def killed_early(whole, out_dir):
-    """The out_dir of a run like that in whole, killed before its first checkpoint: what begin() wrote, and a log."""
+    """The out_dir of a run like that in whole, killed before its first checkpoint: what begin()
+    wrote, and a log."""
     os.makedirs(out_dir)
     for name in ("run.json", "log.jsonl"):
         shutil.copy(Path(whole) / name, out_dir)
@@ -59,13 +66,16 @@ def starter(name, data_dir, tmp_path):
     """A function (out_dir, **options) that runs one of the five searches or train_base."""
     if name == "train_base":
         found = searched(data_dir, tmp_path)
-        return lambda out, **rest: train_base.train_found(base_config(data_dir, out, found, **LONG | rest))
-    return lambda out, **rest: train_search.search(search_config(data_dir, out, **OPTIMIZERS[name], **LONG | rest))
+        return lambda out, **rest: train_base.train_found(base_config(data_dir, out, found,
+                                                                      **LONG | rest))
+    return lambda out, **rest: train_search.search(search_config(data_dir, out, **OPTIMIZERS[name],
+                                                                 **LONG | rest))
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "train_base"])
 def test_twenty_steps_are_ten_and_ten(name, data_dir, tmp_path):
-    """Stopped by a signal after step 10 and resumed: losses, alphas, architecture and checkpoint are those of one run."""
+    """Stopped by a signal after step 10 and resumed: losses, alphas, architecture and checkpoint
+    are those of one run."""
     go, step = starter(name, data_dir, tmp_path), train.update
     go(tmp_path / "whole")
 
@@ -141,10 +151,12 @@ print(run, len(moments))
 
 @pytest.mark.parametrize("optimizer", ["drnas", "spos"])
 def test_killed_at_twenty_random_moments(optimizer, data_dir, tmp_path):
-    """SIGKILL at any call, also within the saves that follow every step: every resume ends in the same state."""
+    """SIGKILL at any call, also within the saves that follow every step: every resume ends in the
+    same state."""
     places = dict(root=str(ROOT), tests=str(ROOT / "tests"), data=data_dir, out=str(tmp_path))
     program = KILLER.format(**places, optimizer=optimizer)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     runs, moments = map(int, done.stdout.split()[-2:])
     assert moments >= 8, f"the kills fell at {moments} different moments only"
@@ -154,7 +166,8 @@ def test_killed_at_twenty_random_moments(optimizer, data_dir, tmp_path):
 
 
 def start(*command):
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(process, words):
@@ -173,20 +186,24 @@ def test_ctrl_c_before_the_first_step_ends_without_a_traceback():
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(data_dir, tmp_path):
-    options = [*flags(TINY_SEARCH | {"max_iters": 100000, "eval_interval": 50000}), f"--data_dir={data_dir}"]
+    options = [*flags(TINY_SEARCH | {"max_iters": 100000, "eval_interval": 50000}),
+               f"--data_dir={data_dir}"]
     process = start("train_search.py", *options, f"--out_dir={tmp_path}/a")
     wait_for(process, "step 5/")
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + signal.SIGINT and "--init_from=resume" in output and "Traceback" not in output
+    assert (process.returncode == 128 + signal.SIGINT and "--init_from=resume" in output
+            and "Traceback" not in output)
     stopped = torch.load(tmp_path / "a/ckpt.pt", weights_only=True)["state"]["step"]
     assert stopped >= 5
-    out = succeeds("train_search.py", *options, f"--out_dir={tmp_path}/a", "--init_from=resume", f"--max_iters={stopped + 2}")
+    out = succeeds("train_search.py", *options, f"--out_dir={tmp_path}/a", "--init_from=resume",
+                   f"--max_iters={stopped + 2}")
     assert f"step {stopped + 1}/" in out and f"step {stopped}/" not in out
 
 
 def test_a_checkpoint_without_room_is_one_sentence_and_keeps_the_last(data_dir, tmp_path):
-    """The file size limit stands in for a full disk: the save fails in the middle, the checkpoint before it is whole."""
+    """The file size limit stands in for a full disk: the save fails in the middle, the checkpoint
+    before it is whole."""
     config = train_config(data_dir, tmp_path / "t", save_interval=2, max_iters=40, eval_interval=40)
     train.train(config | {"max_iters": 4})
     before = (tmp_path / "t/ckpt.pt").read_bytes()
@@ -199,13 +216,15 @@ def test_a_checkpoint_without_room_is_one_sentence_and_keeps_the_last(data_dir, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "ckpt.pt cannot be written" in str(e.value) and "\n" not in str(e.value)
-    assert (tmp_path / "t/ckpt.pt").read_bytes() == before and not list((tmp_path / "t").glob("*.tmp"))
+    assert ((tmp_path / "t/ckpt.pt").read_bytes() == before
+            and not list((tmp_path / "t").glob("*.tmp")))
     train.train(config | {"init_from": "resume"})
 
 
 def test_an_out_dir_that_cannot_be_made_is_one_sentence(data_dir, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert "cannot be made" in fails("train.py", *flags(TINY), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/file/out")
+    assert "cannot be made" in fails("train.py", *flags(TINY), f"--data_dir={data_dir}",
+                                     f"--out_dir={tmp_path}/file/out")
 
 
 def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path, monkeypatch):
@@ -213,7 +232,8 @@ def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path, monkeypa
     train.train(config)
     shutil.copytree(tmp_path / "t", tmp_path / "whole")
     damaged = bytearray((tmp_path / "t/ckpt.pt").read_bytes())
-    for i in range(len(damaged) // 2, len(damaged) // 2 + 256): # more than the padding between two tensors
+    # more than the padding between two tensors
+    for i in range(len(damaged) // 2, len(damaged) // 2 + 256):
         damaged[i] ^= 1
     (tmp_path / "t/ckpt.pt").write_bytes(damaged)
     with pytest.raises(SystemExit, match="--init_from=previous"):
@@ -228,37 +248,46 @@ def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path, monkeypa
     assert state_of(tmp_path / "t") == state_of(tmp_path / "whole")
 
 
-def test_the_best_weights_of_steps_that_are_made_otherwise_are_not_those_of_the_run(data_dir, tmp_path):
-    """Gone on with from the checkpoint before, at a rate that spoils the network: best.pt is what the result says of it."""
+def test_the_best_weights_of_steps_that_are_made_otherwise_are_not_those_of_the_run(data_dir,
+                                                                                    tmp_path):
+    """Gone on with from the checkpoint before, at a rate that spoils the network: best.pt is what
+    the result says of it."""
     config = train_config(data_dir, tmp_path, val_portion=0.1, learning_rate=1e-2)
     assert train.train(config, test=True)["best_step"] == 4
-    result = train.train(config | dict(init_from="previous", learning_rate=10.0, min_lr=10.0), test=True)
+    result = train.train(config | dict(init_from="previous", learning_rate=10.0, min_lr=10.0),
+                         test=True)
     best = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert best["step"] == result["best_step"] and best["losses"]["val_loss"] == result["best_val_loss"]
+    assert (best["step"] == result["best_step"] and best["losses"]["val_loss"] ==
+            result["best_val_loss"])
 
 
 def test_the_checkpoint_before_may_be_the_end_of_a_run(data_dir, tmp_path):
-    """Without further steps its own weights are the best that are left, and not those of the steps behind it."""
+    """Without further steps its own weights are the best that are left, and not those of the steps
+    behind it."""
     config = train_config(data_dir, tmp_path, val_portion=0.1, learning_rate=1e-2)
     assert train.train(config, test=True)["best_step"] == 4
     before = torch.load(tmp_path / "ckpt.prev.pt", weights_only=True)
     result = train.train(config | dict(init_from="previous", max_iters=2), test=True)
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     assert best["step"] == result["best_step"] == before["state"]["step"] == 2
-    assert result["best_val_loss"] == best["losses"]["val_loss"] == before["state"]["losses"]["val_loss"]
+    assert (result["best_val_loss"] == best["losses"]["val_loss"] ==
+            before["state"]["losses"]["val_loss"])
 
 
-def test_the_architecture_of_steps_that_are_made_otherwise_is_not_that_of_the_run(data_dir, tmp_path):
+def test_the_architecture_of_steps_that_are_made_otherwise_is_not_that_of_the_run(data_dir,
+                                                                                  tmp_path):
     """As above: arch.json is what the result says."""
     config = search_config(data_dir, tmp_path, learning_rate=1e-2)
     train_search.search(config)
     assert read_json(tmp_path / "arch.json")["step"] == 4
-    result = train_search.search(config | dict(init_from="previous", learning_rate=10.0, min_lr=10.0))
+    result = train_search.search(config | dict(init_from="previous", learning_rate=10.0,
+                                               min_lr=10.0))
     found = read_json(tmp_path / "arch.json")
     assert (found["arch"], found["arch_loss"]) == (result["arch"], result["arch_loss"])
 
 
-@pytest.mark.parametrize("module, config_of", [(train, train_config), (train_search, search_config)])
+@pytest.mark.parametrize("module, config_of", [(train, train_config), (train_search,
+                                                                       search_config)])
 def test_fewer_steps_than_a_run_has_made_are_refused(module, config_of, data_dir, tmp_path):
     begin = module.train if module is train else module.search
     begin(config_of(data_dir, tmp_path / "o"))
@@ -269,15 +298,20 @@ def test_fewer_steps_than_a_run_has_made_are_refused(module, config_of, data_dir
 
 
 OTHERS = { # what has the same shapes, and what the optimizers cannot take over
-    "train": [dict(n_head=1), dict(norm="rmsnorm"), dict(activation="relu"), dict(residual="post"), dict(weight_optimizer="sgd")],
-    "search": [dict(n_embd=[4, 16]), dict(n_head=[1, 4]), dict(optimizer="gdas"), dict(optimizer="spos"), dict(n_layer=[2])],
+    "train": [dict(n_head=1), dict(norm="rmsnorm"), dict(activation="relu"), dict(residual="post"),
+              dict(weight_optimizer="sgd")],
+    "search": [dict(n_embd=[4, 16]), dict(n_head=[1, 4]), dict(optimizer="gdas"),
+               dict(optimizer="spos"), dict(n_layer=[2])],
     "spos": [dict(optimizer="drnas")]}
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_run_goes_on_as_the_network_that_it_is(kind, data_dir, tmp_path):
-    """Options that are forgotten on the command are one sentence, and nothing that is there changes; all others may change."""
-    config = (train_config if kind == "train" else search_config)(data_dir, tmp_path, **dict(optimizer="spos") if kind == "spos" else {})
+    """Options that are forgotten on the command are one sentence, and nothing that is there
+    changes; all others may change."""
+    config = (train_config if kind == "train" else search_config)(data_dir, tmp_path,
+                                                                  **dict(optimizer="spos")
+                                                                  if kind == "spos" else {})
     go = train.train if kind == "train" else train_search.search
     go(config)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -285,28 +319,37 @@ def test_a_run_goes_on_as_the_network_that_it_is(kind, data_dir, tmp_path):
         (key, value), = change.items()
         with pytest.raises(SystemExit) as e:
             go(config | change | dict(init_from="resume", max_iters=6))
-        assert f"{key}={config[key]}" in str(e.value) and f"{key}={value}" in str(e.value) and "\n" not in str(e.value)
+        assert (f"{key}={config[key]}" in str(e.value) and f"{key}={value}" in str(e.value)
+                and "\n" not in str(e.value))
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    go(config | dict(init_from="resume", max_iters=6, dropout=0.1, learning_rate=1e-4, batch_size=2, loss_chunk=8))
+    go(config | dict(init_from="resume", max_iters=6, dropout=0.1, learning_rate=1e-4, batch_size=2,
+                     loss_chunk=8))
 
 
 def test_a_run_goes_on_with_the_optimizers_settings_of_its_command(data_dir, tmp_path):
-    """What the command changes counts, of the weights and of the alphas, and not what the checkpoint was saved with."""
+    """What the command changes counts, of the weights and of the alphas, and not what the
+    checkpoint was saved with."""
     config = search_config(data_dir, tmp_path, weight_optimizer="adam")
     train_search.search(config)
-    train_search.search(config | dict(init_from="resume", max_iters=6, weight_decay=0.3, beta1=0.8, arch_learning_rate=0.05))
+    train_search.search(config | dict(init_from="resume", max_iters=6, weight_decay=0.3, beta1=0.8,
+                                      arch_learning_rate=0.05))
     checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    weights, alphas = (found["param_groups"] for found in (checkpoint["optimizer"], checkpoint["chooser"]["optimizer"]))
+    weights, alphas = (found["param_groups"] for found in (checkpoint["optimizer"],
+                                                           checkpoint["chooser"]["optimizer"]))
     assert all(group["weight_decay"] == 0.3 and group["betas"] == (0.8, 0.99) for group in weights)
     assert [group["lr"] for group in alphas] == [0.05]
 
 
 def test_a_training_that_stopped_early_goes_on_with_more_patience(data_dir, tmp_path):
-    config = train_config(data_dir, tmp_path, val_portion=0.1, early_stopping=2, learning_rate=1.0, max_iters=40, decay_lr=False)
+    config = train_config(data_dir, tmp_path, val_portion=0.1, early_stopping=2, learning_rate=1.0,
+                          max_iters=40, decay_lr=False)
     steps = train.train(config, test=True)["steps"]
-    assert steps < 40 and train.train(config | dict(init_from="resume"), test=True)["steps"] == steps
-    assert train.train(config | dict(init_from="resume", early_stopping=3), test=True)["steps"] == steps + config["eval_interval"]
-    assert train.train(config | dict(init_from="resume", early_stopping=0), test=True)["steps"] == 40
+    assert steps < 40 and train.train(config | dict(init_from="resume"),
+                                      test=True)["steps"] == steps
+    assert train.train(config | dict(init_from="resume", early_stopping=3),
+                       test=True)["steps"] == steps + config["eval_interval"]
+    assert train.train(config | dict(init_from="resume", early_stopping=0),
+                       test=True)["steps"] == 40
 
 
 def test_a_training_does_not_go_on_with_a_search(data_dir, tmp_path):
@@ -315,14 +358,16 @@ def test_a_training_does_not_go_on_with_a_search(data_dir, tmp_path):
     train_search.search(config)
     largest = {"n_layer": 2, "n_embd": 16, "n_head": [2, 2], "mlp_ratio": [2, 2]}
     with pytest.raises(SystemExit, match="name that, or another --out_dir"):
-        train.train(config | dict(val_portion=0.1, early_stopping=0, init_from="resume", max_iters=6), largest)
+        train.train(config | dict(val_portion=0.1, early_stopping=0, init_from="resume",
+                                  max_iters=6), largest)
 
 
 def test_a_training_goes_on_with_its_architecture(data_dir, tmp_path):
     found = {"n_layer": 1, "n_embd": 8, "n_head": [2], "mlp_ratio": [1]}
     config = search_config(data_dir, tmp_path) | dict(val_portion=0.1, early_stopping=0)
     train.train(config, found)
-    with pytest.raises(SystemExit, match=r"is of a run of the architecture .*: name that, or another --out_dir") as e:
+    with pytest.raises(SystemExit,
+                       match=r"is of a run of the architecture .*: name that, or another --out_dir") as e:
         train.train(config | dict(init_from="resume", max_iters=6), found | {"n_head": [1]})
     assert "\n" not in str(e.value)
     train.train(config | dict(init_from="resume", max_iters=6), found)
@@ -330,7 +375,8 @@ def test_a_training_goes_on_with_its_architecture(data_dir, tmp_path):
 
 @pytest.mark.parametrize("kind", ["train", "search"])
 def test_a_run_goes_on_in_another_dtype(kind, data_dir, tmp_path):
-    """As it does by itself on a device for which dtype=auto means another: float16 alone has a scaler, with a state."""
+    """As it does by itself on a device for which dtype=auto means another: float16 alone has a
+    scaler, with a state."""
     config = (train_config if kind == "train" else search_config)(data_dir, tmp_path)
     go = train.train if kind == "train" else train_search.search
     go(config)
@@ -344,22 +390,26 @@ class Bomb:
         return os.system, ("touch " + os.environ["BOMB"],)
 
 
-@pytest.mark.parametrize("save", [lambda obj, f: pickle.dump(obj, f), lambda obj, f: torch.save(obj, f)])
+@pytest.mark.parametrize("save", [lambda obj, f: pickle.dump(obj, f), lambda obj,
+                                  f: torch.save(obj, f)])
 @pytest.mark.parametrize("name", ["ckpt.pt", "best.pt"])
-def test_a_malicious_checkpoint_is_refused_and_does_not_run(save, name, data_dir, tmp_path, monkeypatch):
+def test_a_malicious_checkpoint_is_refused_and_does_not_run(save, name, data_dir, tmp_path,
+                                                            monkeypatch):
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
     train.train(train_config(data_dir, tmp_path / "t"))
     with open(tmp_path / "t" / name, "wb") as f:
         save({"model": Bomb(), "sha256": ""}, f)
     options = [f"--out_dir={tmp_path}/t"]
     message = (fails("sample.py", *options) if name == "best.pt" else
-               fails("train.py", *flags(TINY | dict(n_layer=2, n_head=2, n_embd=16, mlp_ratio=2.0)), *options, f"--data_dir={data_dir}",
+               fails("train.py", *flags(TINY | dict(n_layer=2, n_head=2, n_embd=16, mlp_ratio=2.0)),
+                     *options, f"--data_dir={data_dir}",
                      "--init_from=resume"))
     assert "damaged or not one of ours" in message and not (tmp_path / "exploded").exists()
 
 
 def test_five_hundred_damaged_files_never_make_a_wrong_run(data_dir, tmp_path):
-    """Truncated anywhere or with any byte changed, each file gives the right content or one sentence: no traceback, nothing else."""
+    """Truncated anywhere or with any byte changed, each file gives the right content or one
+    sentence: no traceback, nothing else."""
     train_search.search(search_config(data_dir, tmp_path / "s", save_interval=1))
     run_dir, data = tmp_path / "s", tmp_path / "data"
     shutil.copytree(data_dir, data)
@@ -368,7 +418,8 @@ def test_five_hundred_damaged_files_never_make_a_wrong_run(data_dir, tmp_path):
         run_dir / "arch.json": lambda p: train_base.read_arch(str(p), ""),
         run_dir / "arch_traj.jsonl": lambda p: train_base.read_arch("", str(p)),
         run_dir / "ckpt.pt": lambda p: runs.content_hash(runs.load_checkpoint(str(p), "cpu")),
-        data / "pydocs/meta.json": lambda p: [bytes(load_tokens(str(data), "pydocs", split)) for split in ("train", "val")],
+        data / "pydocs/meta.json": lambda p: [bytes(load_tokens(str(data), "pydocs", split))
+                                              for split in ("train", "val")],
         data / "pydocs/train.bin": lambda p: bytes(load_tokens(str(data), "pydocs", "train")),
         data / "pydocs/val.bin": lambda p: bytes(load_tokens(str(data), "pydocs", "val")),
     }
@@ -376,7 +427,8 @@ def test_five_hundred_damaged_files_never_make_a_wrong_run(data_dir, tmp_path):
     for path, read in readers.items():
         whole, right = path.read_bytes(), read(path)
         allowed = [right]
-        if path.name == "arch_traj.jsonl": # a last line that was cut off is as if it had not been written
+        # a last line that was cut off is as if it had not been written
+        if path.name == "arch_traj.jsonl":
             allowed += [{k: v for k, v in line.items() if k != "sha256"} for line in last]
         for case in range(100):
             damaged = bytearray(whole)
@@ -400,7 +452,8 @@ def test_five_hundred_damaged_files_never_make_a_wrong_run(data_dir, tmp_path):
 
 @pytest.mark.parametrize("skip", [0, 3])
 def test_a_step_that_is_not_finite_is_named_or_passed_over(skip, data_dir, tmp_path):
-    """A NaN in one layer's gradient at step 2: the run stops there with step, rank and tensor, or goes on without that step."""
+    """A NaN in one layer's gradient at step 2: the run stops there with step, rank and tensor, or
+    goes on without that step."""
     def spoiled(net, *args):
         loss = backward(net, *args)
         steps.append(1)
@@ -414,16 +467,19 @@ def test_a_step_that_is_not_finite_is_named_or_passed_over(skip, data_dir, tmp_p
         if skip:
             train.train(config)
             checkpoint = torch.load(tmp_path / "t/ckpt.pt", weights_only=True)
-            assert checkpoint["state"]["skipped"] == 1 and all(v.isfinite().all() for v in checkpoint["model"].values())
+            assert checkpoint["state"]["skipped"] == 1 and all(v.isfinite().all()
+                                                               for v in checkpoint["model"].values())
         else:
             with pytest.raises(FloatingPointError) as e:
                 train.train(config)
-            assert all(word in str(e.value) for word in ("step 2", "rank 0", "transformer.h.1.mlp.c_fc.weight"))
+            assert all(word in str(e.value) for word in ("step 2", "rank 0",
+                                                         "transformer.h.1.mlp.c_fc.weight"))
     finally:
         train.backward = backward
 
 
-def test_a_loss_that_is_passed_over_does_not_end_the_run_where_it_is_logged(data_dir, tmp_path, monkeypatch):
+def test_a_loss_that_is_passed_over_does_not_end_the_run_where_it_is_logged(data_dir, tmp_path,
+                                                                            monkeypatch):
     """The loss of step 2 is not a number: its line says so, and the steps behind it follow."""
     steps, backward = [], train.backward
 
@@ -432,11 +488,13 @@ def test_a_loss_that_is_passed_over_does_not_end_the_run_where_it_is_logged(data
         return backward(*args) * (math.nan if len(steps) == 3 else 1)
     monkeypatch.setattr(train, "backward", spoiled)
     train.train(train_config(data_dir, tmp_path, skip_nonfinite=1))
-    assert [math.isnan(line["loss"]) for line in read_lines(tmp_path / "log.jsonl") if "loss" in line] == [False, False, True, False]
+    assert [math.isnan(line["loss"]) for line in read_lines(tmp_path / "log.jsonl")
+            if "loss" in line] == [False, False, True, False]
 
 
 def test_not_finite_is_one_sentence_for_the_user(data_dir, tmp_path):
-    message = fails("train.py", *flags(TINY | {"max_iters": 50, "learning_rate": 1e30, "grad_clip": 0}), f"--data_dir={data_dir}",
+    message = fails("train.py", *flags(TINY | {"max_iters": 50, "learning_rate": 1e30,
+                                               "grad_clip": 0}), f"--data_dir={data_dir}",
                     f"--out_dir={tmp_path}/t")
     assert "finite" in message or "loss is" in message
 
@@ -448,9 +506,12 @@ def test_every_group_of_processes_gives_up_after_timeout_minutes(data_dir, tmp_p
     given = {}
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("init_process_group", "new_group", "barrier"):
-        monkeypatch.setattr(train.dist, name, lambda *args, name=name, **rest: given.update({name: rest.get("timeout")}))
-    runs.setup(SimpleNamespace(**train_config(data_dir, tmp_path, gradient_accumulation_steps=2, timeout_minutes=7.0)))
-    assert given == {"init_process_group": timedelta(minutes=7), "new_group": timedelta(minutes=7), "barrier": None}
+        monkeypatch.setattr(train.dist, name, lambda *args, name=name,
+                            **rest: given.update({name: rest.get("timeout")}))
+    runs.setup(SimpleNamespace(**train_config(data_dir, tmp_path, gradient_accumulation_steps=2,
+                                              timeout_minutes=7.0)))
+    assert given == {"init_process_group": timedelta(minutes=7), "new_group": timedelta(minutes=7),
+                     "barrier": None}
 
 
 RANKS = """
@@ -492,19 +553,23 @@ train.train(config | dict(max_iters=8, init_from="resume"))
 
 @pytest.fixture(scope="module")
 def two_ranks(data_dir, tmp_path_factory):
-    """All five searches, and a training with and without ZeRO, by two processes; the ranks' alphas and samples are compared on the way,
-    and that ZeRO's share of the optimizer's state is about half."""
+    """All five searches, and a training with and without ZeRO, by two processes; the ranks' alphas
+    and samples are compared on the way, and that ZeRO's share of the optimizer's state is about
+    half."""
     out = tmp_path_factory.mktemp("ranks")
     program = out / "ranks.py"
-    program.write_text(RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), data=data_dir, out=str(out)))
+    program.write_text(RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), data=data_dir,
+                                    out=str(out)))
     succeeds("torchrun", "--standalone", "--nproc_per_node=2", str(program))
     return out
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_two_processes_are_one(name, two_ranks, data_dir, tmp_path):
-    """Half of the micro-batches each: the curves, the alphas and the architecture of one process, up to rounding."""
-    train_search.search(search_config(data_dir, tmp_path / name, gradient_accumulation_steps=2, max_iters=6, **OPTIMIZERS[name]))
+    """Half of the micro-batches each: the curves, the alphas and the architecture of one process,
+    up to rounding."""
+    train_search.search(search_config(data_dir, tmp_path / name, gradient_accumulation_steps=2,
+                                      max_iters=6, **OPTIMIZERS[name]))
     one, two = (read_lines(folder / name / "arch_traj.jsonl") for folder in (tmp_path, two_ranks))
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
@@ -512,31 +577,40 @@ def test_two_processes_are_one(name, two_ranks, data_dir, tmp_path):
         for key in ("arch_loss", "mixture_loss", "val_arch_loss"):
             assert abs(a[key] - b[key]) < 2e-5
         for key in a.get("weights", {}):
-            assert torch.allclose(torch.tensor(a["weights"][key]), torch.tensor(b["weights"][key]), atol=1e-5)
-    one, two = ([line["loss"] for line in read_lines(folder / name / "log.jsonl") if "loss" in line] for folder in (tmp_path, two_ranks))
+            assert torch.allclose(torch.tensor(a["weights"][key]), torch.tensor(b["weights"][key]),
+                                  atol=1e-5)
+    one, two = ([line["loss"] for line in read_lines(folder / name / "log.jsonl") if "loss" in line]
+                for folder in (tmp_path, two_ranks))
     assert one == pytest.approx(two, abs=2e-5)
 
 
 def test_zero_gives_the_same_losses(two_ranks, data_dir, tmp_path):
-    """With the optimizer's state shared out the losses stay; a run goes on with it, and on one process without it."""
-    plain, zero = ([line for line in read_lines(two_ranks / name / "log.jsonl") if 0 < line.get("step", 0) <= 6]
+    """With the optimizer's state shared out the losses stay; a run goes on with it, and on one
+    process without it."""
+    plain, zero = ([line for line in read_lines(two_ranks / name / "log.jsonl") if 0 <
+                    line.get("step", 0) <= 6]
                    for name in ("zero0", "zero1"))
     assert len(plain) == len(zero) > 6
     for a, b in zip(plain, zero, strict=True):
         for key in ("loss", "train_loss", "val_loss"):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-6)
     shutil.copytree(two_ranks / "zero0", tmp_path / "one")
-    train.train(train_config(data_dir, tmp_path / "one", gradient_accumulation_steps=2, max_iters=8, init_from="resume"))
-    a, b = (torch.load(folder / "ckpt.pt", weights_only=True)["model"] for folder in (two_ranks / "zero1", tmp_path / "one"))
+    train.train(train_config(data_dir, tmp_path / "one", gradient_accumulation_steps=2, max_iters=8,
+                             init_from="resume"))
+    a, b = (torch.load(folder / "ckpt.pt", weights_only=True)["model"]
+            for folder in (two_ranks / "zero1", tmp_path / "one"))
     assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
 
 
 def test_a_rank_that_dies_ends_all_and_the_run_goes_on_with_another_number(data_dir, tmp_path):
-    options = [*flags(TINY_SEARCH | {"gradient_accumulation_steps": 2, "save_interval": 1, "max_iters": 100000, "eval_interval": 50000}),
+    options = [*flags(TINY_SEARCH | {"gradient_accumulation_steps": 2, "save_interval": 1,
+                                     "max_iters": 100000, "eval_interval": 50000}),
                f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o"]
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_search.py", *options)
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    "train_search.py", *options)
     wait_for(process, "step 3/")
-    workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == process.pid]
+    workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) ==
+               process.pid]
     os.kill(max(workers), signal.SIGKILL)
     began = time.time()
     output = process.communicate(timeout=120)[0]
@@ -556,18 +630,21 @@ def parent_of(pid):
 def test_what_ends_one_process_is_said_without_a_traceback_of_the_others(data_dir, tmp_path):
     """An out_dir that the first one cannot make; the second waits for it. torchrun's own words follow."""
     (tmp_path / "file").write_text("in the way")
-    done = run("torchrun", "--standalone", "--nproc_per_node=2", "train.py", *flags(TINY | {"gradient_accumulation_steps": 2}),
+    done = run("torchrun", "--standalone", "--nproc_per_node=2", "train.py",
+               *flags(TINY | {"gradient_accumulation_steps": 2}),
                f"--data_dir={data_dir}", f"--out_dir={tmp_path}/file/out")
     assert done.returncode == 1 and "cannot be made" in done.stderr and "[rank1]: Traceback" not in done.stderr, done.stderr[-3000:]
 
 
 def test_zero_on_one_process_is_one_sentence(data_dir, tmp_path):
-    done = run("train.py", *flags(TINY), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o", "--zero_stage=1")
+    done = run("train.py", *flags(TINY), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o",
+               "--zero_stage=1")
     assert done.returncode == 1 and "torchrun" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_no_json_of_ours_is_unsealed(data_dir, tmp_path):
-    """What is written can be told from what was changed: run.json, arch.json, result.json, meta.json and every line of a trajectory."""
+    """What is written can be told from what was changed: run.json, arch.json, result.json,
+    meta.json and every line of a trajectory."""
     train_search.search(search_config(data_dir, tmp_path / "s"))
     for path in (*(tmp_path / "s").glob("*.json"), Path(data_dir) / "pydocs/meta.json"):
         assert "sha256" in json.loads(path.read_text()), path

@@ -1,4 +1,5 @@
-"""Super-resolution: the law of exactness in SwinIR's space, its counts, windows and tiles; pairs of images, and how they are measured."""
+"""Super-resolution: the law of exactness in SwinIR's space, its counts, windows and tiles; pairs
+of images, and how they are measured."""
 import contextlib
 import itertools
 import os
@@ -27,7 +28,8 @@ import run as runs
 
 SHARED = Path(os.environ.get("NAS_DATA") or ROOT.parent / "shared/data") / "sr/sr_sets.zip"
 needs_sets = pytest.mark.skipif(not SHARED.exists(), reason=f"no Set5 at {SHARED} (set NAS_DATA)")
-TINY = dict(n_embd=[12, 24], n_rstb=[1, 2], n_layer=[1, 2, 3], n_head=[2, 3], mlp_ratio=[1, 2], window_size=4, patch=8)
+TINY = dict(n_embd=[12, 24], n_rstb=[1, 2], n_layer=[1, 2, 3], n_head=[2, 3], mlp_ratio=[1, 2],
+            window_size=4, patch=8)
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -49,20 +51,23 @@ def make(**rest):
 
 def batch(seed=0, h=9, w=14, s=2):
     """Of a size that is no multiple of the window."""
-    return torch.rand(2, 3, h, w, generator=generator(seed)), torch.rand(2, 3, s * h, s * w, generator=generator(seed))
+    return torch.rand(2, 3, h, w, generator=generator(seed)), torch.rand(2, 3, s * h, s * w,
+                                                                         generator=generator(seed))
 
 
 def uniform_arch(n_embd, n_head, n_rstb, n_layer, mlp_ratio, blocks=4):
     arch = {"n_embd": n_embd, "n_rstb": n_rstb}
     for r in range(1, blocks + 1):
-        arch |= {f"n_layer_{r}": n_layer, f"n_head_{r}": [n_head] * n_layer, f"mlp_ratio_{r}": [mlp_ratio] * n_layer}
+        arch |= {f"n_layer_{r}": n_layer, f"n_head_{r}": [n_head] * n_layer,
+                 f"mlp_ratio_{r}": [mlp_ratio] * n_layer}
     return arch
 
 # ---- the network
 
 @pytest.mark.parametrize("kernels", [False, True], ids=["pytorch", "kernels"])
 def test_law_of_exactness(kernels, dtype):
-    """One-hot mixture, hard architecture and extracted network: image, loss, and the gradient of everything that they share."""
+    """One-hot mixture, hard architecture and extracted network: image, loss, and the gradient of
+    everything that they share."""
     if kernels:
         turn_kernels_on()
     check_law(make(), some_archs(make()), batch)
@@ -71,14 +76,16 @@ def test_law_of_exactness(kernels, dtype):
 def test_straight_through_options_have_the_gradients_of_the_mixture(dtype):
     net, (x, y) = make(), batch()
     for arch in some_archs(net):
-        soft, hard = ({name: w.to(dtype).requires_grad_() for name, w in one_hot(net.choices, arch).items()} for _ in range(2))
+        soft, hard = ({name: w.to(dtype).requires_grad_() for name,
+                       w in one_hot(net.choices, arch).items()} for _ in range(2))
         for third in (soft, straight_through_arch(net.choices, hard)):
             net(x, y, third)[1].backward()
         scale = max(w.grad.abs().max() for w in soft.values() if w.grad is not None)
         for key, w in soft.items():
             if hard[key].grad is not None:
                 chosen = w.detach() > 0
-                assert (hard[key].grad[chosen] - w.grad[chosen]).abs().max() <= (1e-4 if dtype is torch.float32 else 1e-9) * scale, key
+                assert (hard[key].grad[chosen] - w.grad[chosen]).abs().max() <= (1e-4
+                                                                                 if dtype is torch.float32 else 1e-9) * scale, key
 
 
 def test_every_weight_of_a_mixture_has_a_gradient():
@@ -105,22 +112,29 @@ def test_kernels_compute_a_mixture_as_pytorch_does():
 
 
 @pytest.mark.parametrize("scale, arch, params", [
-    (2, (60, 6, 4, 6, 2), 910_152), (3, (60, 6, 4, 6, 2), 918_267), (4, (60, 6, 4, 6, 2), 929_628), # SwinIR-light
-    (2, (36, 4, 2, 4, 1), 112_440), (2, (48, 4, 3, 5, 1), 317_928), (2, (48, 6, 4, 6, 2), 598_092), (2, (36, 6, 4, 6, 2), 354_288)])
+    # SwinIR-light
+    (2, (60, 6, 4, 6, 2), 910_152), (3, (60, 6, 4, 6, 2), 918_267), (4, (60, 6, 4, 6, 2), 929_628),
+    (2, (36, 4, 2, 4, 1), 112_440), (2, (48, 4, 3, 5, 1), 317_928), (2, (48, 6, 4, 6, 2), 598_092),
+    (2, (36, 6, 4, 6, 2), 354_288)])
 def test_published_parameter_counts(scale, arch, params):
     with torch.device("meta"):
-        assert sum(q.numel() for q in swinir.build({"scale": scale}, uniform_arch(*arch)).parameters()) == params
+        assert sum(q.numel() for q in swinir.build({"scale": scale},
+                                                   uniform_arch(*arch)).parameters()) == params
 
 
-@pytest.mark.parametrize("patch, tile, mlp_ratio", [(8, 0, [1, 2]), (10, 0, [1, 2]), (24, 16, [1, 2]), (8, 0, [1.3, 1.7])])
+@pytest.mark.parametrize("patch, tile, mlp_ratio", [(8, 0, [1, 2]), (10, 0, [1, 2]),
+                                                    (24, 16, [1, 2]), (8, 0, [1.3, 1.7])])
 def test_cost_is_that_of_the_extracted_network_and_its_expectation(patch, tile, mlp_ratio):
-    """That of weights is linear in every choice: by all corners of a mixture of two architectures in two rows. Tiles cost nothing, and a
-    ratio that makes no whole number of neurons counts those that there are."""
+    """That of weights is linear in every choice: by all corners of a mixture of two architectures
+    in two rows. Tiles cost nothing, and a ratio that makes no whole number of neurons counts those
+    that there are."""
     net = make(patch=patch, tile=tile, mlp_ratio=mlp_ratio)
     for arch in some_archs(net):
         small, cost = net.extract(arch), net.cost(arch)
         assert cost == small.cost() and cost["params"] == sum(q.numel() for q in small.parameters())
-        assert {key: value.item() for key, value in net.cost(one_hot(net.choices, arch)).items()} == pytest.approx(cost, rel=1e-9)
+        assert {key: value.item() for key,
+                value in net.cost(one_hot(net.choices, arch)).items()} == pytest.approx(cost,
+                                                                                        rel=1e-9)
     weights = mixed(net)
     rows = [("n_embd", None), ("mlp_ratio_1", 0), ("n_rstb", None)]
     expected = {"params": 0, "flops": 0}
@@ -130,31 +144,37 @@ def test_cost_is_that_of_the_extracted_network_and_its_expectation(patch, tile, 
             target = corner[name] if row is None else corner[name][row]
             share, _ = share * target[k].item(), target.zero_()
             target[k] = 1
-        expected = {key: expected[key] + share * value.item() for key, value in net.cost(corner).items()}
-    assert {key: value.item() for key, value in net.cost(weights).items()} == pytest.approx(expected)
+        expected = {key: expected[key] + share * value.item() for key,
+                    value in net.cost(corner).items()}
+    assert {key: value.item() for key,
+            value in net.cost(weights).items()} == pytest.approx(expected)
 
 
 def test_convolution_of_one_width_is_its_padded_sum(dtype):
     torch.manual_seed(0)
     conv, x, w = Conv2d(5, 5, 3, bias=True), torch.randn(2, 5, 6, 6), torch.tensor([0.2, 0.3, 0.5])
     size = Size((2, 3, 5), mask=prefix_masks((2, 3, 5), 5).to(dtype), p=w)
-    padded = sum(q * F.pad(F.conv2d(x[:, :n], conv.weight[:n, :n], conv.bias[:n], padding=1), (0, 0, 0, 0, 0, 5 - n))
+    padded = sum(q * F.pad(F.conv2d(x[:, :n], conv.weight[:n, :n], conv.bias[:n], padding=1),
+                           (0, 0, 0, 0, 0, 5 - n))
                  for n, q in zip((2, 3, 5), w, strict=True))
     agree(conv(x, size, size), padded, "output")
 
 
 def test_windows_and_their_shift_are_those_of_a_plain_computation(dtype):
-    """Every pixel attends to those of its window alone; of a shifted window, to those that are its neighbours in the image."""
+    """Every pixel attends to those of its window alone; of a shifted window, to those that are its
+    neighbours in the image."""
     size, H, W = 4, 8, 12
     image = torch.arange(H * W).view(1, H, W, 1)
     for shift in (0, 2):
         parts = swinir.windows(image, size, shift)
         assert torch.equal(swinir.unwindows(parts, size, shift, H, W), image)
-        mask = swinir.shift_mask(H, W, size, shift, image.device) if shift else torch.zeros(6, 16, 16)
+        mask = swinir.shift_mask(H, W, size, shift,
+                                 image.device) if shift else torch.zeros(6, 16, 16)
         sees = torch.zeros(H * W, H * W, dtype=torch.bool)
         for part, m in zip(parts.flatten(1), mask, strict=True):
             sees[part[:, None], part] = m == 0
-        place = [(divmod(i, W)[0] + shift) // size * 100 + (divmod(i, W)[1] + shift) // size for i in range(H * W)]
+        place = [(divmod(i, W)[0] + shift) // size * 100 + (divmod(i, W)[1] + shift) // size
+                 for i in range(H * W)]
         assert torch.equal(sees, torch.tensor(place)[:, None] == torch.tensor(place))
 
 
@@ -167,37 +187,44 @@ def test_attention_is_a_plain_computation(dtype):
     y = torch.zeros(4, 6)
     for h, i in itertools.product(range(3), range(4)):
         c = slice(2 * h, 2 * h + 2)
-        bias = torch.stack([attn.bias.weight[(i // 2 - j // 2 + 1) * 3 + i % 2 - j % 2 + 1, h] for j in range(4)])
+        bias = torch.stack([attn.bias.weight[(i // 2 - j // 2 + 1) * 3 + i % 2 - j % 2 + 1, h]
+                            for j in range(4)])
         y[i, c] = (q[i, c] @ k[:, c].T / 2 ** 0.5 + bias).softmax(0) @ v[:, c]
     agree(attn(x, None)[0], attn.c_proj(y), "output")
 
 
 @pytest.mark.parametrize("h, w", [(1, 1), (3, 5), (8, 9), (5, 17)])
 def test_images_of_any_size_are_padded_by_reflection(h, w):
-    """To whole windows as F.pad does, or numpy, which goes on where an image is shorter than what it needs."""
+    """To whole windows as F.pad does, or numpy, which goes on where an image is shorter than what
+    it needs."""
     x = torch.rand(2, 3, h, w, generator=generator())
     found = x[:, :, swinir.reflected(h, 8)[:, None], swinir.reflected(w, 8)]
     bottom, right = -h % 8, -w % 8
-    assert torch.equal(found, torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (0, bottom), (0, right)), "reflect")))
+    assert torch.equal(found, torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (0, bottom),
+                                                                  (0, right)), "reflect")))
     if bottom < h and right < w:
         assert torch.equal(found, F.pad(x, (0, right, 0, bottom), mode="reflect"))
     net = make(window_size=8).eval()
     arch = extremes(net.choices)[0]
     y = net(x, None, arch)[0]
-    assert y.shape == (2, 3, 2 * h, 2 * w) and torch.equal(y, net(found, None, arch)[0][:, :, :2 * h, :2 * w])
+    assert y.shape == (2, 3, 2 * h, 2 * w) and torch.equal(y, net(found, None,
+                                                                  arch)[0][:, :, :2 * h, :2 * w])
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_images_that_have_a_psnr_are_evaluated(scale):
     """Of 3 pixels a side, of which a border of one is left out; a smaller one is a sentence."""
     def pairs(side):
-        pixels = np.random.default_rng(0).integers(0, 256, 15 * side * (1 + scale ** 2), dtype=np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, 15 * side * (1 + scale ** 2),
+                                                   dtype=np.uint8)
         return data.Pairs(pixels, np.array([[side, 5]]), np.array([0]), scale)
     config, net = SimpleNamespace(dataset="small", patch=8), make(window_size=8, scale=scale)
     pairs(3).check(config, "val")
     small, run = net.extract(extremes(net.choices)[0]).eval(), SimpleNamespace(amp=contextlib.nullcontext())
     with torch.no_grad():
-        loss, psnr, n = train.tally(small, pairs(3), [(*data.pair_batches(pairs(3), [0], "cpu").__next__(), None)], run).tolist()
+        loss, psnr, n = train.tally(small, pairs(3),
+                                    [(*data.pair_batches(pairs(3), [0], "cpu").__next__(), None)],
+                                    run).tolist()
     assert n == 1 and 0 < loss < 10 and 0 < psnr < 50
     with pytest.raises(SystemExit, match="the smallest of 2 pixels"):
         pairs(2).check(config, "val")
@@ -215,7 +242,8 @@ def test_tiles_make_the_whole_image():
 
 
 def test_the_first_convolution_reaches_the_image_past_all_blocks():
-    """With nothing in what follows the blocks, the image still depends on x: the long skip connection."""
+    """With nothing in what follows the blocks, the image still depends on x: the long skip
+    connection."""
     net, (x, _) = make(), batch()
     net.conv_last.weight.data.zero_()
     arch = extremes(net.choices)[0]
@@ -225,14 +253,17 @@ def test_the_first_convolution_reaches_the_image_past_all_blocks():
 def test_drop_path_is_for_training_alone():
     arch, (x, _) = extremes(make().choices)[1], batch()
     net, plain = make(drop_path=0.9).extract(arch), make().extract(arch)
-    assert not torch.equal(net(x)[0], plain(x)[0]) and torch.equal(net.eval()(x)[0], plain.eval()(x)[0])
-    assert torch.equal(make(drop_path=0.9)(x, None, arch)[0], plain(x)[0]), "a supernet drops nothing"
+    assert not torch.equal(net(x)[0], plain(x)[0]) and torch.equal(net.eval()(x)[0],
+                                                                   plain.eval()(x)[0])
+    assert torch.equal(make(drop_path=0.9)(x, None, arch)[0],
+                       plain(x)[0]), "a supernet drops nothing"
 
 
 def test_drop_path_drops_all_windows_of_an_image_or_none():
     net = make(drop_path=0.5)
     layer = net.extract(extremes(net.choices)[1]).rstb[-1].layers[-1].train()
-    x = torch.randn(16, 8, 8, layer.ln_1.weight.numel(), generator=torch.Generator().manual_seed(0)) # of 2 x 2 windows
+    # of 2 x 2 windows
+    x = torch.randn(16, 8, 8, layer.ln_1.weight.numel(), generator=torch.Generator().manual_seed(0))
     layer.mlp.register_forward_hook(lambda *args: torch.zeros_like(args[2]))
     layer.attn.register_forward_hook(lambda *args: torch.ones_like(args[2]))
     added = (layer(x) - x).flatten(1)
@@ -246,15 +277,20 @@ def test_genotypes_round_trip():
     for arch in some_archs(net):
         text = swinir.genotype(arch)
         again = swinir.arch_of(text)
-        assert swinir.genotype(again) == text == swinir.columns(arch)["genotype"] and check_arch(net.choices, again) == again
+        assert (swinir.genotype(again) == text == swinir.columns(arch)["genotype"]
+                and check_arch(net.choices, again) == again)
 
 
 @pytest.mark.parametrize("call, message", [
     (lambda: swinir.arch_of("[4, 6]"), "is not a genotype of swinir: write"),
-    (lambda: swinir.arch_of('{"n_embd": 36, "n_head": [[4]], "mlp_ratio": [[1, 2]]}'), "is not a genotype of swinir"),
-    (lambda: swinir.arch_of('{"n_embd": 12, "n_head": {"ab": 1}, "mlp_ratio": {"cd": 1}}'), "is not a genotype of swinir"),
-    (lambda: make(scale=5), "scale=5 is not 2, 3 or 4"), (lambda: make(n_embd=[10]), "n_embd=10 is not divisible by n_head=3"),
-    (lambda: make(tile=6), "must divide 32 and tile=6"), (lambda: make(drop_path=1.0), "drop_path=1.0 must be at least 0 and below 1"),
+    (lambda: swinir.arch_of('{"n_embd": 36, "n_head": [[4]], "mlp_ratio": [[1, 2]]}'),
+     "is not a genotype of swinir"),
+    (lambda: swinir.arch_of('{"n_embd": 12, "n_head": {"ab": 1}, "mlp_ratio": {"cd": 1}}'),
+     "is not a genotype of swinir"),
+    (lambda: make(scale=5), "scale=5 is not 2, 3 or 4"), (lambda: make(n_embd=[10]),
+                                                          "n_embd=10 is not divisible by n_head=3"),
+    (lambda: make(tile=6), "must divide 32 and tile=6"), (lambda: make(drop_path=1.0),
+                                                          "drop_path=1.0 must be at least 0 and below 1"),
     (lambda: make(mlp_ratio=[0.05, 1]), "mlp_ratio=0.05 of n_embd=12 is less than one neuron")])
 def test_errors_are_one_sentence(call, message):
     with pytest.raises((ConfigError, SystemExit), match=message) as error:
@@ -272,7 +308,8 @@ def sets(tmp_path_factory):
 
 
 @needs_sets
-@pytest.mark.parametrize("scale, psnr, ssim", [(2, 33.66, 0.9299), (3, 30.39, 0.8682), (4, 28.42, 0.8104)])
+@pytest.mark.parametrize("scale, psnr, ssim", [(2, 33.66, 0.9299), (3, 30.39, 0.8682),
+                                               (4, 28.42, 0.8104)])
 def test_bicubic_interpolation_of_set5_has_the_published_psnr_and_ssim(sets, scale, psnr, ssim):
     """To 0.02 dB: the published ones are of Y in 8 bits."""
     pairs, found = data.load_pairs(sets, "set5", "val", scale), []
@@ -280,7 +317,8 @@ def test_bicubic_interpolation_of_set5_has_the_published_psnr_and_ssim(sets, sca
         up = F.interpolate(x, scale_factor=scale, mode="bicubic", antialias=True)
         found.append(data.image_quality(up, y, scale, structure=True))
         low, high = pairs.pair(i)
-        assert np.abs(p.shrink(high, scale).astype(int) - low).max() <= 2, "what we make is what MATLAB made"
+        assert np.abs(p.shrink(high,
+                               scale).astype(int) - low).max() <= 2, "what we make is what MATLAB made"
     assert np.mean([row["psnr_y"] for row in found]) == pytest.approx(psnr, abs=0.02)
     assert np.mean([row["ssim_y"] for row in found]) == pytest.approx(ssim, abs=0.001)
 
@@ -289,7 +327,8 @@ def test_ssim_is_that_of_scikit_image():
     metrics = pytest.importorskip("skimage.metrics")
     a = torch.rand(1, 3, 40, 50, generator=generator()).double() * 255
     b = (a + 30 * torch.randn(a.shape, generator=generator(1)).double()).clamp(0, 255)
-    settings = dict(data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=0, full=True)
+    settings = dict(data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+                    channel_axis=0, full=True)
     _, full = metrics.structural_similarity(a[0].numpy(), b[0].numpy(), **settings)
     assert data.ssim(a, b) == pytest.approx(full[:, 5:-5, 5:-5].mean(), abs=1e-9)
 
@@ -300,14 +339,17 @@ def test_psnr_is_of_8_bits_and_without_the_border():
     x[..., 2:-2, 2:-2] += 10 / 255
     x[..., :2, :] = 1
     found = data.image_quality(x, y, 2)
-    assert all(100 < value < 200 for value in data.image_quality(y, y, 2).values()) # and a number, which a mean can hold
-    assert found == pytest.approx({"psnr_rgb": 20 * np.log10(255 / 10), "psnr_y": 20 * np.log10(255 / (10 * 219 / 255))})
+    # and a number, which a mean can hold
+    assert all(100 < value < 200 for value in data.image_quality(y, y, 2).values())
+    assert found == pytest.approx({"psnr_rgb": 20 * np.log10(255 / 10),
+                                   "psnr_y": 20 * np.log10(255 / (10 * 219 / 255))})
 
 # ---- pairs
 
 def picture(h, w, seed=0):
     y, x = np.mgrid[:h, :w]
-    waves = np.stack([128 + 100 * np.sin((seed + k + 1) * x / 9) * np.cos((k + 2) * y / 7) for k in range(3)], 2)
+    waves = np.stack([128 + 100 * np.sin((seed + k + 1) * x / 9) * np.cos((k + 2) * y / 7)
+                      for k in range(3)], 2)
     return waves.astype(np.uint8)
 
 
@@ -321,7 +363,8 @@ def write_pictures(folder, sizes, name="{}.png"):
 
 def test_photographs_of_scikit_learn(tmp_path):
     meta = p.prepare("sr_samples", data_dir=tmp_path, scale=3)
-    train_pairs, val = (data.load_pairs(tmp_path, "sr_samples", split, 3) for split in ("train", "val"))
+    train_pairs, val = (data.load_pairs(tmp_path, "sr_samples", split, 3)
+                        for split in ("train", "val"))
     assert (len(train_pairs), len(val), meta["kind"]) == (18, 2, "pairs")
     total = sum(9 * h * w for h, w in train_pairs.shapes)
     assert total == 2 * 426 * 480, "the regions are all of the photographs"
@@ -329,7 +372,8 @@ def test_photographs_of_scikit_learn(tmp_path):
         low, high = train_pairs.pair(i)
         assert low.dtype == np.uint8 and high.shape == (3 * low.shape[0], 3 * low.shape[1], 3)
         up = F.interpolate(data.as_batch([low]), scale_factor=3, mode="bicubic", antialias=True)
-        assert data.image_quality(up, data.as_batch([high]), 3)["psnr_y"] > 17, "low and high are of the same place"
+        assert data.image_quality(up, data.as_batch([high]),
+                                  3)["psnr_y"] > 17, "low and high are of the same place"
 
 
 def test_images_of_any_size_with_and_without_a_low_resolution(tmp_path):
@@ -341,11 +385,15 @@ def test_images_of_any_size_with_and_without_a_low_resolution(tmp_path):
         p.prepare("pairs", str(tmp_path / path), data_dir=tmp_path, name=name, img_size=24)
         val, train_pairs = (data.load_pairs(tmp_path, name, split, 2) for split in ("val", "train"))
         low, high = val.pair(0)
-        assert np.array_equal(low, picture(15, 13)) and np.array_equal(high, picture(30, 26)), "the given low resolution is kept"
+        assert np.array_equal(low, picture(15, 13)) and np.array_equal(high,
+                                                                       picture(30,
+                                                                               26)), "the given low resolution is kept"
         assert len(train_pairs) == 2 * 3 + 2 * 2 and max(train_pairs.shapes.ravel()) <= 12
         assert sum(h * w for h, w in train_pairs.shapes) == 20 * 25 + 16 * 23
-    p.prepare("pairs", str(tmp_path / "in.zip/train_HR"), data_dir=tmp_path, name="half", val_fraction=0.5)
-    assert [len(data.load_pairs(tmp_path, "half", split, 2)) for split in ("train", "val")] == [1, 1]
+    p.prepare("pairs", str(tmp_path / "in.zip/train_HR"), data_dir=tmp_path, name="half",
+              val_fraction=0.5)
+    assert [len(data.load_pairs(tmp_path, "half", split, 2)) for split in ("train",
+                                                                           "val")] == [1, 1]
 
 
 def test_crops_are_of_the_same_place_and_what_the_generator_says(tmp_path):
@@ -353,13 +401,16 @@ def test_crops_are_of_the_same_place_and_what_the_generator_says(tmp_path):
     pairs = data.load_pairs(tmp_path, "sr_samples", "train", 2)
     x, y = data.get_patches(pairs, 16, 24, runs.rng(1), flip=True)
     again = data.get_patches(pairs, 16, 24, runs.rng(1), flip=True)
-    assert x.shape == (16, 3, 24, 24) and y.shape == (16, 3, 48, 48) and torch.equal(x, again[0]) and torch.equal(y, again[1])
+    assert x.shape == (16, 3, 24, 24) and y.shape == (16, 3, 48,
+                                                      48) and torch.equal(x,
+                                                                          again[0]) and torch.equal(y, again[1])
     assert not torch.equal(x, data.get_patches(pairs, 16, 24, runs.rng(2), flip=True)[0])
     assert (F.avg_pool2d(y, 2) - x).abs().mean() < 0.03, "turned and mirrored alike"
 
 
 def test_search_and_training_never_share_a_pixel(tmp_path):
-    config = SimpleNamespace(**dict(dataset="sr_samples", data_dir=str(tmp_path), scale=2, patch=24, train_portion=0.5))
+    config = SimpleNamespace(**dict(dataset="sr_samples", data_dir=str(tmp_path), scale=2, patch=24,
+                                    train_portion=0.5))
     import train_search
     splits, _ = train_search.split_data(config, SimpleNamespace(world=1, master=True))
     taken = [set(map(int, splits[name].offsets)) for name in ("train", "search")]
@@ -370,24 +421,32 @@ def test_search_and_training_never_share_a_pixel(tmp_path):
 
 
 def test_a_mixture_is_evaluated_on_the_images_of_its_architecture(tmp_path):
-    """The statistics of a batch, which this network has no use for, leave none of them out: the gap is between two losses of the same."""
+    """The statistics of a batch, which this network has no use for, leave none of them out: the
+    gap is between two losses of the same."""
     p.prepare("sr_samples", data_dir=tmp_path)
     net, val = make(), data.load_pairs(tmp_path, "sr_samples", "val", 2).part(0, 2)
-    config, run = SimpleNamespace(eval_iters=20), SimpleNamespace(rank=0, world=1, device="cpu", amp=contextlib.nullcontext())
+    config, run = SimpleNamespace(eval_iters=20), SimpleNamespace(rank=0, world=1, device="cpu",
+                                                                  amp=contextlib.nullcontext())
     arch = extremes(net.choices)[0]
-    own, given = (train.estimate(net, val, config, run, "val", lambda i: arch, own_norms) for own_norms in (True, False))
+    own, given = (train.estimate(net, val, config, run, "val", lambda i: arch, own_norms)
+                  for own_norms in (True, False))
     assert own == given
 
 
 def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path):
     path = write_pictures(tmp_path / "in", [(400, 500)] * 16)
-    args = ["prepare.py", "--dataset=pairs", f"--path={path}", f"--data_dir={tmp_path}", "--name=killed"]
-    killed_in("read_pair", f"any(map(os.path.getsize, glob({str(tmp_path / 'killed_x2/train.bin.tmp')!r})))", *args)
-    with pytest.raises(SystemExit, match=r"run python prepare.py --dataset=pairs --scale=2 --path=FOLDER --name=killed"):
+    args = ["prepare.py", "--dataset=pairs", f"--path={path}", f"--data_dir={tmp_path}",
+            "--name=killed"]
+    killed_in("read_pair",
+              f"any(map(os.path.getsize, glob({str(tmp_path / 'killed_x2/train.bin.tmp')!r})))",
+              *args)
+    with pytest.raises(SystemExit,
+                       match=r"run python prepare.py --dataset=pairs --scale=2 --path=FOLDER --name=killed"):
         data.load_pairs(tmp_path, "killed", "train", 2)
     for name in ("killed", "whole"):
         p.prepare("pairs", str(path), data_dir=tmp_path, name=name)
-    whole, killed = ({f.name: f.read_bytes() for f in (tmp_path / f"{name}_x2").iterdir()} for name in ("whole", "killed"))
+    whole, killed = ({f.name: f.read_bytes() for f in (tmp_path / f"{name}_x2").iterdir()}
+                     for name in ("whole", "killed"))
     assert killed == whole and sorted(whole) == ["meta.json", "train.bin", "val.bin"]
     file = tmp_path / "whole_x2/train.bin"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
@@ -416,20 +475,25 @@ def spoil(folder, what):
 
 
 @pytest.mark.parametrize("what, message", [
-    ("corrupt", "1.png is damaged or no image"), ("other size", r"HR.0.png is 40x40 and its low resolution 21x20, where scale=2 makes"),
-    ("small", "0.png is 40x14, of which scale=2 leaves less than 8"), ("none", "has no image"), ("zip", "is damaged")])
+    ("corrupt", "1.png is damaged or no image"), ("other size",
+                                                  r"HR.0.png is 40x40 and its low resolution 21x20, where scale=2 makes"),
+    ("small", "0.png is 40x14, of which scale=2 leaves less than 8"), ("none", "has no image"),
+    ("zip", "is damaged")])
 def test_a_mistake_is_one_sentence(what, message, tmp_path):
     folder = tmp_path / ("in.zip" if what == "zip" else "in")
     spoil(folder, what)
     with pytest.raises(SystemExit, match=message) as error:
         p.prepare("pairs", str(folder), data_dir=tmp_path)
     assert "\n" not in str(error.value)
-    assert not list(tmp_path.glob("pairs_x2/*.tmp")) and not (tmp_path / "pairs_x2/meta.json").exists()
+    assert (not list(tmp_path.glob("pairs_x2/*.tmp"))
+            and not (tmp_path / "pairs_x2/meta.json").exists())
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(dataset="div2k"), "the other pairs need a folder"), (dict(dataset="sr_samples", path="x"), "sr_samples is of scikit-learn"),
-    (dict(dataset="sr_samples", scale=5), "--scale=5 is not 2, 3 or 4"), (dict(dataset="sr_samples", tokenizer="char"), "is of images")])
+    (dict(dataset="div2k"), "the other pairs need a folder"), (dict(dataset="sr_samples", path="x"),
+                                                               "sr_samples is of scikit-learn"),
+    (dict(dataset="sr_samples", scale=5), "--scale=5 is not 2, 3 or 4"),
+    (dict(dataset="sr_samples", tokenizer="char"), "is of images")])
 def test_settings_that_do_not_fit(options, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         p.prepare(**options, data_dir=tmp_path)
@@ -437,4 +501,5 @@ def test_settings_that_do_not_fit(options, message, tmp_path):
 
 def test_learning_rate_is_halved_at_milestones():
     config = SimpleNamespace(learning_rate=1.0, warmup_iters=0, milestones=[10, 20])
-    assert [train.get_lr(step, config) for step in (0, 9, 10, 19, 20, 99)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert [train.get_lr(step, config) for step in (0, 9, 10, 19, 20, 99)] == [1, 1, 0.5, 0.5, 0.25,
+                                                                               0.25]
