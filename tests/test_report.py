@@ -143,6 +143,8 @@ def constructed(found, *rivals):
 def test_the_statement_follows_the_numbers(found, rivals, bought, said, strongest):
     text, name = report.verdict(constructed(found, *rivals), bought, 1)
     assert said in text and name == strongest and strongest in text and ("test loss" in text)
+    words = {"The search paid": "is better than", "The search did not pay": "is worse than"}
+    assert words.get(said, "cannot be told apart from") in text
     accuracies = constructed(-found, *(-loss for loss in rivals))
     assert said in report.verdict(accuracies, bought, -1, "test accuracy in %")[0]
 
