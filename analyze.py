@@ -18,12 +18,12 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from configurator import as_list, configure
 from budget import nondominated_sort
+from configurator import as_list, configure
 from optim_nas import METHODS
-from run import add_checksum, atomic_write, load_checkpoint, load_model, pick_device
-from run import read_json, read_lines
-from search_spaces import build, describe
+from run import (add_checksum, atomic_write, load_checkpoint, load_model, pick_device, read_json,
+                 read_lines)
+from search_spaces import build, data_kind, describe
 
 # -----------------------------------------------------------------------------
 out_dir = 'out/search' # of the run
@@ -287,7 +287,7 @@ def search_figure(out_dir):
     path = os.path.join(out_dir, "arch_search.jsonl")
     searched = read_lines(path) if os.path.exists(path) else []
     labels, weights = [], None
-    if METHODS[config["optimizer"]].has_alphas:
+    if METHODS[config["optimizer"]].has_alphas: # else the weights stay uniform
         labels, weights = weight_history(lines, config)
 
     # panels over the steps, each a height in inches and what draws it
@@ -526,12 +526,12 @@ def upscale(out_dir, dataset):
     "scores" is {"bicubic": {"psnr_y": ...}, "network": ...}, PSNR and SSIM as papers measure them.
     """
     import torch
-    from data import fidelity, load_pairs, pair_batches
+    from data import Pairs, image_quality, load_pairs, pair_batches
 
     path, device = os.path.join(out_dir, "best.pt"), pick_device("auto")
     checkpoint = load_checkpoint(path, device)
     config = checkpoint["config"]
-    if "scale" not in config:
+    if data_kind(config["space"]) is not Pairs:
         raise SystemExit(f"out_dir={out_dir} holds a network of {config['space']}, which does not "
                          f"upscale images: leave out --images={dataset}.")
     net = build(config, checkpoint["arch"]).to(device)
@@ -545,7 +545,7 @@ def upscale(out_dir, dataset):
             bicubic = torch.nn.functional.interpolate(x, scale_factor=scale, mode="bicubic",
                                                       antialias=True)
             upscaled = {"bicubic": bicubic, "network": net(x)[0]}
-        scores = {name: fidelity(image, y, scale, structure=True)
+        scores = {name: image_quality(image, y, scale, structure=True)
                   for name, image in upscaled.items()}
         arrays = {name: image[0].permute(1, 2, 0).clamp(0, 1).cpu().numpy() # (H, W, 3)
                   for name, image in (upscaled | {"truth": y}).items()}

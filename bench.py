@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from analyze import save_figure
 from budget import latency_features, latency_key, latency_predictor, network_id
-from configurator import WHOLE, as_list, at_least, below, check_limits, configure
+from configurator import WHOLE, as_list, at_least, at_least_below, check_limits, configure
 from data import Images, Pairs, Tokens, load_meta, padded_vocab_size
 from fused_ops import use_fused_ops
 from optim_nas import discretize, method_class, random_search
@@ -86,7 +86,7 @@ LIMITS = {
     **dict.fromkeys(("max_iters", "latency_batch_size", "latency_samples", "latency_heldout"),
                     at_least(1)),
     **dict.fromkeys(("warmup", "latency_length", "img_size"), at_least(0)),
-    "growth_options": below(2, 10),
+    "growth_options": at_least_below(2, 10),
     "growth_layers": at_least(3)} # for three options of n_layer
 # tokens of data sets that need not be prepared
 VOCAB_SIZE = {"pydocs": 96, "this_python": 96, "shakespeare_char": 65, "tinystories": 50257,

@@ -37,12 +37,13 @@ from tqdm import tqdm
 from train_base import * # noqa: F403 (its keys; first, so that the names below win)
 from analyze import BLUE, GREY, RED, save_figure, search_figure
 from budget import Budget, load_latency, make_budget, with_latency
-from configurator import WHOLE, as_list, at_least, check_limits, configure, given
+from configurator import (WHOLE, as_list, at_least, check_limits, check_rules, configure, given)
 from fused_ops import use_fused_ops
 from optim_nas import METHODS, arch_key, best_of, random_search, uniform
-from run import add_checksum, append, atomic_write, content_hash, load_checkpoint, load_model, main
-from run import is_resuming, read_json, read_lines, rng, setup, silenced, verify_checksum, write_json
-from search_spaces import build, text_of, with_space
+from run import (add_checksum, append, atomic_write, content_hash, is_resuming, load_checkpoint,
+                 load_model, main, read_json, read_lines, rng, setup, silenced, verify_checksum,
+                 write_json)
+from search_spaces import build, data_kind, text_of, with_space
 from supernet import check_arch, extremes
 from train import check_config
 from train_base import read_arch, train_found
@@ -63,6 +64,19 @@ warmup_iters = 30
 
 LIMITS = {"seeds": WHOLE, "max_iters": at_least(1),
           **dict.fromkeys(("n_random", "n_pick", "n_rank"), at_least(0))}
+RULES = [
+    (lambda c: len(set(as_list(c.seeds))) < max(2, len(as_list(c.seeds))),
+     "seeds={seeds} must be two or more different ones, such as --seeds=[1,2,3]."),
+    (is_resuming,
+     "init_from='{init_from}' continues a training, which a report does by itself: leave it out."),
+    (lambda c: c.n_rank in (1, 2),
+     "n_rank={n_rank} networks have no order to speak of: take 3 or more, or 0."),
+    (lambda c: not c.val_portion,
+     "val_portion=0.0 leaves nothing to choose the strongest rival by: give a share, such as "
+     "--val_portion=0.1."),
+    (lambda c: not os.path.exists(os.path.join(c.out_dir, "result.json")),
+     "{out_dir} holds no finished search: end it by python train_search.py --init_from=resume, or "
+     "name another OUT_DIR.")]
 
 NOT_OF_A_TRAINING = ("out_dir", "overwrite", "seed", "seeds", "latency_table", "n_random", "n_pick",
                      "n_rank") # keys of a report that change no training
@@ -70,6 +84,8 @@ SIGNIFICANCE = 0.05 # two networks count as different if p is below it
 DESCRIPTIONS = {"found": "found by the search", "largest": "uses most of the budget",
                 "standard": "nanoGPT's proportions", "random": "drawn at random",
                 "picked": "the best of {n_pick} random ones by inherited weights"}
+METRICS = {"loss": ("test loss", 1), "acc": ("test accuracy in %", -1),
+           "psnr": ("test PSNR in dB", -1)} # name, and 1 where small is good
 CSS = """:root{color-scheme:light}
 body{max-width:60rem;margin:0 auto;padding:1rem 1rem 3rem;font:16px/1.55 system-ui,sans-serif;
 color:#222;background:#fff}
@@ -159,6 +175,11 @@ def search_budget(net, search, found):
     return Budget(net.choices, net.cost, params, drawn=drawn), True
 
 
+def has_standard(space):
+    """Whether nanoGPT's proportions mean something in a space: in those that take tokens."""
+    return data_kind(space).units == "tokens"
+
+
 def largest_in_budget(choices, budget, generator, text=arch_key, other_than=None):
     """The architecture that uses most of the budget, of the ends of 20 climbs from random ones.
 
@@ -210,11 +231,11 @@ def networks_of(net, found, budget, loss_of, config, own=False):
         generator = rng(config["seed"], purpose)
         return random_search(budget.drawn, evaluate, n, generator, budget) # [(loss, arch)]
 
-    text = partial(arch_text, space=found["space"])
+    text = partial(text_of, space=found["space"])
     archs = {"found": found["arch"]}
     archs["largest"] = largest_in_budget(budget.drawn, budget, rng(config["seed"], "largest"), text,
                                          found["arch"] if own else None)
-    if reads_tokens(found["space"]):
+    if has_standard(found["space"]):
         archs["standard"] = standard_shape(net.choices, budget, found["model"]["head_size"])
     if config["n_pick"]:
         archs["picked"] = best_of(draw(loss_of, config["n_pick"], "pick"))[1]
@@ -358,12 +379,10 @@ def search_cost(net, search, out):
 # -----------------------------------------------------------------------------
 # the numbers
 
-def metric_of(result):
-    """(key, sign, name) of what is compared: accuracy, PSNR or loss. sign: 1 if small is good."""
-    for key, name in (("acc", "test accuracy in %"), ("psnr", "test PSNR in dB")):
-        if f"test_{key}" in result:
-            return key, -1, name
-    return "loss", 1, "test loss"
+def metric_of(config):
+    """(key, name, sign) of what is compared: accuracy, PSNR or loss. sign: 1 if small is good."""
+    key = data_kind(config["space"]).metric or "loss"
+    return key, *METRICS[key]
 
 
 def compare(found, rival, sign):
@@ -428,7 +447,7 @@ def network_numbers(archs, results, budget, config):
 
     Those of rivals also have what compare() says. archs: "found" is the first.
     """
-    key, sign, _ = metric_of(next(iter(results.values())))
+    key, _, sign = metric_of(config)
     numbers = {}
     for name, arch in archs.items():
         runs = [results[arch_key(arch), seed] for seed in as_list(config["seeds"])]
@@ -459,7 +478,7 @@ def training_costs(networks, cost, config):
 
 def rank_numbers(ranked, results, config):
     """"ranked" and "ranks" of report.json: the networks, and how well two predictors order them."""
-    key, sign, _ = metric_of(next(iter(results.values())))
+    key, _, sign = metric_of(config)
     runs = [results[arch_key(arch), as_list(config["seeds"])[0]] for _, arch in ranked]
     lines = [{"arch": arch, "inherited": loss, "trained": run[f"test_{key}"]}
              for (loss, arch), run in zip(ranked, runs, strict=True)]
@@ -481,7 +500,7 @@ def provenance(config, search, splits, run):
             "weight_decay", "val_portion")
     processor = platform.processor() or platform.machine()
     commits = dict.fromkeys(one["commit"] or "unknown" for one in (first, run))
-    unit = "tokens" if reads_tokens(config["space"]) else "images"
+    unit = data_kind(config["space"]).units
     uses = ("for the supernet's weights", "for its alphas", "of test")
     sizes = [f"{len(data):,} {use}" for data, use in zip(splits.values(), uses, strict=True)]
     return {"search": f"`python {shlex.join(first['argv'])}`",
@@ -586,7 +605,7 @@ def network_blocks(numbers, figure):
         ("figure", figure, f"The {metric} of every training. Bars are means; the line is the mean "
                            "of the found network."),
         ("table", ["network", "what it is"], kinds)]
-    if not reads_tokens(config["space"]):
+    if not has_standard(config["space"]):
         blocks.append(("p", "This space has no standard shape, so that rival is left out."))
     return blocks
 
@@ -698,30 +717,10 @@ def to_html(blocks):
 # -----------------------------------------------------------------------------
 # the script
 
-def check_report(config):
-    """SystemExit where the keys of a report do not go together, or there is no finished search."""
-    out, seeds, namespace = config["out_dir"], as_list(config["seeds"]), SimpleNamespace(**config)
-    check_limits(namespace, LIMITS)
-    if len(set(seeds)) < max(2, len(seeds)):
-        raise SystemExit(f"seeds={seeds} must be two or more different ones, such as "
-                         "--seeds=[1,2,3].")
-    if is_resuming(namespace):
-        raise SystemExit(f"init_from='{config['init_from']}' continues a training, which a report "
-                         "does by itself: leave it out.")
-    if config["n_rank"] in (1, 2):
-        raise SystemExit(f"n_rank={config['n_rank']} networks have no order to speak of: take 3 or "
-                         "more, or 0.")
-    if not config["val_portion"]:
-        raise SystemExit("val_portion=0.0 leaves nothing to choose the strongest rival by: give a "
-                         "share, such as --val_portion=0.1.")
-    if not os.path.exists(os.path.join(out, "result.json")):
-        raise SystemExit(f"{out} holds no finished search: end it by python train_search.py "
-                         "--init_from=resume, or name another OUT_DIR.")
-
-
 def report(config):
     """Writes the report on the search in config["out_dir"]; returns its numbers (report.json)."""
-    check_report(config)
+    check_limits(SimpleNamespace(**config), LIMITS)
+    check_rules(SimpleNamespace(**config), RULES)
     out, folder = config["out_dir"], os.path.join(config["out_dir"], "report")
     found = read_arch(os.path.join(out, "arch.json"), "")
     search, net, splits, loss_of = load_supernet(config)
@@ -740,7 +739,7 @@ def report(config):
     results = train_all(archs, ranked, found, minutes_of, config)
     networks = network_numbers(archs, results, budget, config)
     cost |= training_costs(networks, cost, config)
-    _, sign, metric = metric_of(next(iter(results.values())))
+    _, metric, sign = metric_of(config)
     sentence, strongest = verdict(networks, cost["bought"], sign, metric)
     one_run = run_folder(found["arch"], as_list(config["seeds"])[0], found, config)
     run = read_json(os.path.join(one_run, "run.json"))
@@ -770,8 +769,9 @@ def report_keys(argv):
     argv.sort(key=lambda arg: arg.startswith("--out_dir=")) # last: config files have an out_dir too
     if "--help" in argv or "-h" in argv:
         return configure(globals(), argv)
-    found = read_arch(os.path.join(given("out_dir", argv) or out_dir, "arch.json"), "")
-    return configure(with_space(globals(), found["space"], found["model"]), argv)
+    path = os.path.join(given("out_dir", argv) or out_dir, "arch.json")
+    found = read_arch(path, "")
+    return configure(with_space(globals(), found["space"], found["model"], path), argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from configurator import at_least, below, check_limits, configure
+from configurator import at_least, at_least_below, check_limits, configure
 from data import Tokens, load_meta, load_tokenizer
 from run import DTYPES, load_checkpoint, load_model, pick_device, pick_dtype
 from search_spaces import build, data_kind
@@ -29,7 +29,7 @@ dtype = 'auto'
 # -----------------------------------------------------------------------------
 
 LIMITS = {"num_samples": at_least(1), "max_new_tokens": at_least(1), "temperature": at_least(0),
-          "top_k": at_least(0), "seed": below(-2**63, 2**63)}
+          "top_k": at_least(0), "seed": at_least_below(-2**63, 2**63)}
 
 
 def load_run(out_dir, device):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import fused_ops
-from prepare import prepare
+# the tests run in two processes; PyTorch reads this when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import fused_ops # noqa: E402
+from prepare import prepare # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault("OMP_NUM_THREADS", "1") # the tests run in two processes
 TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_accumulation_steps=1, max_iters=4, eval_interval=2,
             eval_iters=2, log_interval=1, warmup_iters=1)
 TINY_SPACE = dict(n_layer=[1, 2], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])

@@ -227,7 +227,7 @@ def test_the_supernet_holds_the_networks_that_are_trained(config):
     """The same sizes and cost; its loss is that of inherited weights, and training it helps."""
     shard, losses = {**env.shards_of(config)[3], "seed": 1}, []
     for iters in (1, 200):
-        evaluate = env.supernet_evaluator(config | {"supernet_iters": iters, "learning_rate": 1e-2})
+        evaluate = env.supernet_evaluator(config | {"supernet_iters": iters, "learning_rate": 3e-3})
         found = [evaluate(arch_of(a), shard) for a in (0, 20, 63)]
         losses.append([metrics["loss"] for metrics in found])
     trained = env.train_evaluator(config)

@@ -203,15 +203,20 @@ MIXED = supernet.Sampled((3, 5, 7), weights=torch.tensor([0.2, 0.5, 0.3], dtype=
 
 @pytest.mark.parametrize("o, k", [(None, 3), (None, 7), (None, MIXED), (supernet.Size(10), 5)])
 def test_depthwise_takes_what_the_network_gives(o, k):
-    """Weights that are cut out of larger ones, or scaled, with a bias; images of any memory format, out come channels_last."""
+    """Weights that are cut out of larger ones, or scaled, with a bias; images of any memory format.
+    The output is in channels_last."""
     conv = Conv2d(24, 24, (3, 5, 7), stride=2, dilation=2, groups=24, bias=True).double()
     k = k if k is MIXED else supernet.Sampled((3, 5, 7), k)
     x = torch.randn(2, 48, 9, 11, dtype=torch.float64)
-    x = [t[:, :10] if o else t for t in (x[:, :24], x[:, ::2], x[:, :24].transpose(2, 3), x[:, :24].to(memory_format=torch.channels_last))]
-    for t in x:
+    formats = (x[:, :24], x[:, ::2], x[:, :24].transpose(2, 3),
+               x[:, :24].to(memory_format=torch.channels_last))
+    for t in formats:
+        t = t[:, :10] if o else t
         inputs = t.requires_grad_(), *conv.parameters()
-        theirs, ours = (run(lambda t, *_: conv(t, o=o, k=k), inputs, fused) for fused in (False, True))
-        assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(theirs, ours, strict=True))
+        theirs, ours = (run(lambda t, *_: conv(t, o=o, k=k), inputs, enabled)
+                        for enabled in (False, True))
+        for a, b in zip(theirs, ours, strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
         assert all(t.is_contiguous(memory_format=torch.channels_last) for t in ours[:2])
 
 
@@ -335,12 +340,13 @@ def test_a_killed_compilation_does_not_hold_up_the_next(tmp_path):
 
 
 def test_compiled_parts_do_not_recompile():
-    """After a few architectures, 50 more, hard, mixed and straight-through, use the graphs that there are, and
-    are right; no graph has a break."""
+    """After a few architectures, 50 more, hard, mixed and straight-through, use the graphs that
+    there are, and are right; no graph has a break."""
     from torch._dynamo.utils import counters
     torch._dynamo.reset()
     counters.clear()
-    net = build(dict(block_size=16, vocab_size=29, n_layer=[1, 2], n_embd=[24, 48, 96], n_head=[2, 4, 6], mlp_ratio=[2, 4], bias=False))
+    net = build(dict(block_size=16, vocab_size=29, n_layer=[1, 2], n_embd=[24, 48, 96],
+                     n_head=[2, 4, 6], mlp_ratio=[2, 4], bias=False))
     generator, x = torch.Generator().manual_seed(0), torch.randint(29, (3, 16))
     eager = build(vars(net.config))
     eager.load_state_dict(net.state_dict())
@@ -351,7 +357,9 @@ def test_compiled_parts_do_not_recompile():
         yield uniform(net.choices, generator)
         yield {name: w.detach() for name, w in drnas.sample(0.0, generator).items()}
         yield discretize(net.choices, gdas.sample(0.0, generator))
-        yield straight_through_arch(net.choices, {name: w.detach().requires_grad_() for name, w in gdas.sample(0.0, generator).items()})
+        leaves = {name: w.detach().requires_grad_()
+                  for name, w in gdas.sample(0.0, generator).items()}
+        yield straight_through_arch(net.choices, leaves)
 
     for i in range(58):
         if i == 8: # the widest and the narrowest have come by
@@ -361,4 +369,5 @@ def test_compiled_parts_do_not_recompile():
             loss.backward()
             expected = eager(x, x, third)[0]
             assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == graphs, dict(counters["stats"])
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == graphs, dict(counters["stats"])

@@ -90,7 +90,7 @@ def test_networks_are_equal_whatever_they_list_for_blocks_that_they_do_not_have(
     budget, config = Budget(net.choices, net.cost, params), dict(n_pick=0, n_random=8, seed=1)
     archs = report.networks_of(net, {"arch": found, "space": "swinir"}, budget, None, config,
                                own=True)
-    texts = {name: report.arch_text(arch, "swinir") for name, arch in archs.items()}
+    texts = {name: report.text_of(arch, "swinir") for name, arch in archs.items()}
     assert "largest" not in archs and list(texts.values()).count(texts["found"]) > 1
     assert all((archs[a] == archs[b]) == (texts[a] == texts[b])
                for a, b in itertools.combinations(archs, 2))

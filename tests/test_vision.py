@@ -25,7 +25,8 @@ import train_search
 from budget import read_table
 from configurator import ConfigError, defaults, usage
 from data import load_images
-from optim_nas import architectures, uniform
+from budget import architectures
+from optim_nas import uniform
 from prepare import prepare
 from run import read_json, read_lines, rng, add_checksum, verify_checksum
 from search_spaces import build, space_module, with_space
