@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import ConfigError, defaults
-from optim_nas import ArchOptimizer, uniform
+from optim_nas import METHODS, uniform
 from search_spaces import darts, nb201, toy_cell
 from search_spaces.cells import Edge, FactorizedReduce, ReLUConvBN, Skip, nodes, widen
 from search_spaces.convs import ENTANGLEMENTS, drop_path, measure_norms
@@ -286,7 +286,7 @@ def test_cost_is_that_of_the_extracted_network(name, entanglement):
 @pytest.mark.parametrize("name", SPACES)
 def test_gradient_of_the_alphas_is_the_finite_difference(name):
     net, (x, y) = make(name), batch()
-    arch_optimizer = ArchOptimizer("darts", net.choices, generator())
+    arch_optimizer = METHODS["darts"](net.choices, generator())
     alphas = list(arch_optimizer.alphas.values())
     for alpha in alphas:
         alpha.data.copy_(0.3 * torch.randn(alpha.shape, generator=generator(2)))
@@ -517,7 +517,7 @@ def test_what_goes_around_an_edge(stride):
 @pytest.mark.parametrize("name, entanglement", [case for case in CASES if case[0] in CELLS])
 def test_pruning_changes_nothing_where_the_weight_is_zero(name, entanglement):
     net, (x, y) = make(name, entanglement=entanglement), batch()
-    arch_optimizer = ArchOptimizer("drnas", net.choices, generator())
+    arch_optimizer = METHODS["drnas"](net.choices, generator())
     for i, alpha in enumerate(arch_optimizer.alphas.values()):
         alpha.data.copy_(torch.randn(alpha.shape, generator=generator(1 + i)))
     arch_optimizer.prune(2)
