@@ -70,7 +70,7 @@ def configure(namespace, argv=None, list_hint=""):
 
 
 def checked(key, value, first, where, is_file, list_hint):
-    """value in the type of key's default; SystemExit if it does not fit, or there is no such key."""
+    """value in the type of key's default; SystemExit if it does not fit or key does not exist."""
     if key not in first:
         helper = ", and the name of a helper starts with _" if is_file else ""
         stop(f"{where}: there is no key {key!r}{nearest(key, first)}, --help lists them "

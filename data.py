@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from configurator import as_list, at_least, between
 from run import is_pretrained, is_resuming, read_json, rng
 
-# data sets of text and their usual tokenizers; sets of images and their classes, 0: as many as there
-# are; sets of pairs of images
+# sets of text and their usual tokenizers; of images and their numbers of classes (0: as many as
+# there are); of pairs of images
 TOKENIZER = {"pydocs": "char", "this_python": "char", "shakespeare_char": "char",
              "tinystories": "gpt2", "openwebtext": "gpt2", "text": "char"}
 IMAGE_SETS = {"digits": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100,
@@ -645,7 +645,7 @@ def rand_augment(x, mean, magnitude, generator):
 
 
 def color_jitter(x, strength, generator):
-    """Brightness, contrast and saturation, in random order, each by 1 - strength to 1 + strength."""
+    """Brightness, contrast and saturation in random order, each by 1 - strength to 1 + strength."""
     from kornia import enhance
     changes = (enhance.adjust_brightness_accumulative,
                enhance.adjust_contrast_with_mean_subtraction,

@@ -12,7 +12,7 @@ Writes to out_dir: run.json (what was started), log.jsonl (one object a printed 
 newest state) and ckpt.prev.pt (the one before it), best.pt (the best weights on the validation
 data) and result.json. SIGTERM or Ctrl-C ends a run after its step, with a checkpoint;
 --init_from=resume goes on as if nothing had happened, on any number of processes.
-"""
+""" # noqa: E501 (the commands stay on one line)
 import contextlib
 import importlib.util
 import math
@@ -196,7 +196,7 @@ def configure_optimizer(net, config, run):
 
 
 def micro_batches(data, config, run, name, step):
-    """This process's (x, y) of a step's micro-batches: the same data for any number of processes."""
+    """This process's (x, y) of a step's micro-batches: the same data for any world size."""
     for micro in range(run.rank, config.gradient_accumulation_steps, run.world):
         yield data.batch(config, name, step, micro, run.device)
 

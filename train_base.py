@@ -16,7 +16,7 @@ It starts from scratch, or, with the out_dir of a search of the GPT as --init_fr
 that it has in that supernet. The last val_portion of the train split validates; val is read once,
 at the end. A network of search_spaces/ is that of the search, unless a key of its space says
 otherwise, such as the number of cells. Writes what train.py writes.
-"""
+""" # noqa: E501 (the commands stay on one line)
 import contextlib
 import os
 import shutil
@@ -38,7 +38,7 @@ from train import train
 arch = '' # an arch.json, or
 arch_traj = '' # an arch_traj.jsonl, whose last line counts, or
 genotype = '' # the text form of an architecture of a space
-table = '' # a .csv: trains every architecture of the space, a row each; goes on where it was stopped
+table = '' # a .csv: trains every architecture of the space, a row each, and can be resumed
 seeds = [1, 2] # of each architecture in the table
 out_dir = 'out/base'
 dataset = '' # '': the search's

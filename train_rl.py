@@ -52,8 +52,8 @@ from configurator import above, as_list, at_least, check_limits, configure
 from env import * # noqa: F403 (its keys, with their comments)
 from env import (ArchEnv, EVALUATORS, N_OPTIONS, REWARDS, TRAIN_DEFAULTS, all_archs, arch_of,
                  check_env, check_options, regret, reward_table, shards_of)
-from run import (Log, Run, draw_figures, init_out_dir, is_resuming, main, read_json, resume, rng, save,
-                 setup, signals, stop_if_signaled, write_json)
+from run import (Log, Run, draw_figures, init_out_dir, is_resuming, main, read_json, resume, rng,
+                 save, setup, signals, stop_if_signaled, write_json)
 from search_spaces import network_keys
 from train import check_config
 

@@ -26,7 +26,7 @@ Writes to out_dir: run.json, log.jsonl, arch_traj.jsonl (the architecture at eve
 arch.json (the best of them by the loss on the alphas' part: all that train_base.py needs), ckpt.pt,
 result.json and search.png; SPOS also arch_search.jsonl (what it evaluated with inherited weights),
 and with --arch_search=pareto pareto.json.
-"""
+""" # noqa: E501 (the commands stay on one line)
 import json
 import math
 import os
@@ -90,7 +90,7 @@ depth_mutate_prob = 0.4 # of the other choices
 prune_keep = 0 # progressive DrNAS: at half of the steps each row of a cell keeps so many operations
 widen_to = 0 # its edges then compute 1 / widen_to of the channels, not 1 / partial_channels
 arch_warmup_iters = 0 # steps at the start (and after that half) in which the alphas rest
-target_params = 0 # a budget: never more, within 5 % less where the space has such a network; 0: none
+target_params = 0 # a budget: never more, at most 5 % less if the space has such a network
 target_flops = 0 # of a forward pass of one sequence or image; 2 a multiply-add
 target_latency = 0.0 # milliseconds, predicted from latency_table
 latency_table = '' # latency.json of `python bench.py latency`; reported with or without a target
@@ -100,7 +100,7 @@ latency_length = 0 # tokens of the prefill, or that a decoded token sees; 0: blo
 budget_penalty = 1.0 # weight of log(expected cost / target)^2 in the alphas' loss
 shrink = '' # of spos: phases of progressive shrinking, 'kernel_size=3, depth=2, expand=3'
 subnets_per_step = 1 # architectures a step of the weights, whose gradients are averaged
-sandwich = False # of spos: the first of them is the largest, the last the smallest (Yu & Huang 2019)
+sandwich = False # of spos: the first is the largest, the last the smallest (Yu & Huang 2019)
 inplace_distill = False # of sandwich: all but the largest learn from its answers, not from labels
 inherit = '' # out_dir of a training of the largest network, whose weights the supernet starts with
 teacher = '' # out_dir of a training: the weights also learn from its network's answers
@@ -123,7 +123,8 @@ LIMITS = LIMITS | { # those of train.py, and
     "optimizer": one_of(*METHODS), "arch_search": one_of("evolution", "random", "pareto"),
     "pareto_cost": one_of("params", "flops", "latency"),
     "latency_of": one_of("prefill", "decode")}
-RULES = RULES + [
+RULES = [
+    *RULES, # those of train.py, and
     (lambda c: not 0 < c.train_portion < 1,
      "train_portion={train_portion} must be above 0 and below 1: both the weights and the alphas "
      "need data."),
@@ -254,8 +255,8 @@ def with_teacher(forward, teacher, distill):
 
 
 def with_inplace_distillation(forward):
-    """forward(x, y, arch), where a batch's first architecture learns from y and the others only from
-    its answers (in-place distillation, Yu & Huang 2019).
+    """forward(x, y, arch), where a batch's first architecture learns from y, and the others only
+    from its answers (in-place distillation, Yu & Huang 2019).
 
     Their loss is the cross-entropy to its softmax, which has no gradient.
     """
@@ -393,8 +394,8 @@ def check_sandwich(choices, phases, config):
                          f"optimizer=spos (it is {config.optimizer}) and in every phase "
                          f"subnets_per_step of 2 or more (it is {fewest}).")
     if config.sandwich and any(isinstance(c.options[0], str) for c in choices.values()):
-        raise SystemExit(f"sandwich=True needs a space of sizes: {config.space} chooses operations, "
-                         "of which none is the largest.")
+        raise SystemExit(f"sandwich=True needs a space of sizes: {config.space} chooses "
+                         "operations, of which none is the largest.")
 
 
 def check_stages(net, config):

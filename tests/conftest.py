@@ -11,8 +11,8 @@ import pytest
 
 # the tests run in two processes; PyTorch reads this when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-import fused_ops # noqa: E402
-from prepare import prepare # noqa: E402
+import fused_ops
+from prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_accumulation_steps=1,

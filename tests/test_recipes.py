@@ -45,7 +45,7 @@ def pixels_of(image):
 # ---- what each key does
 
 def test_all_off_changes_nothing(digits_dir, tmp_path):
-    config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path))
+    config, _, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path))
     x, y = splits["train"].batch(config, "train", 3)
     plain = get_images(splits["train"], data.batch_indices(len(splits["train"]), config.batch_size,
                                                            3, config.seed, "train"))
@@ -217,7 +217,7 @@ def test_color_jitter_is_uniform():
 
 
 def test_copies_of_an_image_are_changed_differently(digits_dir, tmp_path):
-    config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path,
+    config, _, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path,
                                                  repeated_augmentation=4, crop=2, resized_crop=0.5))
     data, seen = splits["train"], []
     for step in range(4):
@@ -229,7 +229,7 @@ def test_copies_of_an_image_are_changed_differently(digits_dir, tmp_path):
 
 
 def test_resolutions_are_equally_likely(digits_dir, tmp_path):
-    config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path,
+    config, _, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path,
                                                  resolutions=[0, 4, 13]))
     sizes = [splits["train"].batch(config, "train", step)[0].shape[-2:] for step in range(300)]
     counts = {n: sizes.count((n, n)) for n in (8, 4, 13)}
@@ -250,7 +250,7 @@ def test_every_space_learns_from_probabilities(space, digits_dir):
 # ---- whole runs
 
 def test_the_seed_decides_and_nothing_else_is_drawn_from(digits_dir, tmp_path):
-    config, run, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path, **ALL))
+    config, _, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path, **ALL))
     torch.manual_seed(1)
     before = torch.get_rng_state()
     x, y = splits["train"].batch(config, "train", 3, 1)
