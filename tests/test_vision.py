@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ import search_spaces
 import train
 import train_base
 import train_search
+from analyze import search_figure
 from budget import read_table
 from configurator import ConfigError, defaults, usage
 from data import load_images
@@ -111,7 +113,7 @@ def test_every_method_searches_every_space(space, method, digits_dir, tmp_path):
     assert all(0 <= line[f"{part}_{quality}"] <= 100 for line in lines for part in ("arch",
                                                                                     "val_arch"))
     assert (read_json(tmp_path / "s/result.json") == result
-            and (tmp_path / "s/search.png").stat().st_size > 10000)
+            and Path(search_figure(str(tmp_path / "s"))).stat().st_size > 10000)
     assert not list(tmp_path.rglob("*.tmp"))
 
     tiny = {key: value for key, value in TINY_IMAGES.items() if key != "dataset"}
