@@ -1,4 +1,5 @@
-"""Weights of pretrained language models, in, and the order of channels that a cut should keep."""
+"""What a network starts with: a pretrained GPT-2, a search, or a training; and the order of heads,
+neurons and channels that a cut should keep."""
 import json
 import math
 import os
@@ -135,6 +136,37 @@ def load_pretrained(net, arch, source, run):
                          f"--init_from={of}.")
     whole = load_model(build(checkpoint["config"]).to(run.device), checkpoint, path)
     return load_model(net, {"model": whole.extract(arch).state_dict()}, path)
+
+
+def load_trained(out_dir, key, config, run):
+    """The network of a finished training, in evaluation mode. key: the one that names it.
+
+    SystemExit if it is a network for other data.
+    """
+    path = os.path.join(out_dir, "best.pt")
+    checkpoint = load_checkpoint(path, run.device)
+    for name in ("space", "in_channels", "num_classes"):
+        theirs, ours = checkpoint["config"].get(name), getattr(config, name, None)
+        if theirs != ours:
+            raise SystemExit(f"{key}='{out_dir}' has {name}={theirs}, and this search {ours}: name "
+                             "a training of the search's space, on its data.")
+    net = build(checkpoint["config"], checkpoint["arch"]).to(run.device)
+    return load_model(net, checkpoint, path).eval()
+
+
+def init_supernet(net, config, run):
+    """Fills the supernet with the weights of config.inherit.
+
+    What that training does not have, such as matrices between kernels, stays as it is.
+    """
+    theirs = load_trained(config.inherit, "inherit", config, run).state_dict()
+    own = net.state_dict()
+    wrong = [name for name, t in theirs.items()
+             if name not in own or own[name].shape != t.shape]
+    if wrong:
+        raise SystemExit(f"inherit='{config.inherit}' is not the largest network of this space, in "
+                         f"its {wrong[0]}: train that one, with the largest option of everything.")
+    net.load_state_dict(theirs, strict=False)
 
 # -----------------------------------------------------------------------------
 # the order of channels

@@ -47,10 +47,10 @@ from fused_ops import use_fused_ops
 from optim_nas import (METHODS, arch_key, best_of, entropy, evolutionary_search, random_search,
                        uniform, unrolled_gradient)
 from prepare import prepare_own
-from pretrained import load_gpt2, sort_by_importance
+from pretrained import init_supernet, load_gpt2, load_trained, sort_by_importance
 from run import (Log, add_checksum, all_gather_scalar, all_reduce_mean, append, atomic_write,
                  check_same_network, content_hash, draw_figures, init_out_dir, is_pretrained,
-                 is_resuming, load_checkpoint, load_model, main, original_init_from, read_lines,
+                 is_resuming, load_checkpoint, main, original_init_from, read_lines,
                  resume, rng, save, setup, signals, skip_nonfinite_step, stop_if_signaled,
                  verify_checksum, write_json)
 from search_spaces import (build, data_kind, network_keys, recorded_keys, space_module, text_of,
@@ -292,37 +292,6 @@ def importance(net, data, config, run):
             p.grad = None
     net.train()
     return total
-
-
-def load_trained(out_dir, key, config, run):
-    """The network of a finished training, in evaluation mode. key: the one that names it.
-
-    SystemExit if it is a network for other data.
-    """
-    path = os.path.join(out_dir, "best.pt")
-    checkpoint = load_checkpoint(path, run.device)
-    for name in ("space", "in_channels", "num_classes"):
-        theirs, ours = checkpoint["config"].get(name), getattr(config, name, None)
-        if theirs != ours:
-            raise SystemExit(f"{key}='{out_dir}' has {name}={theirs}, and this search {ours}: name "
-                             "a training of the search's space, on its data.")
-    net = build(checkpoint["config"], checkpoint["arch"]).to(run.device)
-    return load_model(net, checkpoint, path).eval()
-
-
-def init_supernet(net, config, run):
-    """Fills the supernet with the weights of config.inherit.
-
-    What that training does not have, such as matrices between kernels, stays as it is.
-    """
-    theirs = load_trained(config.inherit, "inherit", config, run).state_dict()
-    own = net.state_dict()
-    wrong = [name for name, t in theirs.items()
-             if name not in own or own[name].shape != t.shape]
-    if wrong:
-        raise SystemExit(f"inherit='{config.inherit}' is not the largest network of this space, in "
-                         f"its {wrong[0]}: train that one, with the largest option of everything.")
-    net.load_state_dict(theirs, strict=False)
 
 # -----------------------------------------------------------------------------
 # phases of progressive shrinking (Cai et al. 2020), and stages of a progressive search
