@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH, TINY_SPACES, TINY_STAGES, flags, run, succeeds
+from conftest import (ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH, TINY_SPACES,
+                      TINY_STAGES, flags, run, succeeds)
 from test_pretrained import SPACE, save_gpt2
 from test_train import train_config
 from test_vision import FOUR, search_config, space_config
@@ -201,7 +202,8 @@ def distinct_runs(cases):
         optimizer = next((word for word in words if Path(word).stem in OPTIMIZERS), "")
         script = next(word for word in words if word.endswith(".py")
                       and not word.startswith("config"))
-        images, kind = space_of(words) != "gpt" and script != "analyze.py", re.search("table|progressive|shrink|format=[a-z]+", command)
+        images = space_of(words) != "gpt" and script != "analyze.py"
+        kind = re.search("table|progressive|shrink|format=[a-z]+", command)
         # test_vision.py has every method in every space
         optimizer = optimizer if words[0] == "python" and not images else ""
         roads.setdefault((script, words[0], options, optimizer, images, kind and kind[0]),
@@ -246,8 +248,8 @@ def test_every_shown_script_and_config_exists():
 def test_config_keys_are_real_and_its_network_builds(path):
     stem = path.stem
     if stem in OPTIMIZERS:
-        config = configurator.configure(dict(vars(train_search)), ["config/search_pydocs.py",
-                                                                   str(path)])
+        config = configurator.configure(dict(vars(train_search)),
+                                        ["config/search_pydocs.py", str(path)])
         assert (config["out_dir"] == f"out/search_pydocs_{stem}" and config["optimizer"] ==
                 stem.rstrip("2"))
         return
@@ -256,8 +258,8 @@ def test_config_keys_are_real_and_its_network_builds(path):
               "table": train_base, "train": train}[kind]
     space = space_of([str(path)])
     # that of base is the search's
-    assert (configurator.given("space", [str(path)]) or "gpt") == ("gpt" if kind == "base"
-                                                                   else space)
+    named_space = configurator.given("space", [str(path)]) or "gpt"
+    assert named_space == ("gpt" if kind == "base" else space)
     config = configurator.configure(with_space(dict(vars(module)), space), [str(path)])
     assert (config["table"] == f"assets/{name}.csv" if kind == "table" else config["out_dir"] ==
             f"out/{stem}")
@@ -276,7 +278,8 @@ def test_config_keys_are_real_and_its_network_builds(path):
 def test_help_lists_every_key(script):
     out = succeeds(script, "--help")
     assert f"python {script}" in out
-    for key, value in configurator.defaults(vars(importlib.import_module(Path(script).stem))).items():
+    module = importlib.import_module(Path(script).stem)
+    for key, value in configurator.defaults(vars(module)).items():
         assert re.search(rf"{key}\b.*{re.escape(str(value))}", out), key
 
 

@@ -70,8 +70,8 @@ def test_everything_that_may_move_is_in_order(block, head_size):
             assert falls(qkv.sum((0, 2)) + read.sum(1))
             continue
         for i in range(h):
-            assert falls(qkv[2, i] + read[i]) and falls(qkv[:2,
-                                                            i].sum(0)) == (options.get("position") != "rope")
+            assert falls(qkv[2, i] + read[i])
+            assert falls(qkv[:2, i].sum(0)) == (options.get("position") != "rope")
 
 
 def test_what_is_dead_goes_last():
