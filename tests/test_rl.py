@@ -24,8 +24,8 @@ SMALL = dict(table=TABLE, budget=40, updates=40, eval_interval=10, learning_star
 
 
 def settings(out, **changes):
-    return configurator.defaults(vars(train_rl)) | SMALL | dict(out_dir=str(out),
-                                                                overwrite=True) | changes
+    places = dict(out_dir=str(out), overwrite=True)
+    return configurator.defaults(vars(train_rl)) | SMALL | places | changes
 
 
 def log_of(out):
@@ -47,8 +47,8 @@ def test_an_agent_learns(changes, tmp_path):
     result = learn(settings(tmp_path, budget=300, updates=1500, eval_interval=50, **changes))
     assert result["updates"] > 0 and result["regret"] < 0.5 * expected_regret()
     evaluated, looks = log_of(tmp_path)
-    assert np.mean([line["reward"] for line in evaluated[-100:]]) > np.mean([line["reward"]
-                                                                             for line in evaluated[:100]])
+    rewards = [line["reward"] for line in evaluated]
+    assert np.mean(rewards[-100:]) > np.mean(rewards[:100])
     # that updates once more
     assert np.mean(looks[-1]["regret"]) == pytest.approx(result["regret"],
                                                          abs=0.05) or changes.get("algo")
@@ -130,8 +130,8 @@ def test_the_policy_table_says_what_the_environment_says(tmp_path):
             for row in env.read_table(TABLE)}
     for row in result["policy"]:
         found = rows[row["entries"], row["n_head"], row["n_layer"], 2]
-        assert (row["loss"], row["time"]) == (found["loss"],
-                                              found["time"]) and row["reward"] == env.balance_reward(found)
+        assert (row["loss"], row["time"]) == (found["loss"], found["time"])
+        assert row["reward"] == env.balance_reward(found)
     assert result == read_json(tmp_path / "result.json")
 
 
@@ -143,11 +143,8 @@ def test_numbers_are_what_the_network_sees():
     q = net(torch.tensor([[0.3]])).view(8, 8)
     assert (q.diff(dim=0).abs().max() < q.std() * 2) and (q.diff(dim=1).abs().max() < q.std() * 2)
     assert torch.equal(net.rest(torch.rand(5, 1)), torch.zeros(5, 64))
-    assert net.sizes.view(8, 8, 2)[0, 0].tolist() == [-1,
-                                                      -1] and net.sizes.view(8, 8,
-                                                                             2)[7,
-                                                                                7].tolist() == [1,
-                                                                                                1]
+    sizes = net.sizes.view(8, 8, 2)
+    assert sizes[0, 0].tolist() == [-1, -1] and sizes[7, 7].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -203,9 +200,9 @@ def test_an_agent_that_goes_on_forgets_nothing(n_envs, changes, tmp_path, monkey
     assert rewards.flatten().tolist() == pytest.approx([line["reward"] for line in evaluated])
     if not changes:
         learn(settings(tmp_path / "a", mode=1, n_envs=n_envs, n_iterations=3))
-        assert flat(load_checkpoint(str(tmp_path / "a/ckpt.pt"),
-                                    "cpu")) == flat(load_checkpoint(str(tmp_path / "b/ckpt.pt"),
-                                                                    "cpu"))
+        whole, parts = (flat(load_checkpoint(str(tmp_path / out / "ckpt.pt"), "cpu"))
+                        for out in ("a", "b"))
+        assert whole == parts
 
 
 def test_groups_of_runs_are_compared(tmp_path, capsys):
@@ -214,7 +211,8 @@ def test_groups_of_runs_are_compared(tmp_path, capsys):
     analyze(str(tmp_path), f"draws:{tmp_path}/r_*,the first:{tmp_path}/r_1")
     assert (tmp_path / "regret.png").stat().st_size > 10_000
     last = [np.mean(log_of(tmp_path / f"r_{seed}")[1][-1]["regret"]) for seed in (1, 2)]
-    assert (f"draws: regret after the last evaluation {100 * np.mean(last):.2f}%" in capsys.readouterr().out)
+    words = f"draws: regret after the last evaluation {100 * np.mean(last):.2f}%"
+    assert words in capsys.readouterr().out
     # it ends before its first look at the policy
     learn(settings(tmp_path / "short", algo="random", budget=8))
     for folders in ("none_*", "short"):
@@ -232,7 +230,8 @@ def test_what_ends_in_an_environments_process_is_said_without_a_traceback(data_d
                    warmup_iters=0, decay_lr=False, seeds=[1],
                    budget=12, n_envs=2, learning_rate=1e30)
     done = run("train_rl.py", *flags(options))
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "try a lower learning_rate" in done.stderr, done.stderr
+    assert (done.returncode == 1 and "Traceback" not in done.stderr
+            and "try a lower learning_rate" in done.stderr), done.stderr
     ended = "An environment's process has ended: see its message above."
     assert ended in done.stderr.splitlines() # the other process may end later
 

@@ -105,11 +105,11 @@ def test_every_method_searches_every_space(space, method, digits_dir, tmp_path):
     # sealed, and whole
     assert all(line == add_checksum(verify_checksum(line, "")) for line in lines)
     best = min(lines, key=lambda line: line["arch_loss"])
-    assert verify_checksum(best,
-                           "") == found and found["space"] == space and result["arch"] == found["arch"]
+    assert verify_checksum(best, "") == found
+    assert found["space"] == space and result["arch"] == found["arch"]
     quality = "psnr" if space == "swinir" else "acc"
-    assert all(0 <= line[f"{part}_{quality}"] <= 100 for line in lines for part in ("arch",
-                                                                                    "val_arch"))
+    assert all(0 <= line[f"{part}_{quality}"] <= 100
+               for line in lines for part in ("arch", "val_arch"))
     assert (read_json(tmp_path / "s/result.json") == result
             and (tmp_path / "s/search.png").stat().st_size > 10000)
     assert not list(tmp_path.rglob("*.tmp"))
@@ -117,9 +117,10 @@ def test_every_method_searches_every_space(space, method, digits_dir, tmp_path):
     tiny = {key: value for key, value in TINY_IMAGES.items() if key != "dataset"}
     script("train_base.py", f"--arch={tmp_path}/s/arch.json", f"--out_dir={tmp_path}/b",
            *flags(tiny))
-    trained, config = read_json(tmp_path / "b/result.json"), read_json(tmp_path / "b/run.json")["config"]
-    assert (trained["params"], trained["flops"]) == (found["cost"]["params"],
-                                                     found["cost"]["flops"]) and trained["arch"] == found["arch"]
+    trained = read_json(tmp_path / "b/result.json")
+    config, cost = read_json(tmp_path / "b/run.json")["config"], found["cost"]
+    assert (trained["params"], trained["flops"]) == (cost["params"], cost["flops"])
+    assert trained["arch"] == found["arch"]
     assert (0 <= trained[f"test_{quality}"] <= 100 and 0 <= trained[f"best_val_{quality}"] <= 100
             and trained["steps"] == 4)
     assert {key: config[key]
@@ -130,16 +131,17 @@ def test_a_key_of_the_space_overrides_the_search(digits_dir, tmp_path):
     train_search.search(search_config("nb201", digits_dir, tmp_path / "s", max_iters=2))
     script("train_base.py", f"--arch_traj={tmp_path}/s/arch_traj.jsonl", "--n_cell=2",
            f"--out_dir={tmp_path}/b", *flags(TINY_IMAGES))
-    config, last = read_json(tmp_path / "b/run.json")["config"], read_lines(tmp_path / "s/arch_traj.jsonl")[-1]
-    assert (config["n_cell"], config["init_channels"]) == (2,
-                                                           4) and read_json(tmp_path / "b/result.json")["arch"] == last["arch"]
+    config = read_json(tmp_path / "b/run.json")["config"]
+    last = read_lines(tmp_path / "s/arch_traj.jsonl")[-1]
+    assert (config["n_cell"], config["init_channels"]) == (2, 4)
+    assert read_json(tmp_path / "b/result.json")["arch"] == last["arch"]
 
 
 def test_a_network_of_images_writes_no_text(digits_dir, tmp_path):
     train_base.train_found(space_config(train_base, "nb201", digits_dir, tmp_path,
                                         genotype=GENOTYPE.replace("none", "skip_connect")))
-    assert "holds a network of nb201, which writes no text" in sentence("sample.py",
-                                                                        f"--out_dir={tmp_path}")
+    said = sentence("sample.py", f"--out_dir={tmp_path}")
+    assert "holds a network of nb201, which writes no text" in said
 
 
 def test_a_genotype_is_trained(digits_dir, tmp_path):
@@ -159,8 +161,8 @@ def test_help_of_a_space_lists_its_keys(name, space):
     lines = usage(with_space(dict(vars(module)), space)).splitlines()
     for key, value in defaults(keys).items():
         line = next(line for line in lines if line.startswith(f"{key} = "))
-        assert str(value) in line and ("  #" in line or key.startswith(("channels_",
-                                                                        "last_"))), line
+        assert str(value) in line, line
+        assert "  #" in line or key.startswith(("channels_", "last_")), line
     names = [line.split(" = ")[0] for line in lines]
     assert (f"space = '{space}'" in "\n".join(lines) and "residual" not in names
             and "block_size" not in names)
@@ -227,8 +229,8 @@ def test_the_second_stage_keeps_some_operations_and_widens(space, method, digits
     checkpoint = torch.load(tmp_path / "s/ckpt.pt", weights_only=True)
     net = build(checkpoint["config"])
     top_edges = {name: net.state_dict()[name].shape for name in checkpoint["model"]}
-    assert top_edges == {name: value.shape for name,
-                         value in checkpoint["model"].items()} and len(top_edges) < len(net.state_dict())
+    assert top_edges == {name: value.shape for name, value in checkpoint["model"].items()}
+    assert len(top_edges) < len(net.state_dict())
     assert read_json(tmp_path / "s/arch.json")["step"] > 2
 
 
@@ -239,8 +241,8 @@ def test_the_alphas_of_a_second_stage_rest_once(digits_dir, tmp_path):
     alphas = []
     for steps, start in ((4, "scratch"), (16, "resume")):
         train_search.search(config | dict(max_iters=steps, init_from=start))
-        alphas.append(torch.load(tmp_path / "ckpt.pt",
-                                 weights_only=True)["chooser"]["optimizer"]["state"][0]["step"].item())
+        chooser = torch.load(tmp_path / "ckpt.pt", weights_only=True)["chooser"]
+        alphas.append(chooser["optimizer"]["state"][0]["step"].item())
     assert alphas[0] == 4 - 2 * config["arch_warmup_iters"] and alphas[1] == alphas[0] + 12
 
 
@@ -254,7 +256,8 @@ import data
 import data
 import search_spaces
 train_search.search(search_config("nb201", {data!r}, {out!r} + "/s", **TWO))
-train_base.train_found(space_config(train_base, "nb201", {data!r}, {out!r} + "/b", arch={found!r}, **TWO))
+train_base.train_found(space_config(train_base, "nb201", {data!r}, {out!r} + "/b", arch={found!r},
+                                    **TWO))
 """
 TWO = dict(gradient_accumulation_steps=2, max_iters=6, crop=1, flip=True, cutout=2)
 
@@ -311,12 +314,12 @@ def test_the_splits_share_no_image_and_only_train_is_augmented(digits_dir, tmp_p
     seen = spied(monkeypatch, lambda: train_search.search(config))
     whole = {image.tobytes() for image in load_images(digits_dir, "digits", "train").pixels}
     assert len(whole) == 1438 # all are different
-    (weights, changed), (alphas, unchanged), (val, unchanged_too) = (seen[n]
-                                                                     for n in (862, 576, 359))
+    (weights, changed), (alphas, unchanged), (val, unchanged_too) = (
+        seen[n] for n in (862, 576, 359))
     assert (len(weights) > 850 and len(alphas) > 570 and not weights & alphas and weights | alphas <
             whole and not val & whole)
-    assert all(changed) and len(changed) >= 60 and not any(unchanged +
-                                                           unchanged_too) and len(unchanged) >= 60
+    assert all(changed) and len(changed) >= 60
+    assert not any(unchanged + unchanged_too) and len(unchanged) >= 60
 
 
 def test_train_base_augments_only_what_it_trains_on(digits_dir, tmp_path, monkeypatch):
@@ -405,8 +408,8 @@ def test_an_evaluation_never_drops_or_counts_the_second_classifier(tmp_path):
         checkpoint = torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
         states[name], net = checkpoint["model"], build(checkpoint["config"], arch)
         net.load_state_dict(checkpoint["model"])
-        assert result["val_loss"] == pytest.approx(by_hand(net, load_images(str(tmp_path), "digits",
-                                                                            "val"))[0], abs=1e-4)
+        loss = by_hand(net, load_images(str(tmp_path), "digits", "val"))[0]
+        assert result["val_loss"] == pytest.approx(loss, abs=1e-4)
     heads = {key for key in states["auxiliary"] if key.startswith("auxiliary")}
     assert (heads and states["auxiliary"].keys() - heads == states["plain"].keys() ==
             states["drop"].keys())
@@ -442,8 +445,10 @@ def test_what_decays(name):
     assert type(optimizer) is {"sgd": torch.optim.SGD, "adam": torch.optim.Adam,
                                "adamw": torch.optim.AdamW}[name]
     group = optimizer.param_groups[0]
-    assert (group["momentum"], group["nesterov"]) == (0.8,
-                                                      True) if name == "sgd" else group["betas"] == (0.7, 0.6)
+    if name == "sgd":
+        assert (group["momentum"], group["nesterov"]) == (0.8, True)
+    else:
+        assert group["betas"] == (0.7, 0.6)
 
 
 def test_a_step_of_sgd_is_nesterovs(digits_dir, tmp_path):
@@ -454,8 +459,8 @@ def test_a_step_of_sgd_is_nesterovs(digits_dir, tmp_path):
                                                    momentum=0.8,
                                                    weight_decay=0.01, grad_clip=0.1))
     arch, v = uniform(net.choices, rng(0)), {}
-    optimizer, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0,
-                                                                                    skipped=0)
+    optimizer = train.configure_optimizer(net, config, run)
+    state = SimpleNamespace(step=0, skipped=0)
     for state.step in range(2):
         expected = {}
         train.backward(net, data.micro_batches(splits["train"], config, run, "train", state.step),
@@ -549,11 +554,11 @@ def test_a_table_is_a_benchmark(table, digits_dir, tmp_path):
         mean = np.mean([float(row["test_acc"]) for row in rows if row.items() >= columns.items()])
         assert (line["table_accuracy"] == pytest.approx(mean) and line["table_of"] == 4
                 and line["table_regret"] >= 0)
-    lines, others = (read_lines(tmp_path / name / "arch_traj.jsonl") for name in ("with",
-                                                                                  "without"))
+    lines, others = (read_lines(tmp_path / name / "arch_traj.jsonl")
+                     for name in ("with", "without"))
     for line, other in zip(lines, others, strict=True):
-        assert line.keys() - other.keys() == {f"table_{key}" for key in ("accuracy", "rank", "of",
-                                                                         "percentile", "regret")}
+        assert line.keys() - other.keys() == {
+            f"table_{key}" for key in ("accuracy", "rank", "of", "percentile", "regret")}
         assert all(line[key] == other[key] for key in other if key != "sha256")
     assert any("table_rank" in line for line in read_lines(tmp_path / "with/log.jsonl"))
 
@@ -600,13 +605,13 @@ MISTAKES = {
     "no space": ("train_base.py", [f"--genotype={GENOTYPE}"], ["--space"]),
     "two architectures": ("train_base.py", ["--arch=arch.json", "--arch_traj=arch_traj.jsonl"],
                           ["several"]),
-    "pruning what has no operations": ("train_search.py", ["--space=toy_conv_macro",
-                                                           "--prune_keep=2"], ["prune_keep=2",
-                                                                               "cells"]),
+    "pruning what has no operations": ("train_search.py",
+                                       ["--space=toy_conv_macro", "--prune_keep=2"],
+                                       ["prune_keep=2", "cells"]),
     "pruning without alphas": ("train_search.py", ["--space=nb201", "--prune_keep=2",
                                                    "--optimizer=spos"], ["prune_keep=2", "spos"]),
-    "pruning all but one": ("train_search.py", ["--space=nb201", "--prune_keep=1"], ["prune_keep=1",
-                                                                                     "5"]),
+    "pruning all but one": ("train_search.py", ["--space=nb201", "--prune_keep=1"],
+                            ["prune_keep=1", "5"]),
     "pruning more than there are": ("train_search.py", ["--space=nb201", "--prune_keep=6"],
                                     ["prune_keep=6", "5"]),
     "widening without pruning": ("train_search.py", ["--space=nb201", "--partial_channels=2",
@@ -619,15 +624,15 @@ MISTAKES = {
                                          ["--space=nb201", "--prune_keep=2", "--partial_channels=4",
                                           "--widen_to=3"],
                                          ["partial_channels=3", "4 channels"]),
-    "a large batch": ("train_search.py", ["--space=nb201", "--batch_size=1000"], ["batch_size=1000",
-                                                                                  "719"]),
-    "text for a space": ("train_search.py", ["--space=nb201", "--dataset=words"], ["words", "text",
-                                                                                   "images"]),
+    "a large batch": ("train_search.py", ["--space=nb201", "--batch_size=1000"],
+                      ["batch_size=1000", "719"]),
+    "text for a space": ("train_search.py", ["--space=nb201", "--dataset=words"],
+                         ["words", "text", "images"]),
     "images for the GPT": ("train_search.py", ["--dataset=digits", "--batch_size=4"],
                            ["digits", "images", "text"]),
-    "compiling every architecture": ("train_search.py", ["--space=nb201", "--compile=True",
-                                                         "--optimizer=gdas"], ["compile=True",
-                                                                               "gdas"]),
+    "compiling every architecture": ("train_search.py",
+                                     ["--space=nb201", "--compile=True", "--optimizer=gdas"],
+                                     ["compile=True", "gdas"]),
     "a benchmark of the GPT": ("train_search.py", ["--dataset=words", "--benchmark=table.csv",
                                                    "--block_size=16"], ["table.csv", "gpt"]),
     "a table of the GPT": ("train_base.py", ["--table=TABLE", "--dataset=words"],
