@@ -35,19 +35,19 @@ def params_of(*args):
 @pytest.mark.parametrize("letter, C, published, smallest, largest", [
     ("t", 1000, 5_867_944, 5_366_056, 10_517_272), ("t", 100, None, 5_192_356, 10_300_372),
     ("t", 10, 5_676_874, 5_174_986, 10_278_682),
-    ("s", 1000, 22_891_432, 13_057_320, 34_790_440), ("b", 1000, 53_691_688, 41_687_896,
-                                                      76_882_264)])
+    ("s", 1000, 22_891_432, 13_057_320, 34_790_440),
+    ("b", 1000, 53_691_688, 41_687_896, 76_882_264)])
 def test_published_parameter_counts(letter, C, published, smallest, largest):
     """Of the three published networks, by the config files that train them, and of the spaces'
     ends; the supernet is as large."""
     arch = autoformer.arch_of(f"autoformer_{letter}")
-    assert published is None or params_of(config_of("base", letter) | {"num_classes": C},
-                                          arch) == published
+    base = config_of("base", letter) | {"num_classes": C}
+    assert published is None or params_of(base, arch) == published
     config = config_of("search", letter) | {"num_classes": C}
     with torch.device("meta"):
         ends = extremes(autoformer.build(config).choices)
-    assert [params_of(config, arch) for arch in ends] == [smallest,
-                                                          largest] and params_of(config) == largest
+    assert [params_of(config, arch) for arch in ends] == [smallest, largest]
+    assert params_of(config) == largest
 
 
 def test_published_sizes_of_the_spaces():
@@ -155,8 +155,8 @@ def test_genotypes_round_trip():
     arch = autoformer.arch_of("autoformer_s")
     assert (arch["n_layer"], arch["n_embd"]) == (13, 384)
     assert autoformer.genotype(arch) == autoformer.PUBLISHED["autoformer_s"]
-    assert arch["n_head"] == [6, 6, 5, 7, 5, 5, 5, 6, 6, 7, 7, 6,
-                              7] and arch["mlp_ratio"] == [3, 3.5, 3, 3.5, *[4] * 7, 3.5, 4]
+    assert arch["n_head"] == [6, 6, 5, 7, 5, 5, 5, 6, 6, 7, 7, 6, 7]
+    assert arch["mlp_ratio"] == [3, 3.5, 3, 3.5, *[4] * 7, 3.5, 4]
 
 
 @pytest.mark.parametrize("call, words", [

@@ -321,8 +321,8 @@ def test_any_argv_gives_right_types_or_one_sentence(tmp_path, monkeypatch):
             assert repr(namespace) == repr(script()), argv
             continue
         accepted += 1
-        assert list(config) == KEYS and all(suits(key, value) for key,
-                                            value in config.items()), (argv, config)
+        assert list(config) == KEYS, (argv, config)
+        assert all(suits(key, value) for key, value in config.items()), (argv, config)
         json.dumps(config, allow_nan=False)
     assert 400 < accepted < 3600, f"{accepted} of 4000 accepted: the loop sees one side only"
 

@@ -220,8 +220,8 @@ def test_the_train_evaluator_is_train_py_and_trains_once(config, tmp_path):
     shard, arch = {**env.shards_of(config)[2], "seed": 5}, {"n_head": 3, "n_layer": 2}
     before = torch.get_rng_state()
     first = env.train_evaluator(config)(arch, shard)
-    assert (torch.get_rng_state() ==
-            before).all(), "an agent's own random numbers go on as if there had been no training"
+    assert torch.equal(torch.get_rng_state(), before), (
+        "an agent's own random numbers go on as if there had been no training")
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert env.train_evaluator(config | {"eval_interval": 3, "n_envs": 7})(arch, shard) == first
     assert {path.name: path.stat().st_mtime_ns
@@ -298,8 +298,9 @@ def test_a_table_is_made_once(config, tmp_path, monkeypatch, capsys):
     assert [(row["entries"], row["n_head"], row["n_layer"]) for row in rows] == [
         (n, h, d) for n in (5, 60) for h in (1, 2, 3) for d in (1, 2, 3)]
     for row in rows: # the time depends on the architecture alone
-        assert row["time"] == next(r["time"] for r in rows if (r["n_head"], r["n_layer"]) ==
-                                   (row["n_head"], row["n_layer"]))
+        sizes = row["n_head"], row["n_layer"]
+        assert row["time"] == next(r["time"] for r in rows
+                                   if (r["n_head"], r["n_layer"]) == sizes)
     trained = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert len(trained) == 18
     env.make_table(config | {"n_envs": 1})

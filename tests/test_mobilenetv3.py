@@ -68,12 +68,12 @@ def agree(a, b, tolerance=1e-10):
 # ---- published numbers
 
 @pytest.mark.parametrize("k, e, d, params, macs, macs_160, params_wide", [
-    (7, 6, 4, 7_664_760, 566.17, 291.32, 10_701_632), (5, 4, 3, 4_551_792, 250.75, 129.55,
-                                                       6_245_312),
-    (7, 6, 2, 4_837_928, 282.63, 145.95, 6_654_768), (3, 6, 4, 7_299_960, 433.14, 223.45,
-                                                      10_258_112),
-    (3, 3, 4, 4_371_928, 226.19, 116.95, 5_986_008), (3, 3, 2, 3_410_792, 121.28, 63.24,
-                                                      4_602_456)])
+    (7, 6, 4, 7_664_760, 566.17, 291.32, 10_701_632),
+    (5, 4, 3, 4_551_792, 250.75, 129.55, 6_245_312),
+    (7, 6, 2, 4_837_928, 282.63, 145.95, 6_654_768),
+    (3, 6, 4, 7_299_960, 433.14, 223.45, 10_258_112),
+    (3, 3, 4, 4_371_928, 226.19, 116.95, 5_986_008),
+    (3, 3, 2, 3_410_792, 121.28, 63.24, 4_602_456)])
 def test_published_counts(k, e, d, params, macs, macs_160, params_wide):
     """Of the extracted network, which is measured, and of the supernet's formula."""
     arch = uniform_net(k, e, d)
@@ -87,8 +87,8 @@ def test_published_counts(k, e, d, params, macs, macs_160, params_wide):
         of_weights = net.cost(one_hot(net.choices, arch))
         assert {key: value.item() for key, value in of_weights.items()} == cost
     with torch.device("meta"):
-        assert sum(p.numel() for p in mobilenetv3.build({"width_mult": 1.2},
-                                                        arch).parameters()) == params_wide
+        wide = mobilenetv3.build({"width_mult": 1.2}, arch)
+        assert sum(p.numel() for p in wide.parameters()) == params_wide
 
 
 def test_sgd_decays_neither_norms_nor_biases():
@@ -236,8 +236,8 @@ def test_law_of_exactness_with_matrices(training):
 
 def test_every_weight_of_a_mixture_has_a_gradient():
     net, (x, y) = supernet(), images()
-    weights = {name: torch.rand(c.shape).double().softmax(-1).requires_grad_() for name,
-               c in net.choices.items()}
+    weights = {name: torch.rand(c.shape).double().softmax(-1).requires_grad_()
+               for name, c in net.choices.items()}
     net(x, y, weights)[1].backward()
     assert all(w.grad.abs().min() > 0 for w in weights.values())
 

@@ -93,8 +93,8 @@ def test_the_largest_network_of_the_supernet_is_the_pretrained_one(head_size, gp
 def test_a_file_as_on_the_hub(gpt2, tmp_path):
     """Whose names have no prefix, and which holds the masks of attention."""
     folder, theirs = gpt2
-    weights = {name.removeprefix("transformer."): t for name,
-               t in load_file(f"{folder}/model.safetensors").items()}
+    weights = {name.removeprefix("transformer."): t
+               for name, t in load_file(f"{folder}/model.safetensors").items()}
     weights = {name: t for name, t in weights.items() if name != "lm_head.weight"}
     weights |= {f"h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(2)}
     save_file(weights, tmp_path / "model.safetensors")

@@ -198,8 +198,8 @@ def test_a_resized_crop_is_a_box_of_the_image():
     # boxes near the whole are drawn anew more often
     assert abs(ratio.log().mean()) < 0.02 and 0.55 < area.mean() < 0.65
     middle = y[:, :, 7:9, 7:9].mean((2, 3))
-    assert (middle > 0.25).all() and (middle <
-                                      0.75).all() and (middle.mean(0) - 0.5).abs().max() < 0.01
+    assert (middle > 0.25).all() and (middle < 0.75).all()
+    assert (middle.mean(0) - 0.5).abs().max() < 0.01
 
 
 def test_color_jitter_is_uniform():
@@ -350,8 +350,8 @@ def test_only_what_trains_the_weights_is_changed(name, digits_dir, tmp_path, mon
 def test_a_mistake_is_one_sentence(change, words, digits_dir, tmp_path):
     with pytest.raises(SystemExit) as stop:
         train_search.search(search_config("toy_cell", digits_dir, tmp_path / "s", **change))
-    assert all(word in stop.value.code
-               for word in words) and "\n" not in stop.value.code and not (tmp_path / "s").exists()
+    assert all(word in stop.value.code for word in words)
+    assert "\n" not in stop.value.code and not (tmp_path / "s").exists()
 
 
 def test_a_network_of_one_size_is_told_before_it_trains(digits_dir, tmp_path):

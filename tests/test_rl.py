@@ -30,8 +30,8 @@ def settings(out, **changes):
 
 def log_of(out):
     lines = read_lines(str(Path(out) / "log.jsonl"))
-    return [line for line in lines if "reward" in line], [line for line in lines
-                                                          if "actions" in line]
+    return ([line for line in lines if "reward" in line],
+            [line for line in lines if "actions" in line])
 
 
 def expected_regret():
@@ -50,8 +50,8 @@ def test_an_agent_learns(changes, tmp_path):
     rewards = [line["reward"] for line in evaluated]
     assert np.mean(rewards[-100:]) > np.mean(rewards[:100])
     # that updates once more
-    assert np.mean(looks[-1]["regret"]) == pytest.approx(result["regret"],
-                                                         abs=0.05) or changes.get("algo")
+    regret = pytest.approx(result["regret"], abs=0.05)
+    assert np.mean(looks[-1]["regret"]) == regret or changes.get("algo")
     analyze(str(tmp_path))
     for name in ("aggregate", "frames", "two", "regret", "surface"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
@@ -167,8 +167,8 @@ def test_a_mistake_is_one_sentence(changes, words, tmp_path):
 
 
 def test_a_number_is_a_list_of_one_seed(tmp_path):
-    number, listed = (learn(settings(tmp_path / str(i), seeds=seeds, algo="random")) for i,
-                      seeds in enumerate((1, [1])))
+    number, listed = (learn(settings(tmp_path / str(i), seeds=seeds, algo="random"))
+                      for i, seeds in enumerate((1, [1])))
     assert number | {"out_dir": ""} == listed | {"out_dir": ""}
 
 
@@ -244,8 +244,8 @@ def test_parallel_environments_train_for_real(data_dir, tmp_path):
                    test_entries=10, block_size=16, head_size=2, batch_size=2, max_iters=1,
                    seeds=[1], budget=12, eval_interval=4, n_envs=2,
                    learning_starts=4, tensorboard=True)
-    out = succeeds("train_rl.py", *(f"--{key}={str(value).replace(' ', '')}" for key,
-                                    value in options.items()))
+    out = succeeds("train_rl.py", *(f"--{key}={str(value).replace(' ', '')}"
+                                    for key, value in options.items()))
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["evaluations"] == 12 and result["updates"] > 0 and "the best seen" in out
     assert [row["entries"] for row in result["policy"]] == [5, 14, 40]

@@ -74,8 +74,8 @@ def weights_of(net, dtype=torch.float32):
 
 
 def one_hots(net, arch):
-    return {name: w.to(torch.get_default_dtype()).requires_grad_() for name,
-            w in one_hot(net.choices, arch).items()}
+    return {name: w.to(torch.get_default_dtype()).requires_grad_()
+            for name, w in one_hot(net.choices, arch).items()}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -177,8 +177,8 @@ def test_convolution_is_its_padded_sum(mixed, bias):
 def mixed_sizes(*options):
     """Softmaxes of random alphas, which are returned too, as Sizes."""
     alphas = [torch.randn(len(n)).double().requires_grad_() for n in options]
-    return alphas, [Size(n, mask=prefix_masks(n, n[-1]).double(), p=w.softmax(-1)) for n,
-                    w in zip(options, alphas, strict=True)]
+    return alphas, [Size(n, mask=prefix_masks(n, n[-1]).double(), p=w.softmax(-1))
+                    for n, w in zip(options, alphas, strict=True)]
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -274,9 +274,10 @@ def test_conv_macro():
         assert sum(p.numel() for p in net.parameters()) == 7_725_450
     text = "[[32, 64, 128, 128], [3, 7, 5, 7]]"
     arch = toy_conv_macro.arch_of(text)
-    assert (toy_conv_macro.genotype(arch) == text and list(toy_conv_macro.columns(arch).values()) ==
-            [*itertools.chain(*json.loads(text))])
-    assert list(toy_conv_macro.columns(arch)) == ["c1", "c2", "c3", "c4", "k1", "k2", "k3", "k4"]
+    assert toy_conv_macro.genotype(arch) == text
+    columns = toy_conv_macro.columns(arch)
+    assert list(columns.values()) == [*itertools.chain(*json.loads(text))]
+    assert list(columns) == ["c1", "c2", "c3", "c4", "k1", "k2", "k3", "k4"]
 
 
 @pytest.mark.parametrize("number, text, params", [
@@ -290,8 +291,8 @@ def test_nats_size(number, text, params):
     small = nats_size.build({}, arch)
     net = nats_size.build({})
     assert sum(p.numel() for p in small.parameters()) == net.cost(arch)["params"] == params
-    assert {key: v.item() for key, v in net.cost(one_hot(net.choices,
-                                                         arch)).items()} == net.cost(arch)
+    of_weights = net.cost(one_hot(net.choices, arch))
+    assert {key: v.item() for key, v in of_weights.items()} == net.cost(arch)
 
 
 @pytest.mark.parametrize("make, text", [(nats_size.arch_of, ""), (nats_size.arch_of, "8:8:8:8"),

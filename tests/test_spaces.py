@@ -78,8 +78,8 @@ def run(net, *args):
 
 
 def weights_of(net, arch, **rest):
-    return {name: w.to(torch.get_default_dtype()).requires_grad_(**rest) for name,
-            w in one_hot(net.choices, arch).items()}
+    return {name: w.to(torch.get_default_dtype()).requires_grad_(**rest)
+            for name, w in one_hot(net.choices, arch).items()}
 
 
 def mixed(net, seed=0):
@@ -285,8 +285,8 @@ def test_gradient_of_the_alphas_is_the_finite_difference(name):
     alphas = list(arch_optimizer.alphas.values())
     for alpha in alphas:
         alpha.data.copy_(0.3 * torch.randn(alpha.shape, generator=generator(2)))
-    directions = [torch.randn(alpha.shape, generator=generator(i)) for i,
-                  alpha in enumerate(alphas)]
+    directions = [torch.randn(alpha.shape, generator=generator(i))
+                  for i, alpha in enumerate(alphas)]
     grads = torch.autograd.grad(run(net, x, y, arch_optimizer.mean())[1], alphas)
     slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True)).item()
 
@@ -327,8 +327,8 @@ def test_genotypes_are_the_published_texts():
     assert toy_cell.columns(arch) == dict(zip(edges, ops, strict=True))
     ops = ["avg_pool_3x3", "nor_conv_1x1", "skip_connect", "nor_conv_1x1", "skip_connect",
            "skip_connect"]
-    assert (nb201.genotype({"cell": ops}) == NB201.format(*ops) ==
-            nb201.columns({"cell": ops})["genotype"])
+    assert nb201.genotype({"cell": ops}) == NB201.format(*ops)
+    assert nb201.columns({"cell": ops})["genotype"] == NB201.format(*ops)
     text = darts.GENOTYPES["DARTS_V2"]
     arch = darts.arch_of("DARTS_V2")
     with_range = text.replace("[2, 3, 4, 5]", "range(2, 6)")
@@ -387,8 +387,8 @@ V1 = darts.GENOTYPES["DARTS_V1"]
 ("darts", "auxiliary", -0.4, "0 or more"), ("darts", "drop_path", 1.0, "at least 0 and below 1"),
 ("darts", "drop_path", -0.1, "at least 0 and below 1"), ("nb201", "init_channels", -4, "1 or more"),
 ("nb201", "n_cell", 0, "1 or more"), ("toy_cell", "init_channels", 0, "1 or more"),
-("toy_cell", "dropout", 1.0, "at least 0 and below 1"), ("toy_cell", "dropout", -0.1,
-                                                         "at least 0 and below 1"))),
+("toy_cell", "dropout", 1.0, "at least 0 and below 1"),
+("toy_cell", "dropout", -0.1, "at least 0 and below 1"))),
     (lambda: make("nb201").extract({"cell": ["none"] * 5}), "needs a list of at least 6 entries")])
 def test_errors_are_one_sentence(call, message):
     with pytest.raises((ConfigError, SystemExit), match=message) as error:
@@ -427,8 +427,8 @@ def test_published_costs_of_nb201(ops, params, mflops):
     """Its MFLOPs are millions of multiply-adds."""
     torch.set_default_dtype(torch.float32)
     cost = nb201.build({}, nb201.arch_of(NB201.format(*ops.split()))).cost()
-    assert cost["params"] == params and (mflops is None or cost["flops"] / 2e6 ==
-                                         pytest.approx(mflops, abs=1e-3))
+    assert cost["params"] == params
+    assert mflops is None or cost["flops"] / 2e6 == pytest.approx(mflops, abs=1e-3)
 
 
 # -----------------------------------------------------------------------------
@@ -453,9 +453,8 @@ def test_identities_are_never_dropped():
 def test_drop_path_rises_with_progress_and_is_for_training_alone():
     """A supernet, a network that is evaluated and one at the start of its training drop nothing."""
     arch, x = uniform(make("darts").choices, generator()), batch()[0]
-    supernet, net, plain = make("darts",
-                                drop_path=0.5), make("darts",
-                                                     drop_path=0.5), make("darts").extract(arch)
+    supernet, net = make("darts", drop_path=0.5), make("darts", drop_path=0.5)
+    plain = make("darts").extract(arch)
     net = net.extract(arch)
     assert torch.equal(run(net, x)[0], run(plain, x)[0])
     net.progress = supernet.progress = 1.0
@@ -557,8 +556,8 @@ def test_widening_copies_random_channels_with_their_momentum(name):
     maps = {}
     for key, q in new.named_parameters():
         p = old.get_parameter(key)
-        momentum = [optimizer.state[w]["momentum_buffer"] for optimizer,
-                    w in zip(optimizers, (p, q), strict=True)]
+        momentum = [optimizer.state[w]["momentum_buffer"]
+                    for optimizer, w in zip(optimizers, (p, q), strict=True)]
         for a, b in ((p, q), momentum):
             assert torch.equal(b[tuple(slice(n) for n in a.shape)], a), key
         if q.shape[0] > p.shape[0] and p.dim() > 1:
@@ -585,5 +584,5 @@ def test_nb201_indices_are_the_benchmarks():
                        "+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"}
     for i, text in published.items():
         assert nb201.genotype(nb201.arch_at(i)) == text and nb201.index(nb201.arch_of(text)) == i
-    assert [nb201.index(nb201.arch_at(i)) for i in range(0, 15625,
-                                                         625)] == list(range(0, 15625, 625))
+    some = list(range(0, 15625, 625))
+    assert [nb201.index(nb201.arch_at(i)) for i in some] == some

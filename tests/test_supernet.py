@@ -128,8 +128,8 @@ def test_mixed_rotary_attention():
     """Scores sum_k p_k scores_k of widths that turn at frequencies of their own, for each head
     count."""
     E, widths, heads = 24, (12, 24), (1, 3)
-    qkv, p = torch.randn(2, 5, 3 * E,
-                         requires_grad=True), torch.rand(2).softmax(-1).requires_grad_()
+    qkv = torch.randn(2, 5, 3 * E, requires_grad=True)
+    p = torch.rand(2).softmax(-1).requires_grad_()
     y_scale = torch.rand(2, E, requires_grad=True)
     q, k, v = qkv.chunk(3, dim=2)
     y = 0
@@ -142,8 +142,8 @@ def test_mixed_rotary_attention():
         attention = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf).softmax(-1)
         values = v.unflatten(2, (h, -1)).transpose(1, 2)
         y = y + y_scale[j] * (attention @ values).transpose(1, 2).flatten(2)
-    out, inputs, direction = mixed_rotary_attention(qkv, widths, p, y_scale,
-                                                    heads), [qkv, p, y_scale], torch.randn_like(y)
+    out, inputs = mixed_rotary_attention(qkv, widths, p, y_scale, heads), [qkv, p, y_scale]
+    direction = torch.randn_like(y)
     assert (out - y).abs().max() < 1e-5 * y.abs().max() # angles are float32
     for a, b in zip(*(torch.autograd.grad((t * direction).sum(), inputs) for t in (out, y)),
                     strict=True):
@@ -153,10 +153,10 @@ def test_mixed_rotary_attention():
 def test_layer_norm_far_from_zero():
     """Block statistics must not cancel: channels around 1000 with a deviation of 1, in float32."""
     x, n, p = (torch.randn(4, 64) + 1000).float(), (16, 48, 64), torch.tensor([0.2, 0.3, 0.5])
-    exact = sum(pk * pad(F.layer_norm(x[..., :k].double(), (k,)), 64) for pk,
-                k in zip(p, n, strict=True))
-    assert (mixed_norm(x, torch.ones(64).float(), None, p.float(), n,
-                       1e-5) - exact).abs().max() < 2e-3
+    exact = sum(pk * pad(F.layer_norm(x[..., :k].double(), (k,)), 64)
+                for pk, k in zip(p, n, strict=True))
+    found = mixed_norm(x, torch.ones(64).float(), None, p.float(), n, 1e-5)
+    assert (found - exact).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -170,8 +170,8 @@ def test_linear_sizes_chosen_together(bias):
     share = prefix_masks([[int(m * k) for m in ratios] for k in EMBD], 20).double()
     n = tuple(sorted({int(m * k) for m in ratios for k in EMBD}))
     hidden = Size(n, mask=torch.einsum("m,emh->eh", q, share), p=e.p, last=torch.tensor(n) - 1)
-    pairs = [(pi * qj, k, int(m * k)) for pi, k in zip(e.p, EMBD, strict=True) for qj,
-             m in zip(q, ratios, strict=True)]
+    pairs = [(pi * qj, k, int(m * k)) for pi, k in zip(e.p, EMBD, strict=True)
+             for qj, m in zip(q, ratios, strict=True)]
     padded = sum(w * pad(F.linear(x[..., :k], linear.weight[:o, :k], linear.bias[:o] if bias
                                   else None), 20) for w, k, o in pairs)
     same_with_gradients(linear(x, e, hidden), padded, [x, e.p, alpha, *linear.parameters()])
@@ -196,8 +196,8 @@ def test_linear_sizes_chosen_independently(sides):
     o = mixture((2, 6), 6) if sides != "in" else None
     ins = zip(i.p, i.n, strict=True) if i else [(torch.tensor(1.0), 8)]
     outs = list(zip(o.p, o.n, strict=True)) if o else [(torch.tensor(1.0), 6)]
-    padded = sum(a * b * pad(F.linear(x[..., :c], linear.weight[:r, :c]), 6) for a, c in ins for b,
-                 r in outs)
+    padded = sum(a * b * pad(F.linear(x[..., :c], linear.weight[:r, :c]), 6)
+                 for a, c in ins for b, r in outs)
     padded = padded + sum(b * pad(linear.bias[:r], 6) for b, r in outs)
     inputs = [x, *linear.parameters(), *(s.p for s in (i, o) if s)]
     same_with_gradients(linear(x, i, o), padded, inputs)

@@ -597,9 +597,8 @@ def test_two_processes_are_one(name, two_ranks, data_dir, tmp_path):
 def test_zero_gives_the_same_losses(two_ranks, data_dir, tmp_path):
     """With the optimizer's state shared out the losses stay; a run goes on with it, and on one
     process without it."""
-    plain, zero = ([line for line in read_lines(two_ranks / name / "log.jsonl") if 0 <
-                    line.get("step", 0) <= 6]
-                   for name in ("zero0", "zero1"))
+    plain, zero = ([line for line in read_lines(two_ranks / name / "log.jsonl")
+                    if 0 < line.get("step", 0) <= 6] for name in ("zero0", "zero1"))
     assert len(plain) == len(zero) > 6
     for a, b in zip(plain, zero, strict=True):
         for key in ("loss", "train_loss", "val_loss"):
@@ -619,8 +618,8 @@ def test_a_rank_that_dies_ends_all_and_the_run_goes_on_with_another_number(data_
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                     "train_search.py", *options)
     wait_for(process, "step 3/")
-    workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) ==
-               process.pid]
+    workers = [int(pid) for pid in os.listdir("/proc")
+               if pid.isdigit() and parent_of(pid) == process.pid]
     os.kill(max(workers), signal.SIGKILL)
     began = time.time()
     output = process.communicate(timeout=120)[0]

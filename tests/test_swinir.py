@@ -76,8 +76,8 @@ def test_law_of_exactness(kernels, dtype):
 def test_straight_through_options_have_the_gradients_of_the_mixture(dtype):
     net, (x, y) = make(), batch()
     for arch in some_archs(net):
-        soft, hard = ({name: w.to(dtype).requires_grad_() for name,
-                       w in one_hot(net.choices, arch).items()} for _ in range(2))
+        soft, hard = ({name: w.to(dtype).requires_grad_()
+                       for name, w in one_hot(net.choices, arch).items()} for _ in range(2))
         for third in (soft, straight_through_arch(net.choices, hard)):
             net(x, y, third)[1].backward()
         scale = max(w.grad.abs().max() for w in soft.values() if w.grad is not None)
@@ -119,8 +119,8 @@ def test_kernels_compute_a_mixture_as_pytorch_does():
     (2, (36, 6, 4, 6, 2), 354_288)])
 def test_published_parameter_counts(scale, arch, params):
     with torch.device("meta"):
-        assert sum(q.numel() for q in swinir.build({"scale": scale},
-                                                   uniform_arch(*arch)).parameters()) == params
+        net = swinir.build({"scale": scale}, uniform_arch(*arch))
+        assert sum(q.numel() for q in net.parameters()) == params
 
 
 @pytest.mark.parametrize("patch, tile, mlp_ratio", [(8, 0, [1, 2]), (10, 0, [1, 2]),
@@ -145,10 +145,10 @@ def test_cost_is_that_of_the_extracted_network_and_its_expectation(patch, tile, 
             target = corner[name] if row is None else corner[name][row]
             share, _ = share * target[k].item(), target.zero_()
             target[k] = 1
-        expected = {key: expected[key] + share * value.item() for key,
-                    value in net.cost(corner).items()}
-    assert {key: value.item() for key,
-            value in net.cost(weights).items()} == pytest.approx(expected)
+        expected = {key: expected[key] + share * value.item()
+                    for key, value in net.cost(corner).items()}
+    found = {key: value.item() for key, value in net.cost(weights).items()}
+    assert found == pytest.approx(expected)
 
 
 def test_convolution_of_one_width_is_its_padded_sum(dtype):
@@ -224,9 +224,8 @@ def test_images_that_have_a_psnr_are_evaluated(scale):
     small = net.extract(extremes(net.choices)[0]).eval()
     run = SimpleNamespace(amp=contextlib.nullcontext())
     with torch.no_grad():
-        loss, psnr, n = train.tally(small, pairs(3),
-                                    [(*data.pair_batches(pairs(3), [0], "cpu").__next__(), None)],
-                                    run).tolist()
+        batches = [(*next(data.pair_batches(pairs(3), [0], "cpu")), None)]
+        loss, psnr, n = train.tally(small, pairs(3), batches, run).tolist()
     assert n == 1 and 0 < loss < 10 and 0 < psnr < 50
     with pytest.raises(SystemExit, match="the smallest of 2 pixels"):
         pairs(2).check(config, "val")

@@ -42,13 +42,13 @@ def search_config(data_dir, out_dir, **rest):
 
 def train_config(data_dir, out_dir, **rest):
     sizes = dict(n_layer=2, n_head=2, n_embd=16, mlp_ratio=2.0)
-    return defaults(vars(train)) | TINY | sizes | dict(data_dir=data_dir,
-                                                       out_dir=str(out_dir)) | rest
+    places = dict(data_dir=data_dir, out_dir=str(out_dir))
+    return defaults(vars(train)) | TINY | sizes | places | rest
 
 
 def base_config(data_dir, out_dir, found, **rest):
-    return defaults(vars(train_base)) | TINY | dict(data_dir=data_dir, out_dir=str(out_dir),
-                                                    arch=str(found)) | rest
+    places = dict(data_dir=data_dir, out_dir=str(out_dir), arch=str(found))
+    return defaults(vars(train_base)) | TINY | places | rest
 
 
 def with_other_val(data_dir, other):
@@ -181,8 +181,8 @@ def test_alphas_and_weights_never_meet(data_dir, tmp_path):
     assert in_chooser == {id(a) for a in arch_optimizer.alphas.values()}
     assert not in_weights & in_chooser
 
-    w0, a0 = [p.clone() for p in net.parameters()], {k: a.clone() for k,
-                                                     a in arch_optimizer.alphas.items()}
+    w0 = [p.clone() for p in net.parameters()]
+    a0 = {k: a.clone() for k, a in arch_optimizer.alphas.items()}
     train_search.arch_step(net, net, arch_optimizer, splits, config, run, state)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), w0, strict=True))
     assert all(p.grad is None for p in net.parameters())
@@ -206,8 +206,8 @@ def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
         space = dict(n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
         net = build(dict(block_size=8, vocab_size=20, head_size=head_size) | space)
         arch_optimizer = METHODS[optimizer](net.choices, runs.rng(0))
-        leaves = {k: w.detach().requires_grad_() for k,
-                  w in arch_optimizer.sample(0, runs.rng(1)).items()}
+        leaves = {k: w.detach().requires_grad_()
+                  for k, w in arch_optimizer.sample(0, runs.rng(1)).items()}
         x = torch.randint(20, (4, 8))
         net(x, x.roll(-1, 1), leaves)[1].backward()
         for name, leaf in leaves.items():
@@ -220,8 +220,8 @@ def test_the_split_shares_out_train_bin(data_dir, tmp_path):
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", train_portion=0.7))
     splits, _ = train_search.split_data(config, SimpleNamespace(master=True, world=1))
     whole = load_tokens(data_dir, "pydocs", "train")
-    assert np.array_equal(np.concatenate([splits["train"].ids, splits["search"].ids]),
-                          whole) and len(splits["train"]) == int(0.7 * len(whole))
+    both = np.concatenate([splits["train"].ids, splits["search"].ids])
+    assert np.array_equal(both, whole) and len(splits["train"]) == int(0.7 * len(whole))
     assert np.array_equal(splits["val"].ids, load_tokens(data_dir, "pydocs", "val"))
     assert config.vocab_size == read_json(f"{data_dir}/pydocs/meta.json")["vocab_size"]
 
@@ -355,9 +355,8 @@ def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
         weights = {k: w.detach().clone() for k, w in seen["weights"].items()}
         weights[name].view(-1)[1] += change
         torch.manual_seed(runs.rng(config.seed, "dropout", "arch", 0, 0).initial_seed())
-        loss = train.backward(net, [(x, y, weights) for x,
-                                    y in train.micro_batches(splits[split], config, run, split, 0)],
-                              run)
+        micro_batches = train.micro_batches(splits[split], config, run, split, 0)
+        loss = train.backward(net, [(x, y, weights) for x, y in micro_batches], run)
         found = [p.grad.clone() for p in params]
         net.zero_grad()
         return found if grads else loss.item()
@@ -478,8 +477,8 @@ def test_resuming_changes_nothing(name, data_dir, tmp_path):
             for part in ("whole", "parts"))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
     if "chooser" in a:
-        assert all(torch.equal(a["chooser"]["alphas"][key], value) for key,
-                   value in b["chooser"]["alphas"].items())
+        assert all(torch.equal(a["chooser"]["alphas"][key], value)
+                   for key, value in b["chooser"]["alphas"].items())
     whole, parts = ([line for line in losses(tmp_path / part) if line.get("step", 0)]
                     for part in ("whole", "parts"))
     assert whole == parts, "a resumed run says its header again, and nothing else"

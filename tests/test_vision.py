@@ -123,8 +123,8 @@ def test_every_method_searches_every_space(space, method, digits_dir, tmp_path):
     assert trained["arch"] == found["arch"]
     assert (0 <= trained[f"test_{quality}"] <= 100 and 0 <= trained[f"best_val_{quality}"] <= 100
             and trained["steps"] == 4)
-    assert {key: config[key]
-            for key in found["model"]} == found["model"] and config["data_dir"] == digits_dir
+    assert {key: config[key] for key in found["model"]} == found["model"]
+    assert config["data_dir"] == digits_dir
 
 
 def test_a_key_of_the_space_overrides_the_search(digits_dir, tmp_path):
@@ -278,8 +278,8 @@ def test_two_processes_find_what_one_finds(digits_dir, tmp_path):
         for a, b in zip(one, two, strict=True):
             for key in a.keys() - {"ms", "images_per_s", "sha256"}:
                 if isinstance(a[key], float):
-                    assert a[key] == pytest.approx(b[key],
-                                                   abs=1e-5), f"{name}: {key} at step {a['step']}"
+                    expected = pytest.approx(b[key], abs=1e-5)
+                    assert a[key] == expected, f"{name}: {key} at step {a['step']}"
                 elif key in ("weights", "entropy"):
                     for choice, rows in a[key].items():
                         torch.testing.assert_close(torch.tensor(rows), torch.tensor(b[key][choice]),
@@ -316,8 +316,8 @@ def test_the_splits_share_no_image_and_only_train_is_augmented(digits_dir, tmp_p
     assert len(whole) == 1438 # all are different
     (weights, changed), (alphas, unchanged), (val, unchanged_too) = (
         seen[n] for n in (862, 576, 359))
-    assert (len(weights) > 850 and len(alphas) > 570 and not weights & alphas and weights | alphas <
-            whole and not val & whole)
+    assert len(weights) > 850 and len(alphas) > 570 and not weights & alphas
+    assert weights | alphas < whole and not val & whole
     assert all(changed) and len(changed) >= 60
     assert not any(unchanged + unchanged_too) and len(unchanged) >= 60
 
@@ -348,8 +348,8 @@ def test_a_score_does_not_depend_on_what_was_evaluated_before(space, digits_dir,
     assert train_search.score(net, net, a, splits, config, run) == before
     small = net.extract(a) # alone it has the same statistics, by their definition
     first = next(module for module in small.modules() if isinstance(module, torch.nn.BatchNorm2d))
-    means, hook = [], first.register_forward_pre_hook(lambda module,
-                                                      args: means.append(args[0].mean((0, 2, 3))))
+    means, hook = [], first.register_forward_pre_hook(
+        lambda module, args: means.append(args[0].mean((0, 2, 3))))
     top_edges = first.running_mean.clone()
     with torch.no_grad():
         for i in range(config.bn_batches):
@@ -382,8 +382,8 @@ def test_accuracies_are_counts(digits_dir, tmp_path):
     net.load_state_dict(checkpoint["model"])
     test, whole = (load_images(digits_dir, "digits", split) for split in ("val", "train"))
     loss, accuracy = by_hand(net, test)
-    assert (result["test_acc"] == pytest.approx(accuracy) and result["test_loss"] ==
-            pytest.approx(loss, abs=1e-4) and accuracy > 20)
+    assert result["test_acc"] == pytest.approx(accuracy) and accuracy > 20
+    assert result["test_loss"] == pytest.approx(loss, abs=1e-4)
     loss, accuracy = by_hand(net, whole.part(1438 - 143, 1438))
     assert (result["best_val_acc"] == pytest.approx(accuracy)
             and checkpoint["losses"]["val_loss"] == pytest.approx(loss, abs=1e-4))
@@ -438,8 +438,8 @@ def test_what_decays(name):
     net = build(vars(config))
     optimizer = train.configure_optimizer(net, config, SimpleNamespace(device_type="cpu"))
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert sum(len(group["params"])
-               for group in optimizer.param_groups) == len(decay) == len(list(net.parameters()))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay)
+    assert len(decay) == len(list(net.parameters()))
     for key, p in net.named_parameters():
         assert decay[p] == (0.0 if name == "adamw" and p.dim() < 2 else 0.01), key
     assert type(optimizer) is {"sgd": torch.optim.SGD, "adam": torch.optim.Adam,
@@ -499,10 +499,10 @@ def test_a_table_holds_every_network_once_a_seed(table, digits_dir, tmp_path):
     archs = list(architectures(net.choices))
     wanted = {(*map(str, module.columns(arch).values()), str(seed)) for arch in archs
               for seed in (1, 2)}
-    assert len(archs) == 4 and len(rows) == 8 and {tuple(row.values())[:9]
-                                                   for row in rows} == wanted
-    assert (list(rows[0]) ==
-            [*"c1 c2 c3 c4 k1 k2 k3 k4 seed test_acc test_loss train_loss params flops".split()])
+    assert len(archs) == 4 and len(rows) == 8
+    assert {tuple(row.values())[:9] for row in rows} == wanted
+    columns = "c1 c2 c3 c4 k1 k2 k3 k4 seed test_acc test_loss train_loss params flops"
+    assert list(rows[0]) == columns.split()
     row = next(row for row in rows if (row["c1"], row["c2"], row["seed"]) == ("4", "4", "2"))
     arch = {"channels_1": 4, "channels_2": 4, "channels_3": 4, "channels_4": 4,
             "kernel_size": [3] * 4}
@@ -519,11 +519,11 @@ def test_an_interrupted_table_goes_on(table, digits_dir, tmp_path):
     # the fourth network
     with signalled(train, "update", lambda *args: steps.append(1) or len(steps) == 7):
         script("train_base.py", *table_options(digits_dir, tmp_path / "parts.csv"))
-    assert (len(read_table(str(tmp_path / "parts.csv"))) == 3 and os.listdir(tmp_path) ==
-            ["parts.csv"])
+    assert len(read_table(str(tmp_path / "parts.csv"))) == 3
+    assert os.listdir(tmp_path) == ["parts.csv"]
     script("train_base.py", *table_options(digits_dir, tmp_path / "parts.csv"))
-    assert ((tmp_path / "parts.csv").read_bytes() == table.read_bytes() and os.listdir(tmp_path) ==
-            ["parts.csv"])
+    assert (tmp_path / "parts.csv").read_bytes() == table.read_bytes()
+    assert os.listdir(tmp_path) == ["parts.csv"]
     steps.clear()
     # nothing is left to do
     script("train_base.py", *table_options(digits_dir, tmp_path / "parts.csv"))
