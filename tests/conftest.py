@@ -60,9 +60,12 @@ def flags(options):
 
 
 def run(*command, cwd=ROOT, timeout=300, **env):
-    """A script as a user runs it: the finished process, its output as text. command: train.py --key=val ..., or torchrun ..."""
-    command = [sys.executable, *command] if command[0].endswith(".py") else [sys.executable, "-m",
-                                                                             "torch.distributed.run", *command[1:]]
+    """A script as a user runs it: the finished process, its output as text. command: train.py
+    --key=val ..., or torchrun ..."""
+    if command[0].endswith(".py"):
+        command = [sys.executable, *command]
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, **env})
 
@@ -76,7 +79,8 @@ def succeeds(*command, **kwargs):
 def fails(*command, **kwargs):
     """The one sentence with which it stops."""
     done = run(*command, **kwargs)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    said = f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 1 and "Traceback" not in done.stderr, said
     return done.stderr.strip().splitlines()[-1]
 
 
@@ -88,7 +92,8 @@ def killed_in(function, condition, *command, cwd=ROOT):
                              command=list(map(str, command)))
     done = subprocess.run([sys.executable, "-c", program], cwd=cwd, stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL, text=True)
-    assert done.returncode == -signal.SIGKILL, f"{command} ended with {done.returncode} before {condition} in {function}"
+    assert done.returncode == -signal.SIGKILL, (
+        f"{command} ended with {done.returncode} before {condition} in {function}")
     return done.stdout
 
 

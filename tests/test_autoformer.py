@@ -35,19 +35,19 @@ def params_of(*args):
 @pytest.mark.parametrize("letter, C, published, smallest, largest", [
     ("t", 1000, 5_867_944, 5_366_056, 10_517_272), ("t", 100, None, 5_192_356, 10_300_372),
     ("t", 10, 5_676_874, 5_174_986, 10_278_682),
-    ("s", 1000, 22_891_432, 13_057_320, 34_790_440), ("b", 1000, 53_691_688, 41_687_896,
-                                                      76_882_264)])
+    ("s", 1000, 22_891_432, 13_057_320, 34_790_440),
+    ("b", 1000, 53_691_688, 41_687_896, 76_882_264)])
 def test_published_parameter_counts(letter, C, published, smallest, largest):
     """Of the three published networks, by the config files that train them, and of the spaces'
     ends; the supernet is as large."""
     arch = autoformer.arch_of(f"autoformer_{letter}")
-    assert published is None or params_of(config_of("base", letter) | {"num_classes": C},
-                                          arch) == published
+    base = config_of("base", letter) | {"num_classes": C}
+    assert published is None or params_of(base, arch) == published
     config = config_of("search", letter) | {"num_classes": C}
     with torch.device("meta"):
         ends = extremes(autoformer.build(config).choices)
-    assert [params_of(config, arch) for arch in ends] == [smallest,
-                                                          largest] and params_of(config) == largest
+    assert [params_of(config, arch) for arch in ends] == [smallest, largest]
+    assert params_of(config) == largest
 
 
 def test_published_sizes_of_the_spaces():
@@ -102,8 +102,8 @@ def test_relative_positions_are_their_sums_over_pairs(side, clip, n_head):
     logits = torch.einsum("bhid,bhjd->bhij", q, k) + torch.einsum("bhid,ijd->bhij", q, R_k)
     a = (logits / math.sqrt(d)).softmax(-1)
     expected = torch.einsum("bhij,bhjd->bhid", a, v) + torch.einsum("bhij,ijd->bhid", a, R_v)
-    y, direction, inputs = attn.attend(q, k, v), torch.randn(2, n_head, N,
-                                                             d).double(), (q, k, v, *tables)
+    y, direction = attn.attend(q, k, v), torch.randn(2, n_head, N, d).double()
+    inputs = (q, k, v, *tables)
     torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-12)
     for g, g0 in zip(*(torch.autograd.grad((out * direction).sum(), inputs)
                        for out in (y, expected)), strict=True):
@@ -140,8 +140,8 @@ def test_only_patches_are_classified():
     net, x = autoformer.build(TINY, uniform(autoformer.build(TINY).choices,
                                             torch.Generator())).eval(), torch.randn(2, 1, 8, 8)
     before = net(x)[0]
-    net.blocks[-1].register_forward_hook(lambda block, args, y: torch.cat((y[:, :1] + 1, y[:, 1:]),
-                                                                          1))
+    net.blocks[-1].register_forward_hook(
+        lambda block, args, y: torch.cat((y[:, :1] + 1, y[:, 1:]), 1))
     assert torch.equal(net(x)[0], before)
 
 
@@ -153,10 +153,10 @@ def test_genotypes_round_trip():
         assert (autoformer.arch_of(text) == arch and autoformer.columns(arch) == {"genotype": text}
                 and not set(text) & set(",\"'"))
     arch = autoformer.arch_of("autoformer_s")
-    assert (arch["n_layer"], arch["n_embd"]) == (13,
-                                                 384) and autoformer.genotype(arch) == autoformer.PUBLISHED["autoformer_s"]
-    assert arch["n_head"] == [6, 6, 5, 7, 5, 5, 5, 6, 6, 7, 7, 6,
-                              7] and arch["mlp_ratio"] == [3, 3.5, 3, 3.5, *[4] * 7, 3.5, 4]
+    assert (arch["n_layer"], arch["n_embd"]) == (13, 384)
+    assert autoformer.genotype(arch) == autoformer.PUBLISHED["autoformer_s"]
+    assert arch["n_head"] == [6, 6, 5, 7, 5, 5, 5, 6, 6, 7, 7, 6, 7]
+    assert arch["mlp_ratio"] == [3, 3.5, 3, 3.5, *[4] * 7, 3.5, 4]
 
 
 @pytest.mark.parametrize("call, words", [
@@ -180,8 +180,8 @@ def test_a_genotype_is_trained(digits_dir, tmp_path):
     assert "n_layer has 13" in sentence("train_base.py", "--space=autoformer",
                                         "--genotype=autoformer_t", *tiny)
     script("train_base.py", "--space=autoformer", "--genotype=16: 1x2 2x1", *tiny)
-    assert read_json(tmp_path / "b/result.json")["arch"] == {"n_embd": 16, "n_layer": 2,
-                                                             "n_head": [1, 2], "mlp_ratio": [2, 1]}
+    assert read_json(tmp_path / "b/result.json")["arch"] == {
+        "n_embd": 16, "n_layer": 2, "n_head": [1, 2], "mlp_ratio": [2, 1]}
 
 
 def test_it_learns():

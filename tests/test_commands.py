@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH, TINY_SPACES, TINY_STAGES, flags, run, succeeds
+from conftest import (ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH, TINY_SPACES,
+                      TINY_STAGES, flags, run, succeeds)
 from test_pretrained import SPACE, save_gpt2
 from test_train import train_config
 from test_vision import FOUR, search_config, space_config
@@ -201,7 +202,8 @@ def distinct_runs(cases):
         optimizer = next((word for word in words if Path(word).stem in OPTIMIZERS), "")
         script = next(word for word in words if word.endswith(".py")
                       and not word.startswith("config"))
-        images, kind = space_of(words) != "gpt" and script != "analyze.py", re.search("table|progressive|shrink|format=[a-z]+", command)
+        images = space_of(words) != "gpt" and script != "analyze.py"
+        kind = re.search("table|progressive|shrink|format=[a-z]+", command)
         # test_vision.py has every method in every space
         optimizer = optimizer if words[0] == "python" and not images else ""
         roads.setdefault((script, words[0], options, optimizer, images, kind and kind[0]),
@@ -246,21 +248,23 @@ def test_every_shown_script_and_config_exists():
 def test_config_keys_are_real_and_its_network_builds(path):
     stem = path.stem
     if stem in OPTIMIZERS:
-        config = configurator.configure(dict(vars(train_search)), ["config/search_pydocs.py",
-                                                                   str(path)])
-        assert (config["out_dir"] == f"out/search_pydocs_{stem}" and config["optimizer"] ==
-                stem.rstrip("2"))
+        config = configurator.configure(dict(vars(train_search)),
+                                        ["config/search_pydocs.py", str(path)])
+        assert config["out_dir"] == f"out/search_pydocs_{stem}"
+        assert config["optimizer"] == stem.rstrip("2")
         return
     kind, name = stem.split("_", 1)
     module = {"search": train_search, "shrink": train_search, "base": train_base,
               "table": train_base, "train": train}[kind]
     space = space_of([str(path)])
     # that of base is the search's
-    assert (configurator.given("space", [str(path)]) or "gpt") == ("gpt" if kind == "base"
-                                                                   else space)
+    named_space = configurator.given("space", [str(path)]) or "gpt"
+    assert named_space == ("gpt" if kind == "base" else space)
     config = configurator.configure(with_space(dict(vars(module)), space), [str(path)])
-    assert (config["table"] == f"assets/{name}.csv" if kind == "table" else config["out_dir"] ==
-            f"out/{stem}")
+    if kind == "table":
+        assert config["table"] == f"assets/{name}.csv"
+    else:
+        assert config["out_dir"] == f"out/{stem}"
     size, channels = {"digits": (8, 1), "fashion_mnist": (28, 1)}.get(config["dataset"], (32, 3))
     facts = {"vocab_size": 50304, "img_size": size, "in_channels": channels, "num_classes": 10}
     if kind != "base" or space != "gpt":
@@ -276,15 +280,16 @@ def test_config_keys_are_real_and_its_network_builds(path):
 def test_help_lists_every_key(script):
     out = succeeds(script, "--help")
     assert f"python {script}" in out
-    for key, value in configurator.defaults(vars(importlib.import_module(Path(script).stem))).items():
+    module = importlib.import_module(Path(script).stem)
+    for key, value in configurator.defaults(vars(module)).items():
         assert re.search(rf"{key}\b.*{re.escape(str(value))}", out), key
 
 
 @pytest.mark.parametrize("script", ["train_search.py", "bench.py"])
 def test_help_of_a_space_lists_its_keys(script):
     out = succeeds(script, "--space=nb201", "--help")
-    assert "space = 'nb201'" in out and re.search(r"n_cell = 5 +# cells a third",
-                                                  out) and "n_head = " not in out
+    assert "space = 'nb201'" in out and "n_head = " not in out
+    assert re.search(r"n_cell = 5 +# cells a third", out)
 
 
 def test_python_of_the_readme_runs():

@@ -89,22 +89,21 @@ def test_command_line_value(arg, value):
     config = configure(namespace, [arg])
     # repr tells 1 from 1.0 and True
     assert repr(config[key]) == repr(value)
-    assert {k: v for k, v in config.items() if k != key} == {k: v for k,
-                                                             v in defaults(script()).items()
-                                                             if k != key}
+    unchanged = {k: v for k, v in defaults(script()).items() if k != key}
+    assert {k: v for k, v in config.items() if k != key} == unchanged
     assert defaults(namespace) == config
 
 
 @pytest.mark.parametrize("arg, takes", [
     *[(f"--n_layer={text}", "an int") for text in ("3.0", "1e3", "True", "six", "'6'", "", "None",
                                                    "0x" + "f" * 9999, "[" * 999)],
-    *[(f"--learning_rate={text}", "a finite number") for text in ("True", "fast", "", "1e999",
-                                                                  "nan", "2j")],
+    *[(f"--learning_rate={text}", "a finite number")
+      for text in ("True", "fast", "", "1e999", "nan", "2j")],
     *[(f"--compile={text}", "True or False") for text in ("1", "0", "true", "", "'True'", "None")],
     *[(f"--n_embd={text}", "list of them") for text in ("[]", "True", "[True, 2]", "['a']",
                                                         "[1, 'a']", "[[1]]", "{1}", "x")],
-    *[(f"--primitives={text}", "list of quoted strings") for text in ("skip", "'skip'", "[]", "[1]",
-                                                                      "['a', 1]", "3")],
+    *[(f"--primitives={text}", "list of quoted strings")
+      for text in ("skip", "'skip'", "[]", "[1]", "['a', 1]", "3")],
 ])
 def test_wrong_type_on_the_command_line_says_what_the_key_takes(arg, takes):
     message = refused([arg])
@@ -112,13 +111,11 @@ def test_wrong_type_on_the_command_line_says_what_the_key_takes(arg, takes):
 
 
 @pytest.mark.parametrize("line, takes", [
-    ("n_layer = 3.0", "an int"), ("n_layer = True", "an int"), ("learning_rate = '1'",
-                                                                "a finite number"),
-    ("compile = 1", "True or False"), ("out_dir = 5", "a quoted string"), ("out_dir = None",
-                                                                           "a quoted string"),
-    ("n_embd = []", "list of them"), ("n_embd = [True]", "list of them"), ("n_embd = [1e999]",
-                                                                           "list of them"),
-    ("n_embd = range(3)", "list of them"),
+    ("n_layer = 3.0", "an int"), ("n_layer = True", "an int"),
+    ("learning_rate = '1'", "a finite number"), ("compile = 1", "True or False"),
+    ("out_dir = 5", "a quoted string"), ("out_dir = None", "a quoted string"),
+    ("n_embd = []", "list of them"), ("n_embd = [True]", "list of them"),
+    ("n_embd = [1e999]", "list of them"), ("n_embd = range(3)", "list of them"),
     ("primitives = 'skip'", "list of quoted strings"), ("def n_layer(): pass", "an int"),
     ("import math as n_layer", "an int"), ("n_embd.append('x')", "list of them"),
 ])
@@ -168,11 +165,15 @@ n_embd.append(768)
 
 def test_an_included_file_runs_at_its_line(tmp_path, monkeypatch):
     (tmp_path / "parts").mkdir()
-    (tmp_path / "parts" / "recipe.py").write_text("include('sizes.py')\nmin_lr = learning_rate / 10\nout_dir += '_recipe'\n")
-    (tmp_path / "parts" / "sizes.py").write_text("from math import pi\n_half = 3\nn_layer = _half\nn_embd.append(768)\n")
-    file = config_file(tmp_path,
-                       "learning_rate = 0.5\ninclude('parts/recipe.py') # found from here, wherever the script runs\n"
-                                 "out_dir += '_small'\nn_layer += 1\n")
+    (tmp_path / "parts" / "recipe.py").write_text(
+        "include('sizes.py')\nmin_lr = learning_rate / 10\nout_dir += '_recipe'\n")
+    (tmp_path / "parts" / "sizes.py").write_text(
+        "from math import pi\n_half = 3\nn_layer = _half\nn_embd.append(768)\n")
+    file = config_file(
+        tmp_path,
+        "learning_rate = 0.5\n"
+        "include('parts/recipe.py') # found from here, wherever the script runs\n"
+        "out_dir += '_small'\nn_layer += 1\n")
     monkeypatch.chdir(tmp_path.parent)
     changed = {"learning_rate": 0.5, "min_lr": 0.05, "n_layer": 4, "n_embd": [192, 384, 768],
                "out_dir": "o_recipe_small"}
@@ -184,7 +185,8 @@ def test_a_mistake_in_an_included_file_names_that_file(tmp_path):
     file = config_file(tmp_path, "include('part.py')")
     assert refused([file]).startswith((tmp_path / "part.py").as_posix())
     (tmp_path / "part.py").write_text("n_layer = 3\nmin_lr = 1 / 0\n")
-    assert refused([file]).startswith(f"{(tmp_path / 'part.py').as_posix()}, line 2: ZeroDivisionError")
+    place = f"{(tmp_path / 'part.py').as_posix()}, line 2"
+    assert refused([file]).startswith(f"{place}: ZeroDivisionError")
     (tmp_path / "part.py").write_text("learnig_rate = 0.1")
     assert "learnig_rate" in refused([file])
     (tmp_path / "part.py").write_text("include('small.py')")
@@ -260,8 +262,10 @@ def test_one_line_per_change_on_rank_0(tmp_path, monkeypatch, capsys):
     file = config_file(tmp_path, "n_layer = 3\nout_dir = 'out'\n")
     argv = [file, "--n_layer=4", "--min_lr=1e-4", "--out_dir=a\nb"]
     for rank, printed in ((None, True), ("0", True), ("1", False)):
-        monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK",
-                                                                                          rank)
+        if rank is None:
+            monkeypatch.delenv("RANK", raising=False)
+        else:
+            monkeypatch.setenv("RANK", rank)
         configure(script(), argv)
         lines = [f"n_layer: 6 -> 3 ({file})", "n_layer: 3 -> 4 (command line)",
                  r"out_dir: 'out' -> 'a\nb' (command line)"]
@@ -279,8 +283,8 @@ def suits(key, value):
     def number(v):
         return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
     if key in ("n_embd", "betas"):
-        return number(value) or (isinstance(value, list) and len(value) > 0 and all(number(v)
-                                                                                    for v in value))
+        listed = isinstance(value, list) and len(value) > 0
+        return number(value) or (listed and all(number(v) for v in value))
     if key == "primitives":
         return isinstance(value, list) and len(value) > 0 and all(isinstance(v, str) for v in value)
     return type(value) is type(script()[key])
@@ -305,8 +309,9 @@ def test_any_argv_gives_right_types_or_one_sentence(tmp_path, monkeypatch):
                 value = "".join(rng.choices(pieces, k=rng.randint(0, 3)))
             if rng.random() < 0.1:
                 key = rng.choice([*pieces, "MAX", "__doc__", "main"])
-            start, equals = ("--", "=") if rng.random() < 0.9 else (rng.choice(["", "-", "---"]),
-                                                                    rng.choice(["", " ", "=="]))
+            start, equals = "--", "="
+            if rng.random() >= 0.9:
+                start, equals = rng.choice(["", "-", "---"]), rng.choice(["", " ", "=="])
             argv.append(start + key + equals + value)
         namespace = script()
         try:
@@ -316,8 +321,8 @@ def test_any_argv_gives_right_types_or_one_sentence(tmp_path, monkeypatch):
             assert repr(namespace) == repr(script()), argv
             continue
         accepted += 1
-        assert list(config) == KEYS and all(suits(key, value) for key,
-                                            value in config.items()), (argv, config)
+        assert list(config) == KEYS, (argv, config)
+        assert all(suits(key, value) for key, value in config.items()), (argv, config)
         json.dumps(config, allow_nan=False)
     assert 400 < accepted < 3600, f"{accepted} of 4000 accepted: the loop sees one side only"
 

@@ -27,9 +27,8 @@ TINY_TRAINING = TINY | SHARDS | dict(max_iters=2, head_size=2)
 
 @pytest.fixture
 def config(data_dir, tmp_path):
-    return configurator.defaults(vars(env)) | TINY_TRAINING | dict(data_dir=data_dir,
-                                                                   cache_dir=str(tmp_path),
-                                                                   time_from="flops")
+    places = dict(data_dir=data_dir, cache_dir=str(tmp_path), time_from="flops")
+    return configurator.defaults(vars(env)) | TINY_TRAINING | places
 
 
 def on_table(**changes):
@@ -162,9 +161,8 @@ def test_shards_are_disjoint_parts_of_train_and_test_on_val(config, data_dir):
 
 @pytest.mark.parametrize("change, words", [
     (dict(entries=[5, 6]), "all different"), (dict(entries=[5, 6000]), "tokens of train.bin"),
-    (dict(shards=1), "two shards"),
-    (dict(entries=[0, 6]), "two shards"), (dict(test_entries=9999), "of val.bin"), (dict(mode=3),
-                                                                                    "mode=3")])
+    (dict(shards=1), "two shards"), (dict(entries=[0, 6]), "two shards"),
+    (dict(test_entries=9999), "of val.bin"), (dict(mode=3), "mode=3")])
 def test_impossible_shards_are_one_sentence(config, change, words):
     with pytest.raises(SystemExit, match=words):
         env.shards_of(config | {"shards": 7} | change, change.get("mode", 0))
@@ -183,8 +181,8 @@ def test_a_table_of_nothing_is_one_sentence(key, tmp_path):
     (dict(time_from="clock"), "time_from='clock' is not one"),
     (dict(seeds=[1, 2.5]), r"seeds=\[1, 2.5\] must be whole numbers"),
     (dict(flops_per_second=-1.0), "flops_per_second=-1.0 must be above"),
-    (dict(against="none.csv"), "none.csv cannot be read"), (dict(against=TABLE),
-                                                            "lacks a row of 5 entries, 1 heads and 1 layers")])
+    (dict(against="none.csv"), "none.csv cannot be read"),
+    (dict(against=TABLE), "lacks a row of 5 entries, 1 heads and 1 layers")])
 def test_a_mistake_is_one_sentence_before_anything_is_trained(config, change, words, tmp_path):
     with pytest.raises(SystemExit, match=words) as e:
         env.make_table(config | {"table": str(tmp_path / "t.csv")} | change)
@@ -222,17 +220,15 @@ def test_the_train_evaluator_is_train_py_and_trains_once(config, tmp_path):
     shard, arch = {**env.shards_of(config)[2], "seed": 5}, {"n_head": 3, "n_layer": 2}
     before = torch.get_rng_state()
     first = env.train_evaluator(config)(arch, shard)
-    assert (torch.get_rng_state() ==
-            before).all(), "an agent's own random numbers go on as if there had been no training"
+    assert torch.equal(torch.get_rng_state(), before), (
+        "an agent's own random numbers go on as if there had been no training")
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert env.train_evaluator(config | {"eval_interval": 3, "n_envs": 7})(arch, shard) == first
     assert {path.name: path.stat().st_mtime_ns
             for path in tmp_path.iterdir()} == files and len(files) == 1
-    job = configurator.defaults(vars(train)) | TINY | {key: config[key]
-                                                       for key in ("data_dir", "head_size",
-                                                                   "learning_rate", "min_lr",
-                                                                 "warmup_iters", "batch_size",
-                                                                 "block_size")}
+    same = ("data_dir", "head_size", "learning_rate", "min_lr", "warmup_iters", "batch_size",
+            "block_size")
+    job = configurator.defaults(vars(train)) | TINY | {key: config[key] for key in same}
     job |= dict(n_head=3, n_layer=2, n_embd=6, max_iters=2, seed=5, dataset=shard["dataset"],
                 out_dir=str(tmp_path / "alone"))
     alone = train.train(job, test=True)
@@ -254,9 +250,8 @@ def test_the_supernet_holds_the_networks_that_are_trained(config):
     trained = env.train_evaluator(config)
     for metrics, a in zip(found, (0, 20, 63), strict=True):
         other = trained(arch_of(a), shard)
-        assert (metrics["params"], metrics["flops"], metrics["time"]) == (other["params"],
-                                                                          other["flops"],
-                                                                          other["time"])
+        for key in ("params", "flops", "time"):
+            assert metrics[key] == other[key]
     assert np.all(np.array(losses[1]) < np.array(losses[0]) - 0.1), losses
 
 
@@ -266,8 +261,8 @@ def test_kendalls_tau_compares_tables(capsys):
             for a in range(64) for s in (1, 2)]
     env.compare(rows, rows)
     env.compare(rows, [row | {"loss": -row["loss"]} for row in rows])
-    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["1.00", "1.00",
-                                                                                   "-1.00", "-1.00"]
+    last_words = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert last_words == ["1.00", "1.00", "-1.00", "-1.00"]
 
 
 def test_measured_times_grow_with_the_network(config):
@@ -300,13 +295,12 @@ def test_a_table_is_made_once(config, tmp_path, monkeypatch, capsys):
                    table=str(tmp_path / "t.csv"))
     env.make_table(config)
     rows = env.read_table(config["table"])
-    assert [(row["entries"], row["n_head"], row["n_layer"]) for row in rows] == [(n, h, d)
-                                                                                 for n in (5, 60)
-                                                                                 for h in (1, 2, 3)
-                                                                                 for d in (1, 2, 3)]
+    assert [(row["entries"], row["n_head"], row["n_layer"]) for row in rows] == [
+        (n, h, d) for n in (5, 60) for h in (1, 2, 3) for d in (1, 2, 3)]
     for row in rows: # the time depends on the architecture alone
-        assert row["time"] == next(r["time"] for r in rows if (r["n_head"], r["n_layer"]) ==
-                                   (row["n_head"], row["n_layer"]))
+        sizes = row["n_head"], row["n_layer"]
+        assert row["time"] == next(r["time"] for r in rows
+                                   if (r["n_head"], r["n_layer"]) == sizes)
     trained = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert len(trained) == 18
     env.make_table(config | {"n_envs": 1})

@@ -61,18 +61,19 @@ def images(B=4, side=9):
 
 
 def agree(a, b, tolerance=1e-10):
-    assert a.shape == b.shape and (a - b).abs().max() <= tolerance * max(b.abs().max().item(),
-                                                                         1e-3), (a - b).abs().max()
+    assert a.shape == b.shape
+    difference = (a - b).abs().max()
+    assert difference <= tolerance * max(b.abs().max().item(), 1e-3), difference
 
 # ---- published numbers
 
 @pytest.mark.parametrize("k, e, d, params, macs, macs_160, params_wide", [
-    (7, 6, 4, 7_664_760, 566.17, 291.32, 10_701_632), (5, 4, 3, 4_551_792, 250.75, 129.55,
-                                                       6_245_312),
-    (7, 6, 2, 4_837_928, 282.63, 145.95, 6_654_768), (3, 6, 4, 7_299_960, 433.14, 223.45,
-                                                      10_258_112),
-    (3, 3, 4, 4_371_928, 226.19, 116.95, 5_986_008), (3, 3, 2, 3_410_792, 121.28, 63.24,
-                                                      4_602_456)])
+    (7, 6, 4, 7_664_760, 566.17, 291.32, 10_701_632),
+    (5, 4, 3, 4_551_792, 250.75, 129.55, 6_245_312),
+    (7, 6, 2, 4_837_928, 282.63, 145.95, 6_654_768),
+    (3, 6, 4, 7_299_960, 433.14, 223.45, 10_258_112),
+    (3, 3, 4, 4_371_928, 226.19, 116.95, 5_986_008),
+    (3, 3, 2, 3_410_792, 121.28, 63.24, 4_602_456)])
 def test_published_counts(k, e, d, params, macs, macs_160, params_wide):
     """Of the extracted network, which is measured, and of the supernet's formula."""
     arch = uniform_net(k, e, d)
@@ -80,14 +81,14 @@ def test_published_counts(k, e, d, params, macs, macs_160, params_wide):
         with torch.device("meta"):
             net, small = (mobilenetv3.build({"img_size": size}, a) for a in (None, arch))
             cost = small.cost()
-        assert cost["params"] == params and cost["flops"] / 2e6 == pytest.approx(published,
-                                                                                 abs=0.006)
+        assert cost["params"] == params
+        assert cost["flops"] / 2e6 == pytest.approx(published, abs=0.006)
         assert net.cost(arch) == cost
-        assert {key: value.item() for key, value in net.cost(one_hot(net.choices,
-                                                                     arch)).items()} == cost
+        of_weights = net.cost(one_hot(net.choices, arch))
+        assert {key: value.item() for key, value in of_weights.items()} == cost
     with torch.device("meta"):
-        assert sum(p.numel() for p in mobilenetv3.build({"width_mult": 1.2},
-                                                        arch).parameters()) == params_wide
+        wide = mobilenetv3.build({"width_mult": 1.2}, arch)
+        assert sum(p.numel() for p in wide.parameters()) == params_wide
 
 
 def test_sgd_decays_neither_norms_nor_biases():
@@ -110,8 +111,7 @@ def test_published_space():
     # the matrices between kernels
     assert sum(p.numel() for p in net.parameters()) == 7_664_760 + 14_120
     # 135 alphas
-    assert [c.numel() for c in [torch.empty(c.shape) for c in net.choices.values()]] == [3, 12,
-                                                                                         12] * 5
+    assert [torch.empty(c.shape).numel() for c in net.choices.values()] == [3, 12, 12] * 5
 
 
 def test_genotypes():
@@ -128,17 +128,16 @@ def test_genotypes():
 
 
 @pytest.mark.parametrize("rest, message", [
-    (dict(kernel_size=[2, 4]), "must be odd"), (dict(se=[0, 1, 1]),
-                                                "se=.* needs one entry a stage, and widths=.* has 2"),
-    (dict(depth=[2, 1]), "increasing order"), (dict(strides=2),
-                                               r"strides=\[2\] needs one entry a stage"),
-                                           (dict(hswish=1), "hswish="),
+    (dict(kernel_size=[2, 4]), "must be odd"),
+    (dict(se=[0, 1, 1]), "se=.* needs one entry a stage, and widths=.* has 2"),
+    (dict(depth=[2, 1]), "increasing order"),
+    (dict(strides=2), r"strides=\[2\] needs one entry a stage"), (dict(hswish=1), "hswish="),
     *((dict([(key, 0)]), f"^{key}=0 must be 1 or more.$")
       for key in ("last_channels", "mix_channels", "stem_channels", "stem_stride")),
     (dict(strides=[1.5, 2]), r"^strides=\[1.5, 2\] must be whole numbers"),
     (dict(strides=[2.0, 1]), "must be whole numbers"),
-    (dict(widths=[8.5, 16]), "widths=.* must be whole numbers"), (dict(se=[0.5, 1]),
-                                                                  "se=.* must be whole numbers"),
+    (dict(widths=[8.5, 16]), "widths=.* must be whole numbers"),
+    (dict(se=[0.5, 1]), "se=.* must be whole numbers"),
     (dict(hswish=[0, 2]), "hswish=.* must be at least 0 and below 2"),
     (dict(se=[-1, 1]), "se=.* must be at least 0 and below 2"),
     (dict(mix_channels=-3), "^mix_channels=-3 must be 1 or more.$"),
@@ -153,8 +152,8 @@ def test_errors_are_one_sentence(rest, message):
 
 def test_a_number_is_a_list_of_one_stage():
     one = dict(widths=16, strides=2, se=1, hswish=0)
-    net, same = (mobilenetv3.build(SMALL | keys) for keys in (one, {key: [value] for key,
-                                                                    value in one.items()}))
+    lists = {key: [value] for key, value in one.items()}
+    net, same = (mobilenetv3.build(SMALL | keys) for keys in (one, lists))
     assert str(net) == str(same) and net.choices == same.choices
 
 
@@ -216,8 +215,8 @@ def test_law_of_exactness_with_matrices(training):
         assert not any("matrices" in name for name, _ in small.named_parameters())
         alone, loss = small(x, y)
         loss.backward()
-        weights = {name: w.double().requires_grad_() for name, w in one_hot(net.choices,
-                                                                            arch).items()}
+        weights = {name: w.double().requires_grad_()
+                   for name, w in one_hot(net.choices, arch).items()}
         for third in (arch, weights, straight_through_arch(net.choices, weights)):
             net.load_state_dict(state)
             net.zero_grad()
@@ -237,8 +236,8 @@ def test_law_of_exactness_with_matrices(training):
 
 def test_every_weight_of_a_mixture_has_a_gradient():
     net, (x, y) = supernet(), images()
-    weights = {name: torch.rand(c.shape).double().softmax(-1).requires_grad_() for name,
-               c in net.choices.items()}
+    weights = {name: torch.rand(c.shape).double().softmax(-1).requires_grad_()
+               for name, c in net.choices.items()}
     net(x, y, weights)[1].backward()
     assert all(w.grad.abs().min() > 0 for w in weights.values())
 
@@ -247,7 +246,10 @@ def test_a_mixture_runs_one_depthwise_convolution_a_block():
     net, calls = supernet(), []
     for module in net.modules():
         if isinstance(module, mobilenetv3.Depthwise):
-            module.conv = lambda x, weight, bias=None, conv=module.conv: calls.append(weight.shape) or conv(x, weight)
+            def counted(x, weight, bias=None, conv=module.conv):
+                calls.append(weight.shape)
+                return conv(x, weight)
+            module.conv = counted
     net.run({name: torch.full(c.shape, 1 / 3).double() for name, c in net.choices.items()})
     assert len(calls) == 7 # with the fixed block
     assert all(shape[-1] == 7 for shape in calls[1:])
@@ -276,8 +278,8 @@ def test_sorted_channels_leave_what_was_trained_as_it_was():
         net.unlock(old, new)
         for a, b in zip(outputs(*top_edges), before, strict=True):
             agree(a, b, 1e-5)
-        assert all((a - b).abs().max() > 1e-3 for a, b in zip(outputs(*changed), small,
-                                                              strict=True))
+        assert all((a - b).abs().max() > 1e-3
+                   for a, b in zip(outputs(*changed), small, strict=True))
         for block in (block for blocks in net.stages for block in blocks):
             ends = [0, *(n for n, e in zip(block.mid, block.expands, strict=True)
                          if e in top_edges)]
@@ -287,7 +289,8 @@ def test_sorted_channels_leave_what_was_trained_as_it_was():
 
 # ---- progressive shrinking
 
-SHRINK = "kernel_size=3, depth=1 share=0.5 learning_rate=0.05 warmup_iters=0, expand=2 subnets_per_step=2 share=2.5"
+SHRINK = ("kernel_size=3, depth=1 share=0.5 learning_rate=0.05 warmup_iters=0, "
+          "expand=2 subnets_per_step=2 share=2.5")
 
 
 @pytest.fixture(scope="module")
@@ -309,8 +312,8 @@ def shrink_config(digits_dir, out_dir, largest, **rest):
 def test_phases_draw_only_what_they_unlocked(digits_dir, tmp_path, largest, monkeypatch):
     """In 8 steps of shares 1, 0.5 and 2.5: steps 0 and 1, step 2, the other five with two draws
     each; with the schedule of each."""
-    (drawn, real), (unlocked, unlock) = ([], train_search.train_archs), ([],
-                                                                         mobilenetv3.MobileNetV3.unlock)
+    drawn, real = [], train_search.train_archs
+    unlocked, unlock = [], mobilenetv3.MobileNetV3.unlock
     monkeypatch.setattr(train_search, "train_archs",
                         lambda *args: drawn.extend(found := real(*args)) or found)
     monkeypatch.setattr(mobilenetv3.MobileNetV3, "unlock",
@@ -321,15 +324,12 @@ def test_phases_draw_only_what_they_unlocked(digits_dir, tmp_path, largest, monk
     def seen(archs, name):
         values = [arch[f"{name}_{s}"] for arch in archs for s in (1, 2)]
         return {v for value in values for v in (value if isinstance(value, list) else [value])}
-    for archs, d, e in ((drawn[:2], {2}, {3}), (drawn[2:3], {1, 2}, {3}), (drawn[3:], {1, 2},
-                                                                           {2, 3})):
-        assert seen(archs, "kernel_size") <= {3,
-                                              5} and seen(archs,
-                                                          "depth") <= d and seen(archs,
-                                                                                 "expand") <= e
-    assert seen(drawn, "kernel_size") == {3, 5} and seen(drawn,
-                                                         "depth") == {1, 2} and seen(drawn,
-                                                                                     "expand") == {2, 3}
+    for archs, d, e in ((drawn[:2], {2}, {3}), (drawn[2:3], {1, 2}, {3}),
+                        (drawn[3:], {1, 2}, {2, 3})):
+        assert seen(archs, "kernel_size") <= {3, 5}
+        assert seen(archs, "depth") <= d and seen(archs, "expand") <= e
+    assert seen(drawn, "kernel_size") == {3, 5}
+    assert seen(drawn, "depth") == {1, 2} and seen(drawn, "expand") == {2, 3}
     expansions = [(draws, old["expand_1"].options, new["expand_1"].options) for draws, old,
                   new in unlocked]
     assert expansions == [(0, (3,), (3,)), (2, (3,), (3,)), (3, (3,), (2, 3))]
@@ -415,8 +415,8 @@ def test_several_draws_average_their_gradients(digits_dir, tmp_path):
     net = search_spaces.build(vars(config)).eval() # statistics that do not move
     archs, grads = extremes(net.choices), []
     for arch in archs:
-        train.backward(net, [(x, y, arch) for x, y in train.micro_batches(splits["train"], config,
-                                                                          run, "train", 0)], run)
+        micro_batches = train.micro_batches(splits["train"], config, run, "train", 0)
+        train.backward(net, [(x, y, arch) for x, y in micro_batches], run)
         grads.append([torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()])
         net.zero_grad()
     before = [p.detach().clone() for p in net.parameters()]
@@ -430,13 +430,13 @@ def test_several_draws_average_their_gradients(digits_dir, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (dict(shrink="kernel_size=4"), "has 'kernel_size=4', which is no option"),
     (dict(shrink="depth"), "has 'depth', which is no option"),
-    (dict(shrink="depth=1 share=0"), "has 'share=0', which is no option"), (dict(shrink="epochs=3"),
-                                                                            "has 'epochs=3'"),
+    (dict(shrink="depth=1 share=0"), "has 'share=0', which is no option"),
+    (dict(shrink="epochs=3"), "has 'epochs=3'"),
     (dict(shrink="depth=1", optimizer="drnas"), "optimizer=drnas draws no architectures: use spos"),
     (dict(subnets_per_step=0), "subnets_per_step=0 must be 1 or more"),
     (dict(population=0), "population=0 must be 1 or more"),
-    (dict(arch_evals=0), "arch_evals=0 must be 1 or more"), (dict(teacher="out/nowhere"),
-                                                             "There is no checkpoint"),
+    (dict(arch_evals=0), "arch_evals=0 must be 1 or more"),
+    (dict(teacher="out/nowhere"), "There is no checkpoint"),
     (dict(inherit="LARGEST", expand=[2, 4]),
      "is not the largest network of this space, in its stages.0.0.expand.weight"),
     (dict(teacher="LARGEST", space="nb201"), "has space=mobilenetv3, and this search nb201")])

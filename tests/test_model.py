@@ -120,9 +120,8 @@ def test_norms_of_16_bit_numbers(norm, dtype):
                      block_size=16, norm=norm,
                      residual="branch"))
     x = torch.randint(20, (4, 16))
-    for third in (extremes(net.choices)[1], {name: w.softmax(-1) for name,
-                                             w in one_hot(net.choices,
-                                                          extremes(net.choices)[0]).items()}):
+    largest, smallest = extremes(net.choices)[1], one_hot(net.choices, extremes(net.choices)[0])
+    for third in (largest, {name: w.softmax(-1) for name, w in smallest.items()}):
         gradients = []
         for enabled in (False, True):
             net.zero_grad()
@@ -130,8 +129,8 @@ def test_norms_of_16_bit_numbers(norm, dtype):
                 net(x, x, third)[1].backward()
             gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()
                                         if p.grad is not None]))
-        assert ((gradients[1] - gradients[0]).norm() <=
-                3 * torch.finfo(dtype).eps * gradients[0].norm())
+        difference = (gradients[1] - gradients[0]).norm()
+        assert difference <= 3 * torch.finfo(dtype).eps * gradients[0].norm()
 
 
 def gradients_as_weights(net):
@@ -147,8 +146,8 @@ def test_mixed_depth_is_the_sum_over_depths():
     those of each depth."""
     net, (x, y) = supernet("three", n_embd=24, n_head=2, mlp_ratio=2), tokens()
     net.transformer.ln_f.forward = lambda h, e: h
-    weights = {name: torch.ones(c.shape) for name,
-               c in net.choices.items()} | {"n_layer": torch.tensor([0.5, 0.2, 0.3])}
+    weights = {name: torch.ones(c.shape) for name, c in net.choices.items()}
+    weights |= {"n_layer": torch.tensor([0.5, 0.2, 0.3])}
     parts = [net(x, y, {"n_layer": d, "n_embd": 24, "n_head": [2] * d, "mlp_ratio": [2] * d})[0]
              for d in (1, 2, 3)]
     agree(net(x, y, weights)[0], 0.5 * parts[0] + 0.2 * parts[1] + 0.3 * parts[2], "logits")
@@ -161,8 +160,8 @@ def test_attention_mixture_is_its_padded_sum(head_size):
     the projections mixed once."""
     net = supernet("three", head_size=head_size)
     attn, e_options, E = net.transformer.h[0].attn, (12, 24, 36), 36
-    p, a = torch.tensor([0.2, 0.5, 0.3], requires_grad=True), torch.tensor([0.1, 0.6, 0.3],
-                                                                           requires_grad=True)
+    p = torch.tensor([0.2, 0.5, 0.3], requires_grad=True)
+    a = torch.tensor([0.1, 0.6, 0.3], requires_grad=True)
     x = torch.randn(2, 5, E, requires_grad=True)
     cheap = attn(x, Size(e_options, mask=net.mask, p=p, last=net.last), Sampled(weights=a))
 
@@ -172,20 +171,18 @@ def test_attention_mixture_is_its_padded_sum(head_size):
     for ah, h in zip(a, (2, 3, 6), strict=True):
         if head_size:
             heads = [t[..., :h * head_size].reshape(2, 5, h, -1).transpose(1, 2) for t in (q, k, v)]
-            out = F.scaled_dot_product_attention(*heads,
-                                                 is_causal=True).transpose(1, 2).reshape(2, 5, -1)
+            out = F.scaled_dot_product_attention(*heads, is_causal=True)
+            out = out.transpose(1, 2).reshape(2, 5, -1)
             y = y + ah * F.pad(out, (0, inner - out.shape[-1]))
         else:
             masks = [((torch.arange(E) % (E // h)) < n // h).float() for n in e_options]
             mask = sum(pk * m for pk, m in zip(p, masks, strict=True))
-            scaled = sum(pk * m * (n / h) ** -0.5 for pk, m, n in zip(p, masks, e_options,
-                                                                      strict=True))
-            heads = [t.reshape(2, 5, h, -1).transpose(1, 2) for t in (q * scaled, k * mask,
-                                                                      v * mask)]
-            y = y + ah * mask * F.scaled_dot_product_attention(*heads, is_causal=True,
-                                                               scale=1.0).transpose(1,
-                                                                                    2).reshape(2, 5,
-                                                                                               -1)
+            scaled = sum(pk * m * (n / h) ** -0.5
+                         for pk, m, n in zip(p, masks, e_options, strict=True))
+            heads = [t.reshape(2, 5, h, -1).transpose(1, 2)
+                     for t in (q * scaled, k * mask, v * mask)]
+            of_heads = F.scaled_dot_product_attention(*heads, is_causal=True, scale=1.0)
+            y = y + ah * mask * of_heads.transpose(1, 2).reshape(2, 5, -1)
     padded = F.linear(y, attn.c_proj.weight, attn.c_proj.bias) * width
     agree(cheap, padded, "output")
     direction, inputs = torch.randn_like(padded), [x, p, a, attn.c_attn.weight, attn.c_proj.weight]
@@ -214,9 +211,8 @@ def test_published_parameter_counts(config, params):
     assert net.cost()["params"] == params
 
 
-@pytest.mark.parametrize("sum_of_ratios, n_layer, params", [(22, 6, 78_923_520),
-                                                            (22, 7, 81_284_352),
-                                                            (21, 6, 77_743_872)])
+@pytest.mark.parametrize("sum_of_ratios, n_layer, params", [
+    (22, 6, 78_923_520), (22, 7, 81_284_352), (21, 6, 77_743_872)])
 def test_parameter_counts_of_published_searches(sum_of_ratios, n_layer, params):
     with torch.device("meta"):
         net = build(dict(bias=False, block_size=224, n_layer=[5, 6, 7], n_head=[6, 8, 12],
@@ -234,7 +230,8 @@ def test_flops_are_those_that_run(head_size):
     net = supernet("three", head_size=head_size, block_size=16)
     for arch in extremes(net.choices):
         small, (x, y) = net.extract(arch), tokens(B=1, T=16)
-        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        with (FlopCounterMode(display=False) as counter,
+              torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
             small(x, y)
         assert counter.get_total_flops() == net.cost(arch)["flops"]
 
@@ -245,8 +242,8 @@ def test_expected_cost_is_the_mean_over_architectures(head_size):
     differences confirm."""
     net = supernet("ragged", head_size=head_size, n_layer=[1, 2], mlp_ratio=[1, 2])
     g = torch.Generator().manual_seed(0)
-    weights = {name: torch.rand(c.shape, generator=g, dtype=torch.float64).softmax(-1) for name,
-               c in net.choices.items()}
+    weights = {name: torch.rand(c.shape, generator=g, dtype=torch.float64).softmax(-1)
+               for name, c in net.choices.items()}
     total = {"params": 0.0, "flops": 0.0}
     options = {name: [c.options] * (c.repeat or 1) for name, c in net.choices.items()}
     for values in itertools.product(*(itertools.product(*rows) for rows in options.values())):
@@ -261,10 +258,9 @@ def test_expected_cost_is_the_mean_over_architectures(head_size):
         assert value.item() == pytest.approx(total[key], rel=1e-12)
     leaf = {name: w.clone().requires_grad_() for name, w in weights.items()}
     for key in total:
-        assert torch.autograd.gradcheck(lambda *w,
-                                        key=key: net.cost(dict(zip(leaf, w,
-                                                                   strict=True)))[key] / 1e3,
-                                        tuple(leaf.values()))
+        def cost_of(*w, key=key):
+            return net.cost(dict(zip(leaf, w, strict=True)))[key] / 1e3
+        assert torch.autograd.gradcheck(cost_of, tuple(leaf.values()))
 
 
 @pytest.mark.parametrize("block", [*BLOCKS, "moe"])
@@ -274,7 +270,8 @@ def test_cost_of_every_block_option(block):
     options = MOE if block == "moe" else BLOCKS[block]
     net, (x, y) = supernet("single", head_size=8, mlp_ratio=2.5, block_size=16,
                            **options), tokens(B=1, T=16)
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (FlopCounterMode(display=False) as counter,
+          torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
         net(x, y)
     assert net.cost() == {"params": sum(p.numel() for p in net.parameters()),
                           "flops": counter.get_total_flops()}
@@ -292,8 +289,8 @@ def test_state_dict_has_the_names_of_nanogpt():
                            n_embd=4)).state_dict())
     layers = {"ln_1": "wb", "attn.c_attn": "wb", "attn.c_proj": "wb", "ln_2": "wb",
               "mlp.c_fc": "wb", "mlp.c_proj": "wb"}
-    expected = {f"transformer.h.0.{layer}.{kind}" for layer in layers for kind in ("weight",
-                                                                                   "bias")}
+    expected = {f"transformer.h.0.{layer}.{kind}"
+                for layer in layers for kind in ("weight", "bias")}
     assert names == expected | {"transformer.wte.weight", "transformer.wpe.weight",
                                 "transformer.ln_f.weight", "transformer.ln_f.bias",
                                 "lm_head.weight"}
@@ -318,8 +315,9 @@ def test_plain_network_is_causal_and_ignores_minus_one():
     logits, _ = net(x, y)
     x2 = x.clone()
     x2[:, 6:] = (x2[:, 6:] + 1) % 29
-    assert torch.equal(net(x2, y)[0][:, :6],
-                       logits[:, :6]) and not torch.equal(net(x2, y)[0][:, 6:], logits[:, 6:])
+    changed, _ = net(x2, y)
+    assert torch.equal(changed[:, :6], logits[:, :6])
+    assert not torch.equal(changed[:, 6:], logits[:, 6:])
     y2 = y.clone()
     y2[:, 4:] = -1
     agree(net(x, y2)[1], F.cross_entropy(logits[:, :4].flatten(0, 1), y[:, :4].flatten()),
@@ -376,8 +374,8 @@ def test_plain_network_is_gpt2_written_out():
     for i in range(2):
         qkv = linear(norm(h, f"transformer.h.{i}.ln_1"), f"transformer.h.{i}.attn.c_attn")
         q, k, v = (t.view(2, 9, 5, 8).transpose(1, 2) for t in qkv.split(40, -1))
-        scores = (q @ k.transpose(-1, -2) / 8 ** 0.5).masked_fill(torch.ones(9, 9).triu(1).bool(),
-                                                                  float("-inf"))
+        future = torch.ones(9, 9).triu(1).bool()
+        scores = (q @ k.transpose(-1, -2) / 8 ** 0.5).masked_fill(future, float("-inf"))
         h = h + linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 40),
                        f"transformer.h.{i}.attn.c_proj")
         z = linear(norm(h, f"transformer.h.{i}.ln_2"), f"transformer.h.{i}.mlp.c_fc")
@@ -398,9 +396,8 @@ ACTIVATIONS = {"gelu": torch.nn.GELU("tanh"), "exact_gelu": torch.nn.GELU(),
 def test_activations(activation):
     """Against torch's modules; the gated ones are act(W x) * (V x), W the first half of the rows
     of c_fc and V the second."""
-    mlp, x, act = supernet("single",
-                           activation=activation).transformer.h[0].mlp, torch.randn(3, 5,
-                                                                                    40), ACTIVATIONS[activation]
+    mlp = supernet("single", activation=activation).transformer.h[0].mlp
+    x, act = torch.randn(3, 5, 40), ACTIVATIONS[activation]
     w, b = mlp.c_fc.weight, mlp.c_fc.bias
     hidden = act(x @ w[:120].T + b[:120])
     if activation.endswith("glu"):
@@ -429,7 +426,8 @@ def test_residuals(residual):
 
     def attention(x):
         torch_attention = torch.nn.MultiheadAttention(40, 5, batch_first=True)
-        torch_attention.in_proj_weight, torch_attention.in_proj_bias = block.attn.c_attn.weight, block.attn.c_attn.bias
+        torch_attention.in_proj_weight = block.attn.c_attn.weight
+        torch_attention.in_proj_bias = block.attn.c_attn.bias
         torch_attention.out_proj = block.attn.c_proj
         return torch_attention(x, x, x, attn_mask=torch.ones(9, 9).triu(1).bool(),
                                need_weights=False)[0]
@@ -455,9 +453,8 @@ def test_rope_attention_sees_distances_alone():
     for offset in (0, 100):
         turn = torch.exp(1j * torch.outer(torch.arange(9.0) + offset,
                                           10000 ** (-torch.arange(0, 8, 2) / 8)))
-        q_k = [torch.view_as_real(torch.view_as_complex(t.unflatten(3,
-                                                                    (4,
-                                                                     2)).contiguous()) * turn).flatten(3) for t in (q, k)]
+        pairs = [torch.view_as_complex(t.unflatten(3, (4, 2)).contiguous()) for t in (q, k)]
+        q_k = [torch.view_as_real(pair * turn).flatten(3) for pair in pairs]
         y = F.scaled_dot_product_attention(*q_k, v, is_causal=True).transpose(1, 2).flatten(2)
         torch.testing.assert_close(attn(x), attn.c_proj(y), rtol=1e-4, atol=1e-4)
 
@@ -473,8 +470,8 @@ def test_top_1_of_the_mixture_of_experts_is_the_chosen_expert():
     layer.eval()
     chosen = (x @ layer.router.weight[:4].T).argmax(-1)
     assert len(chosen.unique()) > 1
-    y = torch.stack([layer.experts[int(i)](token) for i,
-                     token in zip(chosen.flatten(), x.flatten(0, 1), strict=True)])
+    y = torch.stack([layer.experts[int(i)](token)
+                     for i, token in zip(chosen.flatten(), x.flatten(0, 1), strict=True)])
     agree(layer(x), y.view_as(x), "output")
 
 
@@ -527,7 +524,8 @@ def test_load_balancing_loss_balances():
         layer.router.weight[0] += 0.1
 
     def largest_share():
-        return ((x @ layer.router.weight[:4].T).argmax(-1).flatten().bincount(minlength=4).max().item() / 100)
+        chosen = (x @ layer.router.weight[:4].T).argmax(-1).flatten()
+        return chosen.bincount(minlength=4).max().item() / 100
     before, optimizer = largest_share(), torch.optim.Adam([layer.router.weight], lr=0.01)
     for _ in range(100):
         layer(x)
@@ -576,8 +574,8 @@ def test_options_go_from_search_to_training(data_dir, tmp_path):
     checkpoint = torch.load(tmp_path / "b/best.pt", weights_only=True)
     net = build(checkpoint["config"], found["arch"])
     net.load_state_dict(checkpoint["model"])
-    assert "wpe" not in dict(net.transformer.named_children()) and not hasattr(net.transformer.h[0],
-                                                                               "ln_2")
+    assert "wpe" not in dict(net.transformer.named_children())
+    assert not hasattr(net.transformer.h[0], "ln_2")
     assert found["params"] == trained["params"] == sum(p.numel() for p in net.parameters())
 
 
@@ -611,8 +609,8 @@ def check_straight_through_options(net):
     net, (x, y) = net.double(), tokens()
     params = list(net.parameters())
     for arch in some_archs(net):
-        leaves = {name: w.double().requires_grad_() for name, w in one_hot(net.choices,
-                                                                           arch).items()}
+        leaves = {name: w.double().requires_grad_()
+                  for name, w in one_hot(net.choices, arch).items()}
         results = []
         for third in (straight_through_arch(net.choices, leaves), leaves):
             logits, loss = net(x, y, third)
@@ -636,8 +634,8 @@ def test_mixture_mixes_the_width_once_in_every_operation():
     """Embeddings, final norm and head of the mixture, written out around its blocks."""
     net, (x, y) = supernet("three"), tokens()
     g = torch.Generator().manual_seed(0)
-    weights = {name: torch.rand(c.shape, generator=g).softmax(-1) for name,
-               c in net.choices.items()}
+    weights = {name: torch.rand(c.shape, generator=g).softmax(-1)
+               for name, c in net.choices.items()}
     (e, _, layers), p, w = transformer_sizes(net, weights), weights["n_layer"], net.state_dict()
     options = list(zip(weights["n_embd"], (12, 24, 36), strict=True))
     S = sum(pk * (torch.arange(36) < k) for pk, k in options)
@@ -659,8 +657,8 @@ def test_dropout_is_everywhere_in_training_and_nowhere_in_evaluation(monkeypatch
         dropped.append(dropout_p)
         return attention(*args, dropout_p=dropout_p, **kwargs)
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    places = [net.transformer.drop, *(m for b in net.transformer.h for m in (b.attn.resid_dropout,
-                                                                             b.mlp.dropout))]
+    places = [net.transformer.drop, *(m for b in net.transformer.h
+                                      for m in (b.attn.resid_dropout, b.mlp.dropout))]
     for place in places:
         place.register_forward_hook(lambda module, args,
                                     out: dropped.append(module.p if module.training else 0.0))

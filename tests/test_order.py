@@ -47,11 +47,11 @@ def test_everything_that_may_move_is_in_order(block, head_size):
         return torch.equal(norms, norms.sort(descending=True).values)
 
     def channels():
-        return sum(p.abs().movedim(p.shape.index(E), 0).reshape(E, -1).sum(1) for name,
-                   p in net.named_parameters()
-                   if E in p.shape and "attn" not in name) + sum(
-            block.attn.c_attn.weight.abs().sum(0) + sum(p.abs().reshape(E, -1).sum(1)
-                                                        for p in block.attn.c_proj.parameters())
+        whole = sum(p.abs().movedim(p.shape.index(E), 0).reshape(E, -1).sum(1)
+                    for name, p in net.named_parameters() if E in p.shape and "attn" not in name)
+        return whole + sum(
+            block.attn.c_attn.weight.abs().sum(0)
+            + sum(p.abs().reshape(E, -1).sum(1) for p in block.attn.c_proj.parameters())
             for block in net.transformer.h)
     before = channels()
     sort_by_importance(net, torch.abs)
@@ -70,8 +70,8 @@ def test_everything_that_may_move_is_in_order(block, head_size):
             assert falls(qkv.sum((0, 2)) + read.sum(1))
             continue
         for i in range(h):
-            assert falls(qkv[2, i] + read[i]) and falls(qkv[:2,
-                                                            i].sum(0)) == (options.get("position") != "rope")
+            assert falls(qkv[2, i] + read[i])
+            assert falls(qkv[:2, i].sum(0)) == (options.get("position") != "rope")
 
 
 def test_what_is_dead_goes_last():
@@ -84,8 +84,8 @@ def test_what_is_dead_goes_last():
             block.mlp.c_proj.weight[:, torch.randperm(72)[:36]] = 0
     whole = net(x, y, sizes(net))[0]
     assert (net(x, y, sizes(net, n_head=2, mlp_ratio=1))[0] - whole).abs().max() > 0.1
-    reads = {p for block in net.transformer.h for p in (block.attn.c_proj.weight,
-                                                        block.mlp.c_proj.weight)}
+    reads = {p for block in net.transformer.h
+             for p in (block.attn.c_proj.weight, block.mlp.c_proj.weight)}
     sort_by_importance(net, lambda p: p.abs() if p in reads else torch.zeros_like(p))
     agree(net(x, y, sizes(net, n_head=2, mlp_ratio=1))[0], whole, "logits")
 

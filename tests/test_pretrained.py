@@ -35,9 +35,8 @@ SPACE = dict(n_layer=[1, 2], n_head=[2, 4], n_embd=[16, 32], mlp_ratio=[2, 4], h
 def save_gpt2(folder, vocab_size, **rest):
     """A random GPT-2, as transformers saves it; weights large enough to show a wrong place."""
     torch.manual_seed(3)
-    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | dict(vocab_size=vocab_size,
-                                                                             n_positions=24) |
-                                                               rest)).eval()
+    settings = GPT2 | dict(vocab_size=vocab_size, n_positions=24) | rest
+    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
     with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn(p.shape) * 0.1)
@@ -94,8 +93,8 @@ def test_the_largest_network_of_the_supernet_is_the_pretrained_one(head_size, gp
 def test_a_file_as_on_the_hub(gpt2, tmp_path):
     """Whose names have no prefix, and which holds the masks of attention."""
     folder, theirs = gpt2
-    weights = {name.removeprefix("transformer."): t for name,
-               t in load_file(f"{folder}/model.safetensors").items()}
+    weights = {name.removeprefix("transformer."): t
+               for name, t in load_file(f"{folder}/model.safetensors").items()}
     weights = {name: t for name, t in weights.items() if name != "lm_head.weight"}
     weights |= {f"h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(2)}
     save_file(weights, tmp_path / "model.safetensors")
@@ -142,7 +141,8 @@ def test_a_search_cuts_it_to_a_budget_and_resumes_exactly(gpt2, data_dir, tmp_pa
     net.load_state_dict(torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)["model"])
     x = x_of(theirs, 16)
     assert (net(x, x, extremes(net.choices)[1])[0] - theirs(x).logits).abs().max() < 1e-3
-    assert (net.transformer.wte.weight - theirs.transformer.wte.weight).abs().max() > 0.1, "its channels are in another order"
+    moved = (net.transformer.wte.weight - theirs.transformer.wte.weight).abs().max()
+    assert moved > 0.1, "its channels are in another order"
     found = read_json(tmp_path / "whole/arch.json")["arch"]
     train_base.train_found(base_config(data_dir, tmp_path / "base", tmp_path / "whole/arch.json",
                                        init_from=str(tmp_path / "whole"),
@@ -151,8 +151,8 @@ def test_a_search_cuts_it_to_a_budget_and_resumes_exactly(gpt2, data_dir, tmp_pa
     assert (cut(x, x)[0] - net(x, x, found)[0]).abs().max() < 1e-4
 
 
-def test_killed_before_its_first_checkpoint_it_starts_with_the_same_weights_again(gpt2, data_dir,
-                                                                                  tmp_path):
+def test_killed_before_its_first_checkpoint_it_starts_with_the_same_weights_again(
+        gpt2, data_dir, tmp_path):
     """A search and a training from a GPT-2, and a training from that search."""
     folder, out = gpt2[0], tmp_path / "search"
     runs = {"search": (train_search.search, search_config(data_dir, out, **SPACE,
@@ -191,16 +191,15 @@ def test_the_vocabulary_is_not_padded(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(n_layer=[1, 3]), ["n_layer=2", "at its largest, 3", "--n_layer=2"]), (dict(n_head=[2, 8]),
-                                                                                ["n_head=4", "8"]),
-    (dict(n_embd=[16, 48]), ["n_embd=32", "48"]), (dict(mlp_ratio=[1, 2]), ["mlp_ratio=4", "2"]),
-    (dict(bias=False), ["bias=True"]),
+    (dict(n_layer=[1, 3]), ["n_layer=2", "at its largest, 3", "--n_layer=2"]),
+    (dict(n_head=[2, 8]), ["n_head=4", "8"]), (dict(n_embd=[16, 48]), ["n_embd=32", "48"]),
+    (dict(mlp_ratio=[1, 2]), ["mlp_ratio=4", "2"]), (dict(bias=False), ["bias=True"]),
     (dict(norm="rmsnorm"), ["norm=layernorm"]), (dict(position="rope"), ["position=learned"]),
     (dict(activation="silu"), ["activation=gelu"]), (dict(residual="post"), ["residual=pre"]),
-    (dict(block_size=25), ["block_size=24", "25"]), (dict(head_size=4), ["heads of 8",
-                                                                         "head_size"]),
-    (dict(space="toy_cell", dataset="digits"), ["for the GPT"]), (dict(init_from="gpt5"),
-                                                                  ["gpt5", "gpt2-xl"])])
+    (dict(block_size=25), ["block_size=24", "25"]),
+    (dict(head_size=4), ["heads of 8", "head_size"]),
+    (dict(space="toy_cell", dataset="digits"), ["for the GPT"]),
+    (dict(init_from="gpt5"), ["gpt5", "gpt2-xl"])])
 def test_another_network_is_one_sentence(change, words, gpt2, data_dir, tmp_path):
     with pytest.raises(SystemExit) as e:
         train_search.search(search_config(data_dir, tmp_path / "s",
@@ -226,8 +225,8 @@ def rewrite(folder, change):
      ["transformer.wpe.weight is None"]),
     (lambda folder: rewrite(folder, lambda w: w | {"transformer.h.1.ln_1.bias": torch.ones(8)}),
      ["h.1.ln_1.bias is (8,)", "(32,)"]),
-    (lambda folder: save_gpt2(folder, 30, activation_function="tanh"), ["activation_function=tanh",
-                                                                        "gelu_new"]),
+    (lambda folder: save_gpt2(folder, 30, activation_function="tanh"),
+     ["activation_function=tanh", "gelu_new"]),
     (lambda folder: save_gpt2(folder, 30, layer_norm_epsilon=1e-3), ["layer_norm_epsilon=0.001"]),
     (lambda folder: save_gpt2(folder, 30), ["vocab_size=30", "--tokenizer=gpt2"])])
 def test_a_folder_that_cannot_be_used_is_one_sentence(change, words, gpt2, data_dir, tmp_path):

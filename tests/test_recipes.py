@@ -133,11 +133,9 @@ def test_the_area_of_cutmix_is_its_share_of_the_label():
     shares = []
     for seed in range(1000):
         x, share = mixed(seed, cutmix=1.0)
-        assert torch.equal(x == 1, (x == 1).any(1,
-                                                keepdim=True) & (x ==
-                                                                 1).any(0)) and ((x == 0) |
-                                                                                 (x ==
-                                                                                  1)).all(), "a box"
+        box = x == 1
+        assert torch.equal(box, box.any(1, keepdim=True) & box.any(0)), "a box"
+        assert ((x == 0) | box).all(), "a box"
         assert abs(x.mean().item() - share) < 1e-6
         shares.append(share)
     # uniform on (0, 1), but for what the border cuts off
@@ -162,8 +160,8 @@ def test_label_smoothing_is_pytorchs():
                                    rng(0))
     assert soft.shape == (50, 7) and torch.equal(soft.argmax(1), y) and not x.any()
     torch.testing.assert_close(soft.sum(1), torch.ones(50))
-    torch.testing.assert_close(F.cross_entropy(logits, soft), F.cross_entropy(logits, y,
-                                                                              label_smoothing=0.1))
+    expected = F.cross_entropy(logits, y, label_smoothing=0.1)
+    torch.testing.assert_close(F.cross_entropy(logits, soft), expected)
 
 
 def test_what_is_erased():
@@ -189,21 +187,19 @@ def test_what_is_erased():
 def test_a_resized_crop_is_a_box_of_the_image():
     n, side, smallest = 3000, 16, 0.3
     ramp = (torch.arange(side) + 0.5) / side
-    # column and row
-    x = torch.stack((ramp.expand(side, side), ramp[:, None].expand(side,
-                                                                   side)))[None].repeat(n, 1, 1, 1)
+    column, row = ramp.expand(side, side), ramp[:, None].expand(side, side)
+    x = torch.stack((column, row))[None].repeat(n, 1, 1, 1)
     y = recipes.resized_crop(x, smallest, rng(1))
-    w, h = (y[:, 0, 0, side - 4] - y[:, 0, 0, 3]) * side / (side - 7), (y[:, 1, side - 4,
-                                                                          0] - y[:, 1, 3,
-                                                                                 0]) * side / (side - 7)
+    w = (y[:, 0, 0, side - 4] - y[:, 0, 0, 3]) * side / (side - 7)
+    h = (y[:, 1, side - 4, 0] - y[:, 1, 3, 0]) * side / (side - 7)
     area, ratio = h * w, w / h
     assert (area.min() > smallest - 0.01 and area.max() < 1.01 and ratio.min() > 0.74
             and ratio.max() < 1.35)
     # boxes near the whole are drawn anew more often
     assert abs(ratio.log().mean()) < 0.02 and 0.55 < area.mean() < 0.65
     middle = y[:, :, 7:9, 7:9].mean((2, 3))
-    assert (middle > 0.25).all() and (middle <
-                                      0.75).all() and (middle.mean(0) - 0.5).abs().max() < 0.01
+    assert (middle > 0.25).all() and (middle < 0.75).all()
+    assert (middle.mean(0) - 0.5).abs().max() < 0.01
 
 
 def test_color_jitter_is_uniform():
@@ -222,8 +218,8 @@ def test_copies_of_an_image_are_changed_differently(digits_dir, tmp_path):
     data, seen = splits["train"], []
     for step in range(4):
         x, y = data.batch(config, "train", step)
-        assert len(x) == 8 and y.view(2, 4).eq(y.view(2, 4)[:,
-                                                            :1]).all() and len({image.numpy().tobytes() for image in x}) == 8
+        assert len(x) == 8 and y.view(2, 4).eq(y.view(2, 4)[:, :1]).all()
+        assert len({image.numpy().tobytes() for image in x}) == 8
         seen += data.batch_indices(len(data), 2, step, config.seed, "train").tolist()
     assert len(set(seen)) == 8
 
@@ -337,25 +333,25 @@ def test_only_what_trains_the_weights_is_changed(name, digits_dir, tmp_path, mon
         train.train({key: value for key, value in config.items() if key != "arch"},
                     {"cell": ["nor_conv_3x3"] * 6}, test=True)
     steps, rest = ([s[1:] for s in seen if s[0] is trains] for trains in (True, False))
-    assert len(images) == 1438 and steps == [(False,
-                                              False)] * 4, "classes and images as they are, none of either"
+    assert len(images) == 1438
+    assert steps == [(False, False)] * 4, "classes and images as they are, none of either"
     assert len(rest) > 8 and set(rest) == {(True, True)}
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(label_smoothing=1.5), ["label_smoothing=1.5", "0 to 1"]), (dict(mixup=-1.0),
-                                                                     ["mixup=-1.0", "above 0"]),
-    (dict(rand_augment=11), ["rand_augment=11", "0 to 10"]), (dict(random_erasing=-0.1),
-                                                              ["random_erasing=-0.1"]),
+    (dict(label_smoothing=1.5), ["label_smoothing=1.5", "0 to 1"]),
+    (dict(mixup=-1.0), ["mixup=-1.0", "above 0"]),
+    (dict(rand_augment=11), ["rand_augment=11", "0 to 10"]),
+    (dict(random_erasing=-0.1), ["random_erasing=-0.1"]),
     (dict(repeated_augmentation=3), ["repeated_augmentation=3", "batch_size=8"]),
     (dict(repeated_augmentation=0), ["repeated_augmentation=0"]),
-    (dict(resolutions=[8.5]), ["resolutions=[8.5]", "whole"]), (dict(resolutions=-8),
-                                                                ["resolutions=-8"])])
+    (dict(resolutions=[8.5]), ["resolutions=[8.5]", "whole"]),
+    (dict(resolutions=-8), ["resolutions=-8"])])
 def test_a_mistake_is_one_sentence(change, words, digits_dir, tmp_path):
     with pytest.raises(SystemExit) as stop:
         train_search.search(search_config("toy_cell", digits_dir, tmp_path / "s", **change))
-    assert all(word in stop.value.code
-               for word in words) and "\n" not in stop.value.code and not (tmp_path / "s").exists()
+    assert all(word in stop.value.code for word in words)
+    assert "\n" not in stop.value.code and not (tmp_path / "s").exists()
 
 
 def test_a_network_of_one_size_is_told_before_it_trains(digits_dir, tmp_path):

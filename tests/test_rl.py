@@ -24,14 +24,14 @@ SMALL = dict(table=TABLE, budget=40, updates=40, eval_interval=10, learning_star
 
 
 def settings(out, **changes):
-    return configurator.defaults(vars(train_rl)) | SMALL | dict(out_dir=str(out),
-                                                                overwrite=True) | changes
+    places = dict(out_dir=str(out), overwrite=True)
+    return configurator.defaults(vars(train_rl)) | SMALL | places | changes
 
 
 def log_of(out):
     lines = read_lines(str(Path(out) / "log.jsonl"))
-    return [line for line in lines if "reward" in line], [line for line in lines
-                                                          if "actions" in line]
+    return ([line for line in lines if "reward" in line],
+            [line for line in lines if "actions" in line])
 
 
 def expected_regret():
@@ -47,11 +47,11 @@ def test_an_agent_learns(changes, tmp_path):
     result = learn(settings(tmp_path, budget=300, updates=1500, eval_interval=50, **changes))
     assert result["updates"] > 0 and result["regret"] < 0.5 * expected_regret()
     evaluated, looks = log_of(tmp_path)
-    assert np.mean([line["reward"] for line in evaluated[-100:]]) > np.mean([line["reward"]
-                                                                             for line in evaluated[:100]])
+    rewards = [line["reward"] for line in evaluated]
+    assert np.mean(rewards[-100:]) > np.mean(rewards[:100])
     # that updates once more
-    assert np.mean(looks[-1]["regret"]) == pytest.approx(result["regret"],
-                                                         abs=0.05) or changes.get("algo")
+    regret = pytest.approx(result["regret"], abs=0.05)
+    assert np.mean(looks[-1]["regret"]) == regret or changes.get("algo")
     analyze(str(tmp_path))
     for name in ("aggregate", "frames", "two", "regret", "surface"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
@@ -130,8 +130,8 @@ def test_the_policy_table_says_what_the_environment_says(tmp_path):
             for row in env.read_table(TABLE)}
     for row in result["policy"]:
         found = rows[row["entries"], row["n_head"], row["n_layer"], 2]
-        assert (row["loss"], row["time"]) == (found["loss"],
-                                              found["time"]) and row["reward"] == env.balance_reward(found)
+        assert (row["loss"], row["time"]) == (found["loss"], found["time"])
+        assert row["reward"] == env.balance_reward(found)
     assert result == read_json(tmp_path / "result.json")
 
 
@@ -143,11 +143,8 @@ def test_numbers_are_what_the_network_sees():
     q = net(torch.tensor([[0.3]])).view(8, 8)
     assert (q.diff(dim=0).abs().max() < q.std() * 2) and (q.diff(dim=1).abs().max() < q.std() * 2)
     assert torch.equal(net.rest(torch.rand(5, 1)), torch.zeros(5, 64))
-    assert net.sizes.view(8, 8, 2)[0, 0].tolist() == [-1,
-                                                      -1] and net.sizes.view(8, 8,
-                                                                             2)[7,
-                                                                                7].tolist() == [1,
-                                                                                                1]
+    sizes = net.sizes.view(8, 8, 2)
+    assert sizes[0, 0].tolist() == [-1, -1] and sizes[7, 7].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -170,8 +167,8 @@ def test_a_mistake_is_one_sentence(changes, words, tmp_path):
 
 
 def test_a_number_is_a_list_of_one_seed(tmp_path):
-    number, listed = (learn(settings(tmp_path / str(i), seeds=seeds, algo="random")) for i,
-                      seeds in enumerate((1, [1])))
+    number, listed = (learn(settings(tmp_path / str(i), seeds=seeds, algo="random"))
+                      for i, seeds in enumerate((1, [1])))
     assert number | {"out_dir": ""} == listed | {"out_dir": ""}
 
 
@@ -203,9 +200,9 @@ def test_an_agent_that_goes_on_forgets_nothing(n_envs, changes, tmp_path, monkey
     assert rewards.flatten().tolist() == pytest.approx([line["reward"] for line in evaluated])
     if not changes:
         learn(settings(tmp_path / "a", mode=1, n_envs=n_envs, n_iterations=3))
-        assert flat(load_checkpoint(str(tmp_path / "a/ckpt.pt"),
-                                    "cpu")) == flat(load_checkpoint(str(tmp_path / "b/ckpt.pt"),
-                                                                    "cpu"))
+        whole, parts = (flat(load_checkpoint(str(tmp_path / out / "ckpt.pt"), "cpu"))
+                        for out in ("a", "b"))
+        assert whole == parts
 
 
 def test_groups_of_runs_are_compared(tmp_path, capsys):
@@ -214,7 +211,8 @@ def test_groups_of_runs_are_compared(tmp_path, capsys):
     analyze(str(tmp_path), f"draws:{tmp_path}/r_*,the first:{tmp_path}/r_1")
     assert (tmp_path / "regret.png").stat().st_size > 10_000
     last = [np.mean(log_of(tmp_path / f"r_{seed}")[1][-1]["regret"]) for seed in (1, 2)]
-    assert (f"draws: regret after the last evaluation {100 * np.mean(last):.2f}%" in capsys.readouterr().out)
+    words = f"draws: regret after the last evaluation {100 * np.mean(last):.2f}%"
+    assert words in capsys.readouterr().out
     # it ends before its first look at the policy
     learn(settings(tmp_path / "short", algo="random", budget=8))
     for folders in ("none_*", "short"):
@@ -232,7 +230,8 @@ def test_what_ends_in_an_environments_process_is_said_without_a_traceback(data_d
                    warmup_iters=0, decay_lr=False, seeds=[1],
                    budget=12, n_envs=2, learning_rate=1e30)
     done = run("train_rl.py", *flags(options))
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "try a lower learning_rate" in done.stderr, done.stderr
+    assert (done.returncode == 1 and "Traceback" not in done.stderr
+            and "try a lower learning_rate" in done.stderr), done.stderr
     ended = "An environment's process has ended: see its message above."
     assert ended in done.stderr.splitlines() # the other process may end later
 
@@ -245,8 +244,8 @@ def test_parallel_environments_train_for_real(data_dir, tmp_path):
                    test_entries=10, block_size=16, head_size=2, batch_size=2, max_iters=1,
                    seeds=[1], budget=12, eval_interval=4, n_envs=2,
                    learning_starts=4, tensorboard=True)
-    out = succeeds("train_rl.py", *(f"--{key}={str(value).replace(' ', '')}" for key,
-                                    value in options.items()))
+    out = succeeds("train_rl.py", *(f"--{key}={str(value).replace(' ', '')}"
+                                    for key, value in options.items()))
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["evaluations"] == 12 and result["updates"] > 0 and "the best seen" in out
     assert [row["entries"] for row in result["policy"]] == [5, 14, 40]

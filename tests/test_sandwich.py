@@ -32,8 +32,8 @@ def network(space):
         config = search_config("", "") | dict(vocab_size=17)
         x, y = torch.randint(17, (2, 2, 6))
     else:
-        config = image_config(space, "", "") | TINY_SPACES[space] | dict(img_size=8, in_channels=1,
-                                                                         num_classes=10)
+        images = dict(img_size=8, in_channels=1, num_classes=10)
+        config = image_config(space, "", "") | TINY_SPACES[space] | images
         x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
     return search_spaces.build(config).eval(), x, y
 
@@ -63,8 +63,8 @@ def test_only_the_first_of_a_batch_learns_from_labels(space):
                     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_a_step_trains_the_largest_some_draws_and_the_smallest(data_dir, digits_dir, tmp_path,
-                                                               monkeypatch):
+def test_a_step_trains_the_largest_some_draws_and_the_smallest(
+        data_dir, digits_dir, tmp_path, monkeypatch):
     def archs_of(out, **rest):
         steps, real = [], train.train_step
         monkeypatch.setattr(train_search, "train_step", lambda *args: steps.append(args[-1])
@@ -119,8 +119,8 @@ def test_answers_teach_what_labels_would(data_dir, digits_dir, tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(sandwich=False), ["inplace_distill=True needs sandwich=True"]), (dict(loss_chunk=8),
-                                                                           ["loss_chunk=0", "8"]),
+    (dict(sandwich=False), ["inplace_distill=True needs sandwich=True"]),
+    (dict(loss_chunk=8), ["loss_chunk=0", "8"]),
     (dict(optimizer="drnas"), ["optimizer=spos", "drnas"]),
     (dict(subnets_per_step=1), ["subnets_per_step of 2 or more (it is 1)"]),
     (dict(shrink="n_embd=8, n_layer=1 subnets_per_step=1"), ["in every phase", "it is 1"])])

@@ -74,8 +74,8 @@ def weights_of(net, dtype=torch.float32):
 
 
 def one_hots(net, arch):
-    return {name: w.to(torch.get_default_dtype()).requires_grad_() for name,
-            w in one_hot(net.choices, arch).items()}
+    return {name: w.to(torch.get_default_dtype()).requires_grad_()
+            for name, w in one_hot(net.choices, arch).items()}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -90,8 +90,8 @@ def test_law_of_exactness(name, entanglement, training, dtype):
         alone, loss = small(x, y)
         loss.backward()
         straight_through = straight_through_arch(net.choices, one_hots(net, arch))
-        for form, third in (("one-hot", one_hots(net, arch)), ("hard", arch), ("straight-through",
-                                                                               straight_through)):
+        for form, third in (("one-hot", one_hots(net, arch)), ("hard", arch),
+                            ("straight-through", straight_through)):
             net.load_state_dict(state)
             net.zero_grad()
             logits, loss = net(x, y, third)
@@ -147,8 +147,8 @@ def test_convolution_is_its_padded_sum(mixed, bias):
     """sum over in, out and kernel, 27 where all are chosen, of a_i b_j c_t pad(conv of a slice),
     by "weights" and by "outputs"."""
     torch.manual_seed(0)
-    sizes, kernels, x = ((2, 4, 5), (3, 4, 6)), (3, 5, 7), torch.randn(2, 5, 6,
-                                                                       6).double().requires_grad_()
+    sizes, kernels = ((2, 4, 5), (3, 4, 6)), (3, 5, 7)
+    x = torch.randn(2, 5, 6, 6).double().requires_grad_()
     entangled = Entangled(lambda *args: Conv2d(*args, bias=bias),
                           itertools.product(*sizes, kernels), "outputs").double()
     conv, alphas = entangled.op, [torch.randn(3).double().requires_grad_() for _ in range(3)]
@@ -165,9 +165,8 @@ def test_convolution_is_its_padded_sum(mixed, bias):
         slices = conv.weight[:b, :a, cut:7 - cut, cut:7 - cut], conv.bias[:b] if bias else None
         padded = padded + wa * wb * wc * F.pad(F.conv2d(x[:, :a], *slices, padding=c // 2),
                                                (0, 0, 0, 0, 0, 6 - b))
-    direction, inputs = torch.randn_like(padded), [x, *conv.parameters(),
-                                                   *(alpha for alpha, m in zip(alphas, mixed,
-                                                                               strict=True) if m)]
+    of_mixed = [alpha for alpha, m in zip(alphas, mixed, strict=True) if m]
+    direction, inputs = torch.randn_like(padded), [x, *conv.parameters(), *of_mixed]
     for y in (conv(x, i, o, k), entangled(x, i, o, k)):
         agree(y, padded, "output")
         for g, g0 in zip(*(torch.autograd.grad((out * direction).sum(), inputs, retain_graph=True)
@@ -178,8 +177,8 @@ def test_convolution_is_its_padded_sum(mixed, bias):
 def mixed_sizes(*options):
     """Softmaxes of random alphas, which are returned too, as Sizes."""
     alphas = [torch.randn(len(n)).double().requires_grad_() for n in options]
-    return alphas, [Size(n, mask=prefix_masks(n, n[-1]).double(), p=w.softmax(-1)) for n,
-                    w in zip(options, alphas, strict=True)]
+    return alphas, [Size(n, mask=prefix_masks(n, n[-1]).double(), p=w.softmax(-1))
+                    for n, w in zip(options, alphas, strict=True)]
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -195,13 +194,13 @@ def test_combinations_with_weights_of_their_own(joint):
     o = i if joint else o
     padded = 0
     for a, b in pairs:
-        conv, weight = entangled.ops[f"{a}_{b}_3"], i.p[n.index(a)] * (1 if joint
-                                                                       else o.p[n.index(b)])
+        conv = entangled.ops[f"{a}_{b}_3"]
+        weight = i.p[n.index(a)] * (1 if joint else o.p[n.index(b)])
         assert conv.weight.shape == (b, a, 3, 3)
         padded = padded + weight * F.pad(F.conv2d(x[:, :a], conv.weight, conv.bias, padding=1),
                                          (0, 0, 0, 0, 0, 5 - b))
-    y, direction, inputs = entangled(x, i, o), torch.randn_like(padded), [*alphas[:2 - joint],
-                                                                          *entangled.parameters()]
+    y, direction = entangled(x, i, o), torch.randn_like(padded)
+    inputs = [*alphas[:2 - joint], *entangled.parameters()]
     agree(y, padded, "output")
     for g, g0 in zip(*(torch.autograd.grad((out * direction).sum(), inputs, retain_graph=True)
                        for out in (y, padded)), strict=True):
@@ -225,10 +224,10 @@ def test_skip_is_an_identity_between_equal_widths(entanglement, training):
             one = x[:, :k]
         elif entanglement == "weights": # x comes weighted by its own widths: all of it is read
             one = change.op(x, None, Size(m))
+        elif entanglement == "outputs":
+            one = change.op(x[:, :k], Size(k), Size(m))
         else:
-            one = change.op(x[:, :k], Size(k),
-                            Size(m)) if entanglement == "outputs" else change.ops[f"{k}_{m}_1"](x[:,
-                                                                                                  :k])
+            one = change.ops[f"{k}_{m}_1"](x[:, :k])
         padded = padded + a * b * F.pad(one, (0, 0, 0, 0, 0, 5 - m))
     y, direction, inputs = skip(x, i, o), torch.randn_like(padded), [*alphas, *skip.parameters()]
     agree(y, padded, "output")
@@ -244,8 +243,8 @@ def test_expected_cost_is_the_mean_over_architectures(name):
     space, config = SPACES[name]
     net = space.build(config | FEWER.get(name, {}))
     weights = weights_of(net, torch.float64)
-    rows = [row for name, c in net.choices.items() for row in (weights[name] if c.repeat
-                                                               else [weights[name]])]
+    rows = [row for name, c in net.choices.items()
+            for row in (weights[name] if c.repeat else [weights[name]])]
     total = {"params": 0, "flops": 0}
     for index in itertools.product(*(range(len(row)) for row in rows)):
         i, arch, p = iter(index), {}, 1
@@ -255,8 +254,8 @@ def test_expected_cost_is_the_mean_over_architectures(name):
         for row, k in zip(rows, index, strict=True):
             p = p * row[k]
         cost = net.cost(arch)
-        assert {key: v.item() for key, v in net.cost(one_hot(net.choices,
-                                                             arch)).items()} == cost, arch
+        of_weights = net.cost(one_hot(net.choices, arch))
+        assert {key: v.item() for key, v in of_weights.items()} == cost, arch
         total = {key: total[key] + p * cost[key] for key in total}
     for key, value in net.cost(weights).items():
         agree(value, total[key], key)
@@ -275,16 +274,15 @@ def test_conv_macro():
         assert sum(p.numel() for p in net.parameters()) == 7_725_450
     text = "[[32, 64, 128, 128], [3, 7, 5, 7]]"
     arch = toy_conv_macro.arch_of(text)
-    assert (toy_conv_macro.genotype(arch) == text and list(toy_conv_macro.columns(arch).values()) ==
-            [*itertools.chain(*json.loads(text))])
-    assert list(toy_conv_macro.columns(arch)) == ["c1", "c2", "c3", "c4", "k1", "k2", "k3", "k4"]
+    assert toy_conv_macro.genotype(arch) == text
+    columns = toy_conv_macro.columns(arch)
+    assert list(columns.values()) == [*itertools.chain(*json.loads(text))]
+    assert list(columns) == ["c1", "c2", "c3", "c4", "k1", "k2", "k3", "k4"]
 
 
-@pytest.mark.parametrize("number, text, params", [(0, "8:8:8:8:8", 11_714),
-                                                  (11, "8:8:8:16:32", 49_202), (284, "8:8:40:32:40",
-                                                                                144_834),
-                                                  (12, "8:8:8:16:40", 67_378),
-                                                  (8 ** 5 - 1, "64:64:64:64:64", 713_674)])
+@pytest.mark.parametrize("number, text, params", [
+    (0, "8:8:8:8:8", 11_714), (11, "8:8:8:16:32", 49_202), (284, "8:8:40:32:40", 144_834),
+    (12, "8:8:8:16:40", 67_378), (8 ** 5 - 1, "64:64:64:64:64", 713_674)])
 def test_nats_size(number, text, params):
     """Published texts, numbers and parameter counts."""
     arch = nats_size.arch_of(text)
@@ -293,8 +291,8 @@ def test_nats_size(number, text, params):
     small = nats_size.build({}, arch)
     net = nats_size.build({})
     assert sum(p.numel() for p in small.parameters()) == net.cost(arch)["params"] == params
-    assert {key: v.item() for key, v in net.cost(one_hot(net.choices,
-                                                         arch)).items()} == net.cost(arch)
+    of_weights = net.cost(one_hot(net.choices, arch))
+    assert {key: v.item() for key, v in of_weights.items()} == net.cost(arch)
 
 
 @pytest.mark.parametrize("make, text", [(nats_size.arch_of, ""), (nats_size.arch_of, "8:8:8:8"),
@@ -323,12 +321,12 @@ def one_sentence(error):
 
 
 @pytest.mark.parametrize("name, config, words", [
-    ("toy_conv_macro", dict(channels_1=[8, 4]), "channels_1"), ("toy_conv_macro",
-                                                                dict(channels_4=0), "channels_4"),
-    ("toy_conv_macro", dict(kernel_size=[3, 4]), "odd"), ("toy_conv_macro",
-                                                          dict(last_kernel_size=7), "img_size"),
-    ("toy_conv_macro", dict(img_size=3), "img_size"), ("nats_size", dict(channels=[3, 2]),
-                                                       "channels"),
+    ("toy_conv_macro", dict(channels_1=[8, 4]), "channels_1"),
+    ("toy_conv_macro", dict(channels_4=0), "channels_4"),
+    ("toy_conv_macro", dict(kernel_size=[3, 4]), "odd"),
+    ("toy_conv_macro", dict(last_kernel_size=7), "img_size"),
+    ("toy_conv_macro", dict(img_size=3), "img_size"),
+    ("nats_size", dict(channels=[3, 2]), "channels"),
     ("nats_size", dict(entanglement="weight"), "entanglement"),
     ("toy_conv_macro", dict(entanglement="some"), "entanglement"),
     ("toy_conv_macro", dict(fc=2), "fc=2 must be 4 or more"),

@@ -57,8 +57,8 @@ def in_float64():
 def make(name, **rest):
     """A tiny supernet in which no weight is 0 or 1."""
     torch.manual_seed(0)
-    net = importlib.import_module(f"search_spaces.{name}").build(TINY | SPACES[name] |
-                                                                 rest).to(torch.get_default_dtype())
+    space = importlib.import_module(f"search_spaces.{name}")
+    net = space.build(TINY | SPACES[name] | rest).to(torch.get_default_dtype())
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -78,8 +78,8 @@ def run(net, *args):
 
 
 def weights_of(net, arch, **rest):
-    return {name: w.to(torch.get_default_dtype()).requires_grad_(**rest) for name,
-            w in one_hot(net.choices, arch).items()}
+    return {name: w.to(torch.get_default_dtype()).requires_grad_(**rest)
+            for name, w in one_hot(net.choices, arch).items()}
 
 
 def mixed(net, seed=0):
@@ -89,8 +89,9 @@ def mixed(net, seed=0):
 
 
 def close(a, b, tolerance=1e-9):
-    assert a.shape == b.shape and (a - b).abs().max() <= tolerance * max(b.abs().max().item(),
-                                                                         1e-3), f"{(a - b).abs().max():.2e}"
+    assert a.shape == b.shape
+    difference = (a - b).abs().max()
+    assert difference <= tolerance * max(b.abs().max().item(), 1e-3), f"{difference:.2e}"
 
 
 def gradients(net, loss):
@@ -127,8 +128,8 @@ def check_law(net, archs, batch=batch):
     for arch in archs:
         net.train()
         small = net.extract(arch)
-        assert not small.choices and {n for n, _ in small.named_parameters()} <= {n for n,
-                                                                                  _ in net.named_parameters()}
+        names = {n for n, _ in small.named_parameters()}
+        assert not small.choices and names <= {n for n, _ in net.named_parameters()}
         for training in (True, False):
             if not training:
                 measure_norms(net, lambda i, arch=arch: net(batch(seed=i)[0], None, arch), 3)
@@ -138,16 +139,13 @@ def check_law(net, archs, batch=batch):
                     close(a, b, tolerance)
             net.train(training)
             small.train(training)
-            alone, hard, mixture = run(small, x, y), run(net, x, y,
-                                                         arch), run(net, x, y,
-                                                                    weights_of(net, arch))
+            alone, hard = run(small, x, y), run(net, x, y, arch)
+            mixture = run(net, x, y, weights_of(net, arch))
             for found in (hard, mixture):
                 close(found[0], alone[0], tolerance)
                 close(found[1], alone[1], tolerance)
-            expected, of_hard, of_mixture = gradients(small,
-                                                      alone[1]), gradients(net,
-                                                                           hard[1]), gradients(net,
-                                                                                               mixture[1])
+            expected = gradients(small, alone[1])
+            of_hard, of_mixture = gradients(net, hard[1]), gradients(net, mixture[1])
             scale = 10 * tolerance * max(g.abs().max().item() for g in expected)
             # also 0 where the architecture does not reach
             for a, b in zip(of_mixture, of_hard, strict=True):
@@ -184,8 +182,8 @@ def test_an_option_that_carries_its_weight(name, entanglement, group_weight):
 @pytest.mark.parametrize("name", CELLS)
 def test_options_that_share_nothing_mix_alike(name):
     """One kernel an operation: mixed weights and mixed outputs are the same."""
-    kernels = {"nb201": ["none", "skip_connect", "nor_conv_3x3"], "toy_cell": ["sep_conv_3x3",
-                                                                               "dil_conv_5x5"],
+    kernels = {"nb201": ["none", "skip_connect", "nor_conv_3x3"],
+               "toy_cell": ["sep_conv_3x3", "dil_conv_5x5"],
                "darts": ["none", "max_pool_3x3", "skip_connect", "sep_conv_5x5", "dil_conv_3x3"]}
     x, y = batch()
     losses, grads = [], []
@@ -230,14 +228,12 @@ def test_group_weight_gives_a_group_its_gradient(name):
         edge = next(edge for cell in net.cells if hasattr(cell, "edges") for edge in cell.edges)
         for group, (places, kernels) in edge.groups.items():
             if len(kernels) > 1: # the derivative to the size of the group, in every row
-                along[group, group_weight] = torch.cat([(g * w)[:, places].sum(1) for g,
-                                                        w in zip(grads, weights.values(),
-                                                                 strict=True)])
+                products = [g * w for g, w in zip(grads, weights.values(), strict=True)]
+                along[group, group_weight] = torch.cat([t[:, places].sum(1) for t in products])
     for group in {group for group, _ in along}:
         with_weight, without = along[group, True].abs(), along[group, False].abs()
-        assert with_weight.min() > 1e-5 and without.max() < 0.02 * with_weight.max(), (group,
-                                                                                       with_weight,
-                                                                                       without)
+        assert with_weight.min() > 1e-5 and without.max() < 0.02 * with_weight.max(), (
+            group, with_weight, without)
 
 
 def flops_of(net):
@@ -259,19 +255,18 @@ def test_cost_is_that_of_the_extracted_network(name, entanglement):
                         "flops": flops_of(small)} == small.cost()
         assert {key: value.item() for key, value in net.cost(weights_of(net, arch)).items()} == cost
     one, other = weights_of(net, a), weights_of(net, b)
+
+    def rows_of(weights, key):
+        return weights[key].view(-1, weights[key].shape[-1])
     places = [(key, i) for key, w in one.items() for i in range(len(w) if w.dim() > 1 else 1)]
-    places = [(key, i) for key, i in places if not torch.equal(one[key].view(-1,
-                                                                             one[key].shape[-1])[i],
-                                                               other[key].view(-1,
-                                                                               one[key].shape[-1])[i])]
+    places = [(key, i) for key, i in places
+              if not torch.equal(rows_of(one, key)[i], rows_of(other, key)[i])]
     places = [places[i] for i in torch.linspace(0, len(places) - 1, 3).long()]
 
     def between(shares): # the share of the other's option at each of three places
         weights = {key: w.clone() for key, w in one.items()}
         for (key, i), t in zip(places, shares, strict=True):
-            rows, others = weights[key].view(-1,
-                                             weights[key].shape[-1]), other[key].view(-1,
-                                                                                      weights[key].shape[-1])
+            rows, others = rows_of(weights, key), rows_of(other, key)
             rows[i] = (1 - t) * rows[i] + t * others[i]
         return net.cost(weights)
     t = torch.tensor([0.2, 0.5, 0.9])
@@ -290,8 +285,8 @@ def test_gradient_of_the_alphas_is_the_finite_difference(name):
     alphas = list(arch_optimizer.alphas.values())
     for alpha in alphas:
         alpha.data.copy_(0.3 * torch.randn(alpha.shape, generator=generator(2)))
-    directions = [torch.randn(alpha.shape, generator=generator(i)) for i,
-                  alpha in enumerate(alphas)]
+    directions = [torch.randn(alpha.shape, generator=generator(i))
+                  for i, alpha in enumerate(alphas)]
     grads = torch.autograd.grad(run(net, x, y, arch_optimizer.mean())[1], alphas)
     slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True)).item()
 
@@ -328,22 +323,24 @@ def test_genotypes_are_the_published_texts():
     ops = ["sep_conv_3x3", "dil_conv_5x5", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_3x3",
            "sep_conv_3x3"]
     assert toy_cell.genotype({"normal": ops[:3], "reduce": ops[3:]}) == TOY.format(*ops)
-    assert toy_cell.columns(toy_cell.arch_of(TOY.format(*ops))) == dict(zip(("n01", "n02", "n12",
-                                                                             "r01", "r02", "r12"),
-                                                                            ops, strict=True))
+    edges, arch = ("n01", "n02", "n12", "r01", "r02", "r12"), toy_cell.arch_of(TOY.format(*ops))
+    assert toy_cell.columns(arch) == dict(zip(edges, ops, strict=True))
     ops = ["avg_pool_3x3", "nor_conv_1x1", "skip_connect", "nor_conv_1x1", "skip_connect",
            "skip_connect"]
-    assert (nb201.genotype({"cell": ops}) == NB201.format(*ops) ==
-            nb201.columns({"cell": ops})["genotype"])
+    assert nb201.genotype({"cell": ops}) == NB201.format(*ops)
+    assert nb201.columns({"cell": ops})["genotype"] == NB201.format(*ops)
     text = darts.GENOTYPES["DARTS_V2"]
     arch = darts.arch_of("DARTS_V2")
-    assert arch == darts.arch_of(text) == darts.arch_of(text.replace("[2, 3, 4, 5]",
-                                                                     "range(2, 6)")) == darts.arch_of(darts.genotype(arch))
+    with_range = text.replace("[2, 3, 4, 5]", "range(2, 6)")
+    assert arch == darts.arch_of(text) == darts.arch_of(with_range)
+    assert arch == darts.arch_of(darts.genotype(arch))
     assert arch["normal"][:9] == ["sep_conv_3x3"] * 4 + ["none", "skip_connect", "sep_conv_3x3",
                                                          "none", "none"]
     assert arch["reduce"][9:] == ["none", "max_pool_3x3", "skip_connect", "none", "none"]
-    assert darts.genotype(arch).startswith("Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ")
-    assert darts.genotype(arch).endswith("('max_pool_3x3', 1), ('skip_connect', 2)], reduce_concat=range(2, 6))")
+    assert darts.genotype(arch).startswith(
+        "Genotype(normal=[('sep_conv_3x3', 0), ('sep_conv_3x3', 1), ('sep_conv_3x3', 0), ")
+    assert darts.genotype(arch).endswith(
+        "('max_pool_3x3', 1), ('skip_connect', 2)], reduce_concat=range(2, 6))")
 
 
 V1 = darts.GENOTYPES["DARTS_V1"]
@@ -390,8 +387,8 @@ V1 = darts.GENOTYPES["DARTS_V1"]
 ("darts", "auxiliary", -0.4, "0 or more"), ("darts", "drop_path", 1.0, "at least 0 and below 1"),
 ("darts", "drop_path", -0.1, "at least 0 and below 1"), ("nb201", "init_channels", -4, "1 or more"),
 ("nb201", "n_cell", 0, "1 or more"), ("toy_cell", "init_channels", 0, "1 or more"),
-("toy_cell", "dropout", 1.0, "at least 0 and below 1"), ("toy_cell", "dropout", -0.1,
-                                                         "at least 0 and below 1"))),
+("toy_cell", "dropout", 1.0, "at least 0 and below 1"),
+("toy_cell", "dropout", -0.1, "at least 0 and below 1"))),
     (lambda: make("nb201").extract({"cell": ["none"] * 5}), "needs a list of at least 6 entries")])
 def test_errors_are_one_sentence(call, message):
     with pytest.raises((ConfigError, SystemExit), match=message) as error:
@@ -430,8 +427,8 @@ def test_published_costs_of_nb201(ops, params, mflops):
     """Its MFLOPs are millions of multiply-adds."""
     torch.set_default_dtype(torch.float32)
     cost = nb201.build({}, nb201.arch_of(NB201.format(*ops.split()))).cost()
-    assert cost["params"] == params and (mflops is None or cost["flops"] / 2e6 ==
-                                         pytest.approx(mflops, abs=1e-3))
+    assert cost["params"] == params
+    assert mflops is None or cost["flops"] / 2e6 == pytest.approx(mflops, abs=1e-3)
 
 
 # -----------------------------------------------------------------------------
@@ -456,9 +453,8 @@ def test_identities_are_never_dropped():
 def test_drop_path_rises_with_progress_and_is_for_training_alone():
     """A supernet, a network that is evaluated and one at the start of its training drop nothing."""
     arch, x = uniform(make("darts").choices, generator()), batch()[0]
-    supernet, net, plain = make("darts",
-                                drop_path=0.5), make("darts",
-                                                     drop_path=0.5), make("darts").extract(arch)
+    supernet, net = make("darts", drop_path=0.5), make("darts", drop_path=0.5)
+    plain = make("darts").extract(arch)
     net = net.extract(arch)
     assert torch.equal(run(net, x)[0], run(plain, x)[0])
     net.progress = supernet.progress = 1.0
@@ -509,8 +505,8 @@ def test_what_goes_around_an_edge(stride):
     y = Edge(["none"], ops, stride, partial_channels=2)(x, F.relu(x))
     assert torch.equal(y[:, 1::2], around) and not y[:, ::2].any()
     if stride == 1:
-        y = Edge(["skip_connect", "none"], ops, partial_channels=2)(x, F.relu(x),
-                                                                    Sampled(weights=torch.tensor([0.25, 0.75])))
+        weights = Sampled(weights=torch.tensor([0.25, 0.75]))
+        y = Edge(["skip_connect", "none"], ops, partial_channels=2)(x, F.relu(x), weights)
         close(y, torch.stack((0.25 * x[:, 0], x[:, 2], 0.25 * x[:, 1], x[:, 3]), 1))
 
 
@@ -526,10 +522,9 @@ def test_pruning_changes_nothing_where_the_weight_is_zero(name, entanglement):
     for _ in range(2): # before and after
         loss = run(net, x, y, weights)[1]
         grads = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
-        results.append([loss, run(net, x, y, arch)[1], *(g * w for g,
-                                                         w in zip(grads, weights.values(),
-                                                                  strict=True)),
-                        *net.cost(weights).values(), torch.tensor(net.cost(arch)["params"])])
+        products = [g * w for g, w in zip(grads, weights.values(), strict=True)]
+        results.append([loss, run(net, x, y, arch)[1], *products, *net.cost(weights).values(),
+                        torch.tensor(net.cost(arch)["params"])])
         net.prune(arch_optimizer.mask)
     for a, b in zip(*results, strict=True):
         close(a, b)
@@ -538,7 +533,8 @@ def test_pruning_changes_nothing_where_the_weight_is_zero(name, entanglement):
     with FlopCounterMode(display=False) as counter:
         net.run(weights)
     left = net.cost({key: (~mask).double() for key, mask in arch_optimizer.mask.items()})["flops"]
-    assert entanglement == "weights" or counter.get_total_flops() == left, "it runs what has no weight"
+    assert entanglement == "weights" or counter.get_total_flops() == left, (
+        "it runs what has no weight")
 
 
 @pytest.mark.parametrize("name", PARTIAL)
@@ -560,8 +556,8 @@ def test_widening_copies_random_channels_with_their_momentum(name):
     maps = {}
     for key, q in new.named_parameters():
         p = old.get_parameter(key)
-        momentum = [optimizer.state[w]["momentum_buffer"] for optimizer,
-                    w in zip(optimizers, (p, q), strict=True)]
+        momentum = [optimizer.state[w]["momentum_buffer"]
+                    for optimizer, w in zip(optimizers, (p, q), strict=True)]
         for a, b in ((p, q), momentum):
             assert torch.equal(b[tuple(slice(n) for n in a.shape)], a), key
         if q.shape[0] > p.shape[0] and p.dim() > 1:
@@ -574,13 +570,19 @@ def test_widening_copies_random_channels_with_their_momentum(name):
 
 def test_nb201_indices_are_the_benchmarks():
     """Of single cells that are published with their index, and back for all."""
-    published = {0: "|avg_pool_3x3~0|+|nor_conv_1x1~0|skip_connect~1|+|nor_conv_1x1~0|skip_connect~1|skip_connect~2|",
-                 11: "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|none~0|nor_conv_3x3~1|avg_pool_3x3~2|",
-                 284: "|skip_connect~0|+|skip_connect~0|skip_connect~1|+|none~0|nor_conv_1x1~1|none~2|",
-                 1462: "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|nor_conv_3x3~0|nor_conv_3x3~1|nor_conv_3x3~2|",
-                 1835: "|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|skip_connect~1|skip_connect~2|",
-                 9930: "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"}
+    published = {0: "|avg_pool_3x3~0|+|nor_conv_1x1~0|skip_connect~1|"
+                    "+|nor_conv_1x1~0|skip_connect~1|skip_connect~2|",
+                 11: "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|"
+                     "+|none~0|nor_conv_3x3~1|avg_pool_3x3~2|",
+                 284: "|skip_connect~0|+|skip_connect~0|skip_connect~1|"
+                      "+|none~0|nor_conv_1x1~1|none~2|",
+                 1462: "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|"
+                       "+|nor_conv_3x3~0|nor_conv_3x3~1|nor_conv_3x3~2|",
+                 1835: "|skip_connect~0|+|skip_connect~0|skip_connect~1|"
+                       "+|skip_connect~0|skip_connect~1|skip_connect~2|",
+                 9930: "|nor_conv_3x3~0|+|nor_conv_3x3~0|nor_conv_3x3~1|"
+                       "+|skip_connect~0|nor_conv_3x3~1|nor_conv_3x3~2|"}
     for i, text in published.items():
         assert nb201.genotype(nb201.arch_at(i)) == text and nb201.index(nb201.arch_of(text)) == i
-    assert [nb201.index(nb201.arch_at(i)) for i in range(0, 15625,
-                                                         625)] == list(range(0, 15625, 625))
+    some = list(range(0, 15625, 625))
+    assert [nb201.index(nb201.arch_at(i)) for i in some] == some

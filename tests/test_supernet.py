@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fused_ops import mixed_norm, mixed_rotary_attention, rotary
-from supernet import Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, prefix_masks, slice_dim
+from supernet import (Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, prefix_masks,
+                      slice_dim)
 
 pytestmark = pytest.mark.usefixtures("implementation")
 EMBD = (3, 5, 8)
@@ -25,7 +26,8 @@ def in_float64():
 
 def close(a, b):
     scale = b.abs().max().clamp_min(1e-12)
-    assert (a - b).abs().max() <= 1e-10 * scale, f"max difference {(a - b).abs().max():.3e}, scale {scale:.3e}"
+    difference = (a - b).abs().max()
+    assert difference <= 1e-10 * scale, f"max difference {difference:.3e}, scale {scale:.3e}"
 
 
 def mixture(n, N, groups=1):
@@ -86,8 +88,8 @@ def test_sinusoidal():
         return torch.tensor([[wave[i % 2](t / 10000 ** ((i - i % 2) / n)) for i in range(n)]
                              for t in range(6)])
     layer, e, pos = Sinusoidal(8), mixture(EMBD, 8), torch.arange(6)
-    assert (layer(pos) - table(8)).abs().max() < 1e-5 and (layer(pos[2:],
-                                                                 Size(5)) - table(5)[2:]).abs().max() < 1e-5
+    assert (layer(pos) - table(8)).abs().max() < 1e-5
+    assert (layer(pos[2:], Size(5)) - table(5)[2:]).abs().max() < 1e-5
     padded = sum(p * pad(table(k), 8) for p, k in zip(e.p, EMBD, strict=True))
     assert (layer(pos, e) - padded).abs().max() < 1e-5
 
@@ -109,9 +111,9 @@ def test_rotary(n_head):
     qkv = torch.randn(2, 7, 72)
     q, k, v = rotary(qkv, n_head, past=5).chunk(3, dim=2)
     for x, x0 in ((q, qkv[..., :24]), (k, qkv[..., 24:48])):
+        heads = x.unflatten(2, (n_head, -1)).transpose(1, 2)
         # angles are float32
-        assert (x.unflatten(2, (n_head, -1)).transpose(1, 2) - turned(x0, n_head,
-                                                                      5)).abs().max() < 1e-5
+        assert (heads - turned(x0, n_head, 5)).abs().max() < 1e-5
     assert torch.equal(v, qkv[..., 48:])
     q, k, _ = (t.unflatten(2, (n_head, -1)).transpose(1, 2)
                for t in rotary(qkv[:, :1].expand(2, 7, 72), n_head).chunk(3, dim=2))
@@ -126,8 +128,8 @@ def test_mixed_rotary_attention():
     """Scores sum_k p_k scores_k of widths that turn at frequencies of their own, for each head
     count."""
     E, widths, heads = 24, (12, 24), (1, 3)
-    qkv, p = torch.randn(2, 5, 3 * E,
-                         requires_grad=True), torch.rand(2).softmax(-1).requires_grad_()
+    qkv = torch.randn(2, 5, 3 * E, requires_grad=True)
+    p = torch.rand(2).softmax(-1).requires_grad_()
     y_scale = torch.rand(2, E, requires_grad=True)
     q, k, v = qkv.chunk(3, dim=2)
     y = 0
@@ -138,12 +140,10 @@ def test_mixed_rotary_attention():
                                  h) @ turned(slots[1][..., :e // h].flatten(2), h).transpose(-1, -2)
                      * (e / h) ** -0.5 for pk, e in zip(p, widths, strict=True))
         attention = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf).softmax(-1)
-        y = y + y_scale[j] * (attention @ v.unflatten(2,
-                                                      (h, -1)).transpose(1,
-                                                                         2)).transpose(1,
-                                                                                       2).flatten(2)
-    out, inputs, direction = mixed_rotary_attention(qkv, widths, p, y_scale,
-                                                    heads), [qkv, p, y_scale], torch.randn_like(y)
+        values = v.unflatten(2, (h, -1)).transpose(1, 2)
+        y = y + y_scale[j] * (attention @ values).transpose(1, 2).flatten(2)
+    out, inputs = mixed_rotary_attention(qkv, widths, p, y_scale, heads), [qkv, p, y_scale]
+    direction = torch.randn_like(y)
     assert (out - y).abs().max() < 1e-5 * y.abs().max() # angles are float32
     for a, b in zip(*(torch.autograd.grad((t * direction).sum(), inputs) for t in (out, y)),
                     strict=True):
@@ -153,10 +153,10 @@ def test_mixed_rotary_attention():
 def test_layer_norm_far_from_zero():
     """Block statistics must not cancel: channels around 1000 with a deviation of 1, in float32."""
     x, n, p = (torch.randn(4, 64) + 1000).float(), (16, 48, 64), torch.tensor([0.2, 0.3, 0.5])
-    exact = sum(pk * pad(F.layer_norm(x[..., :k].double(), (k,)), 64) for pk,
-                k in zip(p, n, strict=True))
-    assert (mixed_norm(x, torch.ones(64).float(), None, p.float(), n,
-                       1e-5) - exact).abs().max() < 2e-3
+    exact = sum(pk * pad(F.layer_norm(x[..., :k].double(), (k,)), 64)
+                for pk, k in zip(p, n, strict=True))
+    found = mixed_norm(x, torch.ones(64).float(), None, p.float(), n, 1e-5)
+    assert (found - exact).abs().max() < 2e-3
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -170,8 +170,8 @@ def test_linear_sizes_chosen_together(bias):
     share = prefix_masks([[int(m * k) for m in ratios] for k in EMBD], 20).double()
     n = tuple(sorted({int(m * k) for m in ratios for k in EMBD}))
     hidden = Size(n, mask=torch.einsum("m,emh->eh", q, share), p=e.p, last=torch.tensor(n) - 1)
-    pairs = [(pi * qj, k, int(m * k)) for pi, k in zip(e.p, EMBD, strict=True) for qj,
-             m in zip(q, ratios, strict=True)]
+    pairs = [(pi * qj, k, int(m * k)) for pi, k in zip(e.p, EMBD, strict=True)
+             for qj, m in zip(q, ratios, strict=True)]
     padded = sum(w * pad(F.linear(x[..., :k], linear.weight[:o, :k], linear.bias[:o] if bias
                                   else None), 20) for w, k, o in pairs)
     same_with_gradients(linear(x, e, hidden), padded, [x, e.p, alpha, *linear.parameters()])
@@ -196,17 +196,17 @@ def test_linear_sizes_chosen_independently(sides):
     o = mixture((2, 6), 6) if sides != "in" else None
     ins = zip(i.p, i.n, strict=True) if i else [(torch.tensor(1.0), 8)]
     outs = list(zip(o.p, o.n, strict=True)) if o else [(torch.tensor(1.0), 6)]
-    padded = sum(a * b * pad(F.linear(x[..., :c], linear.weight[:r, :c]), 6) for a, c in ins for b,
-                 r in outs)
+    padded = sum(a * b * pad(F.linear(x[..., :c], linear.weight[:r, :c]), 6)
+                 for a, c in ins for b, r in outs)
     padded = padded + sum(b * pad(linear.bias[:r], 6) for b, r in outs)
-    same_with_gradients(linear(x, i, o), padded, [x, *linear.parameters(), *(s.p for s in (i, o)
-                                                                             if s)])
+    inputs = [x, *linear.parameters(), *(s.p for s in (i, o) if s)]
+    same_with_gradients(linear(x, i, o), padded, inputs)
 
 
 def test_embedding():
     table, idx, e = Embedding(11, 8), torch.randint(11, (2, 5)), mixture(EMBD, 8)
-    padded = sum(p * pad(F.embedding(idx, table.weight[:, :k]), 8) for p, k in zip(e.p, EMBD,
-                                                                                   strict=True))
+    padded = sum(p * pad(F.embedding(idx, table.weight[:, :k]), 8)
+                 for p, k in zip(e.p, EMBD, strict=True))
     same_with_gradients(table(idx, e), padded, [e.p, table.weight])
 
 
@@ -236,5 +236,5 @@ def test_slice_dim_slices_every_part():
     assert slice_dim(w, 0, Size(6, groups=3)).tolist() == [0, 1, 4, 5, 8, 9]
     assert prefix_masks((6, 12), 12, groups=3)[0].nonzero().flatten().tolist() == [0, 1, 4, 5, 8, 9]
     for whole in (None, Size(12), Size(12, groups=3)): # copies nothing
-        assert slice_dim(w, 0, whole).tolist() == w.tolist() and slice_dim(w, 0,
-                                                                           whole).data_ptr() == w.data_ptr()
+        assert slice_dim(w, 0, whole).tolist() == w.tolist()
+        assert slice_dim(w, 0, whole).data_ptr() == w.data_ptr()

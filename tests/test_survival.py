@@ -66,10 +66,10 @@ def starter(name, data_dir, tmp_path):
     """A function (out_dir, **options) that runs one of the five searches or train_base."""
     if name == "train_base":
         found = searched(data_dir, tmp_path)
-        return lambda out, **rest: train_base.train_found(base_config(data_dir, out, found,
-                                                                      **LONG | rest))
-    return lambda out, **rest: train_search.search(search_config(data_dir, out, **OPTIMIZERS[name],
-                                                                 **LONG | rest))
+        return lambda out, **rest: train_base.train_found(
+            base_config(data_dir, out, found, **LONG | rest))
+    return lambda out, **rest: train_search.search(
+        search_config(data_dir, out, **OPTIMIZERS[name], **LONG | rest))
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "train_base"])
@@ -102,17 +102,22 @@ import matplotlib.figure, torch
 import train_search
 from test_train import search_config
 torch.set_num_threads(1)
-torch.optim.AdamW([torch.zeros(1, requires_grad=True)]) # imports what the children would import, one after the other
+# imports what the children would import, one after the other
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 def go(out, init_from):
     sys.stdout = open(os.devnull, "w")
-    train_search.search(search_config({data!r}, out, optimizer={optimizer!r}, max_iters=60, lr_decay_iters=60, eval_interval=10,
-                                      save_interval=1, dropout=0.1, arch_evals=30, population=8, init_from=init_from))
+    train_search.search(search_config({data!r}, out, optimizer={optimizer!r}, max_iters=60,
+                                      lr_decay_iters=60, eval_interval=10, save_interval=1,
+                                      dropout=0.1, arch_evals=30, population=8,
+                                      init_from=init_from))
 def attempt(out, calls=0):
     began, (read, write) = os.path.exists(out + "/run.json"), os.pipe()
     child = os.fork()
     if not child:
         count = 0
-        def watch(*event): # of every call and return, also of C functions: the same moment on a fast machine and a busy one
+        # of every call and return, also of C functions: the same moment on a fast machine and a
+        # busy one
+        def watch(*event):
             nonlocal count
             count += 1
             if count == calls:
@@ -133,14 +138,17 @@ def attempt(out, calls=0):
     assert status in (0, signal.SIGKILL), status
     return int(counted or 0)
 def progress(out):
-    path = out + "/ckpt.pt"
-    searched = sum(1 for _ in open(out + "/arch_search.jsonl")) if os.path.exists(out + "/arch_search.jsonl") else 0
-    return torch.load(path, weights_only=True)["state"]["step"] + searched if os.path.exists(path) else 0
+    path, lines = out + "/ckpt.pt", out + "/arch_search.jsonl"
+    searched = sum(1 for _ in open(lines)) if os.path.exists(lines) else 0
+    if not os.path.exists(path):
+        return 0
+    return torch.load(path, weights_only=True)["state"]["step"] + searched
 calls = attempt({out!r} + "/whole")
 dice, kills, run, moments = random.Random(5), 0, 0, set()
 while kills < 20 or not finished:
     out = {out!r} + f"/killed{{run}}"
-    finished = attempt(out, int(calls * dice.random() ** 2) if kills < 20 else 0) > 0 # mostly early: the figures of the end are calls, too
+    # mostly early: the figures of the end are calls, too
+    finished = attempt(out, int(calls * dice.random() ** 2) if kills < 20 else 0) > 0
     kills += not finished
     run += finished
     moments.add(progress(out))
@@ -248,8 +256,8 @@ def test_a_damaged_checkpoint_offers_the_one_before(data_dir, tmp_path, monkeypa
     assert state_of(tmp_path / "t") == state_of(tmp_path / "whole")
 
 
-def test_the_best_weights_of_steps_that_are_made_otherwise_are_not_those_of_the_run(data_dir,
-                                                                                    tmp_path):
+def test_the_best_weights_of_steps_that_are_made_otherwise_are_not_those_of_the_run(
+        data_dir, tmp_path):
     """Gone on with from the checkpoint before, at a rate that spoils the network: best.pt is what
     the result says of it."""
     config = train_config(data_dir, tmp_path, val_portion=0.1, learning_rate=1e-2)
@@ -274,8 +282,8 @@ def test_the_checkpoint_before_may_be_the_end_of_a_run(data_dir, tmp_path):
             before["state"]["losses"]["val_loss"])
 
 
-def test_the_architecture_of_steps_that_are_made_otherwise_is_not_that_of_the_run(data_dir,
-                                                                                  tmp_path):
+def test_the_architecture_of_steps_that_are_made_otherwise_is_not_that_of_the_run(
+        data_dir, tmp_path):
     """As above: arch.json is what the result says."""
     config = search_config(data_dir, tmp_path, learning_rate=1e-2)
     train_search.search(config)
@@ -286,8 +294,8 @@ def test_the_architecture_of_steps_that_are_made_otherwise_is_not_that_of_the_ru
     assert (found["arch"], found["arch_loss"]) == (result["arch"], result["arch_loss"])
 
 
-@pytest.mark.parametrize("module, config_of", [(train, train_config), (train_search,
-                                                                       search_config)])
+@pytest.mark.parametrize("module, config_of", [(train, train_config),
+                                               (train_search, search_config)])
 def test_fewer_steps_than_a_run_has_made_are_refused(module, config_of, data_dir, tmp_path):
     begin = module.train if module is train else module.search
     begin(config_of(data_dir, tmp_path / "o"))
@@ -309,9 +317,9 @@ OTHERS = { # what has the same shapes, and what the optimizers cannot take over
 def test_a_run_goes_on_as_the_network_that_it_is(kind, data_dir, tmp_path):
     """Options that are forgotten on the command are one sentence, and nothing that is there
     changes; all others may change."""
-    config = (train_config if kind == "train" else search_config)(data_dir, tmp_path,
-                                                                  **dict(optimizer="spos")
-                                                                  if kind == "spos" else {})
+    config_of = train_config if kind == "train" else search_config
+    options = dict(optimizer="spos") if kind == "spos" else {}
+    config = config_of(data_dir, tmp_path, **options)
     go = train.train if kind == "train" else train_search.search
     go(config)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -366,8 +374,8 @@ def test_a_training_goes_on_with_its_architecture(data_dir, tmp_path):
     found = {"n_layer": 1, "n_embd": 8, "n_head": [2], "mlp_ratio": [1]}
     config = search_config(data_dir, tmp_path) | dict(val_portion=0.1, early_stopping=0)
     train.train(config, found)
-    with pytest.raises(SystemExit,
-                       match=r"is of a run of the architecture .*: name that, or another --out_dir") as e:
+    words = r"is of a run of the architecture .*: name that, or another --out_dir"
+    with pytest.raises(SystemExit, match=words) as e:
         train.train(config | dict(init_from="resume", max_iters=6), found | {"n_head": [1]})
     assert "\n" not in str(e.value)
     train.train(config | dict(init_from="resume", max_iters=6), found)
@@ -467,8 +475,8 @@ def test_a_step_that_is_not_finite_is_named_or_passed_over(skip, data_dir, tmp_p
         if skip:
             train.train(config)
             checkpoint = torch.load(tmp_path / "t/ckpt.pt", weights_only=True)
-            assert checkpoint["state"]["skipped"] == 1 and all(v.isfinite().all()
-                                                               for v in checkpoint["model"].values())
+            assert checkpoint["state"]["skipped"] == 1
+            assert all(v.isfinite().all() for v in checkpoint["model"].values())
         else:
             with pytest.raises(FloatingPointError) as e:
                 train.train(config)
@@ -478,8 +486,8 @@ def test_a_step_that_is_not_finite_is_named_or_passed_over(skip, data_dir, tmp_p
         train.backward = backward
 
 
-def test_a_loss_that_is_passed_over_does_not_end_the_run_where_it_is_logged(data_dir, tmp_path,
-                                                                            monkeypatch):
+def test_a_loss_that_is_passed_over_does_not_end_the_run_where_it_is_logged(
+        data_dir, tmp_path, monkeypatch):
     """The loss of step 2 is not a number: its line says so, and the steps behind it follow."""
     steps, backward = [], train.backward
 
@@ -530,7 +538,8 @@ def spy(self, weights, grads):
     assert torch.equal(*every), "alphas or samples differ between the ranks"
 ArchOptimizer.step = spy
 for name, options in OPTIMIZERS.items():
-    train_search.search(search_config({data!r}, {out!r} + "/" + name, gradient_accumulation_steps=2, max_iters=6, **options))
+    train_search.search(search_config({data!r}, {out!r} + "/" + name, max_iters=6,
+                                      gradient_accumulation_steps=2, **options))
 ready = train.configure_optimizer
 def spy(net, config, run):
     optimizer = ready(net, config, run)
@@ -543,7 +552,8 @@ def spy(net, config, run):
     return optimizer
 held, train.configure_optimizer = {{}}, spy
 for zero in (0, 1):
-    config = train_config({data!r}, {out!r} + f"/zero{{zero}}", gradient_accumulation_steps=2, max_iters=6, zero_stage=zero)
+    config = train_config({data!r}, {out!r} + f"/zero{{zero}}", max_iters=6, zero_stage=zero,
+                          gradient_accumulation_steps=2)
     train.train(config)
 assert held[1] < 0.7 * held[0], held
 train.configure_optimizer = ready
@@ -587,9 +597,8 @@ def test_two_processes_are_one(name, two_ranks, data_dir, tmp_path):
 def test_zero_gives_the_same_losses(two_ranks, data_dir, tmp_path):
     """With the optimizer's state shared out the losses stay; a run goes on with it, and on one
     process without it."""
-    plain, zero = ([line for line in read_lines(two_ranks / name / "log.jsonl") if 0 <
-                    line.get("step", 0) <= 6]
-                   for name in ("zero0", "zero1"))
+    plain, zero = ([line for line in read_lines(two_ranks / name / "log.jsonl")
+                    if 0 < line.get("step", 0) <= 6] for name in ("zero0", "zero1"))
     assert len(plain) == len(zero) > 6
     for a, b in zip(plain, zero, strict=True):
         for key in ("loss", "train_loss", "val_loss"):
@@ -609,8 +618,8 @@ def test_a_rank_that_dies_ends_all_and_the_run_goes_on_with_another_number(data_
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                     "train_search.py", *options)
     wait_for(process, "step 3/")
-    workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) ==
-               process.pid]
+    workers = [int(pid) for pid in os.listdir("/proc")
+               if pid.isdigit() and parent_of(pid) == process.pid]
     os.kill(max(workers), signal.SIGKILL)
     began = time.time()
     output = process.communicate(timeout=120)[0]
@@ -628,12 +637,14 @@ def parent_of(pid):
 
 
 def test_what_ends_one_process_is_said_without_a_traceback_of_the_others(data_dir, tmp_path):
-    """An out_dir that the first one cannot make; the second waits for it. torchrun's own words follow."""
+    """An out_dir that the first one cannot make; the second waits for it. torchrun's own words
+    follow."""
     (tmp_path / "file").write_text("in the way")
     done = run("torchrun", "--standalone", "--nproc_per_node=2", "train.py",
                *flags(TINY | {"gradient_accumulation_steps": 2}),
                f"--data_dir={data_dir}", f"--out_dir={tmp_path}/file/out")
-    assert done.returncode == 1 and "cannot be made" in done.stderr and "[rank1]: Traceback" not in done.stderr, done.stderr[-3000:]
+    assert (done.returncode == 1 and "cannot be made" in done.stderr
+            and "[rank1]: Traceback" not in done.stderr), done.stderr[-3000:]
 
 
 def test_zero_on_one_process_is_one_sentence(data_dir, tmp_path):

@@ -51,8 +51,8 @@ def make(**rest):
 
 def batch(seed=0, h=9, w=14, s=2):
     """Of a size that is no multiple of the window."""
-    return torch.rand(2, 3, h, w, generator=generator(seed)), torch.rand(2, 3, s * h, s * w,
-                                                                         generator=generator(seed))
+    return (torch.rand(2, 3, h, w, generator=generator(seed)),
+            torch.rand(2, 3, s * h, s * w, generator=generator(seed)))
 
 
 def uniform_arch(n_embd, n_head, n_rstb, n_layer, mlp_ratio, blocks=4):
@@ -76,16 +76,17 @@ def test_law_of_exactness(kernels, dtype):
 def test_straight_through_options_have_the_gradients_of_the_mixture(dtype):
     net, (x, y) = make(), batch()
     for arch in some_archs(net):
-        soft, hard = ({name: w.to(dtype).requires_grad_() for name,
-                       w in one_hot(net.choices, arch).items()} for _ in range(2))
+        soft, hard = ({name: w.to(dtype).requires_grad_()
+                       for name, w in one_hot(net.choices, arch).items()} for _ in range(2))
         for third in (soft, straight_through_arch(net.choices, hard)):
             net(x, y, third)[1].backward()
         scale = max(w.grad.abs().max() for w in soft.values() if w.grad is not None)
         for key, w in soft.items():
             if hard[key].grad is not None:
                 chosen = w.detach() > 0
-                assert (hard[key].grad[chosen] - w.grad[chosen]).abs().max() <= (1e-4
-                                                                                 if dtype is torch.float32 else 1e-9) * scale, key
+                tolerance = 1e-4 if dtype is torch.float32 else 1e-9
+                difference = (hard[key].grad[chosen] - w.grad[chosen]).abs().max()
+                assert difference <= tolerance * scale, key
 
 
 def test_every_weight_of_a_mixture_has_a_gradient():
@@ -118,8 +119,8 @@ def test_kernels_compute_a_mixture_as_pytorch_does():
     (2, (36, 6, 4, 6, 2), 354_288)])
 def test_published_parameter_counts(scale, arch, params):
     with torch.device("meta"):
-        assert sum(q.numel() for q in swinir.build({"scale": scale},
-                                                   uniform_arch(*arch)).parameters()) == params
+        net = swinir.build({"scale": scale}, uniform_arch(*arch))
+        assert sum(q.numel() for q in net.parameters()) == params
 
 
 @pytest.mark.parametrize("patch, tile, mlp_ratio", [(8, 0, [1, 2]), (10, 0, [1, 2]),
@@ -132,9 +133,9 @@ def test_cost_is_that_of_the_extracted_network_and_its_expectation(patch, tile, 
     for arch in some_archs(net):
         small, cost = net.extract(arch), net.cost(arch)
         assert cost == small.cost() and cost["params"] == sum(q.numel() for q in small.parameters())
-        assert {key: value.item() for key,
-                value in net.cost(one_hot(net.choices, arch)).items()} == pytest.approx(cost,
-                                                                                        rel=1e-9)
+        of_weights = net.cost(one_hot(net.choices, arch))
+        of_weights = {key: value.item() for key, value in of_weights.items()}
+        assert of_weights == pytest.approx(cost, rel=1e-9)
     weights = mixed(net)
     rows = [("n_embd", None), ("mlp_ratio_1", 0), ("n_rstb", None)]
     expected = {"params": 0, "flops": 0}
@@ -144,10 +145,10 @@ def test_cost_is_that_of_the_extracted_network_and_its_expectation(patch, tile, 
             target = corner[name] if row is None else corner[name][row]
             share, _ = share * target[k].item(), target.zero_()
             target[k] = 1
-        expected = {key: expected[key] + share * value.item() for key,
-                    value in net.cost(corner).items()}
-    assert {key: value.item() for key,
-            value in net.cost(weights).items()} == pytest.approx(expected)
+        expected = {key: expected[key] + share * value.item()
+                    for key, value in net.cost(corner).items()}
+    found = {key: value.item() for key, value in net.cost(weights).items()}
+    assert found == pytest.approx(expected)
 
 
 def test_convolution_of_one_width_is_its_padded_sum(dtype):
@@ -200,15 +201,15 @@ def test_images_of_any_size_are_padded_by_reflection(h, w):
     x = torch.rand(2, 3, h, w, generator=generator())
     found = x[:, :, swinir.reflected(h, 8)[:, None], swinir.reflected(w, 8)]
     bottom, right = -h % 8, -w % 8
-    assert torch.equal(found, torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (0, bottom),
-                                                                  (0, right)), "reflect")))
+    sides = (0, 0), (0, 0), (0, bottom), (0, right)
+    assert torch.equal(found, torch.from_numpy(np.pad(x.numpy(), sides, "reflect")))
     if bottom < h and right < w:
         assert torch.equal(found, F.pad(x, (0, right, 0, bottom), mode="reflect"))
     net = make(window_size=8).eval()
     arch = extremes(net.choices)[0]
     y = net(x, None, arch)[0]
-    assert y.shape == (2, 3, 2 * h, 2 * w) and torch.equal(y, net(found, None,
-                                                                  arch)[0][:, :, :2 * h, :2 * w])
+    of_whole = net(found, None, arch)[0]
+    assert y.shape == (2, 3, 2 * h, 2 * w) and torch.equal(y, of_whole[:, :, :2 * h, :2 * w])
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
@@ -220,11 +221,11 @@ def test_images_that_have_a_psnr_are_evaluated(scale):
         return data.Pairs(pixels, np.array([[side, 5]]), np.array([0]), scale)
     config, net = SimpleNamespace(dataset="small", patch=8), make(window_size=8, scale=scale)
     pairs(3).check(config, "val")
-    small, run = net.extract(extremes(net.choices)[0]).eval(), SimpleNamespace(amp=contextlib.nullcontext())
+    small = net.extract(extremes(net.choices)[0]).eval()
+    run = SimpleNamespace(amp=contextlib.nullcontext())
     with torch.no_grad():
-        loss, psnr, n = train.tally(small, pairs(3),
-                                    [(*data.pair_batches(pairs(3), [0], "cpu").__next__(), None)],
-                                    run).tolist()
+        batches = [(*next(data.pair_batches(pairs(3), [0], "cpu")), None)]
+        loss, psnr, n = train.tally(small, pairs(3), batches, run).tolist()
     assert n == 1 and 0 < loss < 10 and 0 < psnr < 50
     with pytest.raises(SystemExit, match="the smallest of 2 pixels"):
         pairs(2).check(config, "val")
@@ -253,8 +254,8 @@ def test_the_first_convolution_reaches_the_image_past_all_blocks():
 def test_drop_path_is_for_training_alone():
     arch, (x, _) = extremes(make().choices)[1], batch()
     net, plain = make(drop_path=0.9).extract(arch), make().extract(arch)
-    assert not torch.equal(net(x)[0], plain(x)[0]) and torch.equal(net.eval()(x)[0],
-                                                                   plain.eval()(x)[0])
+    assert not torch.equal(net(x)[0], plain(x)[0])
+    assert torch.equal(net.eval()(x)[0], plain.eval()(x)[0])
     assert torch.equal(make(drop_path=0.9)(x, None, arch)[0],
                        plain(x)[0]), "a supernet drops nothing"
 
@@ -287,10 +288,10 @@ def test_genotypes_round_trip():
      "is not a genotype of swinir"),
     (lambda: swinir.arch_of('{"n_embd": 12, "n_head": {"ab": 1}, "mlp_ratio": {"cd": 1}}'),
      "is not a genotype of swinir"),
-    (lambda: make(scale=5), "scale=5 is not 2, 3 or 4"), (lambda: make(n_embd=[10]),
-                                                          "n_embd=10 is not divisible by n_head=3"),
-    (lambda: make(tile=6), "must divide 32 and tile=6"), (lambda: make(drop_path=1.0),
-                                                          "drop_path=1.0 must be at least 0 and below 1"),
+    (lambda: make(scale=5), "scale=5 is not 2, 3 or 4"),
+    (lambda: make(n_embd=[10]), "n_embd=10 is not divisible by n_head=3"),
+    (lambda: make(tile=6), "must divide 32 and tile=6"),
+    (lambda: make(drop_path=1.0), "drop_path=1.0 must be at least 0 and below 1"),
     (lambda: make(mlp_ratio=[0.05, 1]), "mlp_ratio=0.05 of n_embd=12 is less than one neuron")])
 def test_errors_are_one_sentence(call, message):
     with pytest.raises((ConfigError, SystemExit), match=message) as error:
@@ -317,8 +318,8 @@ def test_bicubic_interpolation_of_set5_has_the_published_psnr_and_ssim(sets, sca
         up = F.interpolate(x, scale_factor=scale, mode="bicubic", antialias=True)
         found.append(data.image_quality(up, y, scale, structure=True))
         low, high = pairs.pair(i)
-        assert np.abs(p.shrink(high,
-                               scale).astype(int) - low).max() <= 2, "what we make is what MATLAB made"
+        made = p.shrink(high, scale).astype(int)
+        assert np.abs(made - low).max() <= 2, "what we make is what MATLAB made"
     assert np.mean([row["psnr_y"] for row in found]) == pytest.approx(psnr, abs=0.02)
     assert np.mean([row["ssim_y"] for row in found]) == pytest.approx(ssim, abs=0.001)
 
@@ -385,15 +386,14 @@ def test_images_of_any_size_with_and_without_a_low_resolution(tmp_path):
         p.prepare("pairs", str(tmp_path / path), data_dir=tmp_path, name=name, img_size=24)
         val, train_pairs = (data.load_pairs(tmp_path, name, split, 2) for split in ("val", "train"))
         low, high = val.pair(0)
-        assert np.array_equal(low, picture(15, 13)) and np.array_equal(high,
-                                                                       picture(30,
-                                                                               26)), "the given low resolution is kept"
+        assert np.array_equal(low, picture(15, 13)), "the given low resolution is kept"
+        assert np.array_equal(high, picture(30, 26)), "the given low resolution is kept"
         assert len(train_pairs) == 2 * 3 + 2 * 2 and max(train_pairs.shapes.ravel()) <= 12
         assert sum(h * w for h, w in train_pairs.shapes) == 20 * 25 + 16 * 23
     p.prepare("pairs", str(tmp_path / "in.zip/train_HR"), data_dir=tmp_path, name="half",
               val_fraction=0.5)
-    assert [len(data.load_pairs(tmp_path, "half", split, 2)) for split in ("train",
-                                                                           "val")] == [1, 1]
+    sizes = [len(data.load_pairs(tmp_path, "half", split, 2)) for split in ("train", "val")]
+    assert sizes == [1, 1]
 
 
 def test_crops_are_of_the_same_place_and_what_the_generator_says(tmp_path):
@@ -401,9 +401,8 @@ def test_crops_are_of_the_same_place_and_what_the_generator_says(tmp_path):
     pairs = data.load_pairs(tmp_path, "sr_samples", "train", 2)
     x, y = data.get_patches(pairs, 16, 24, runs.rng(1), flip=True)
     again = data.get_patches(pairs, 16, 24, runs.rng(1), flip=True)
-    assert x.shape == (16, 3, 24, 24) and y.shape == (16, 3, 48,
-                                                      48) and torch.equal(x,
-                                                                          again[0]) and torch.equal(y, again[1])
+    assert x.shape == (16, 3, 24, 24) and y.shape == (16, 3, 48, 48)
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1])
     assert not torch.equal(x, data.get_patches(pairs, 16, 24, runs.rng(2), flip=True)[0])
     assert (F.avg_pool2d(y, 2) - x).abs().mean() < 0.03, "turned and mirrored alike"
 
@@ -425,8 +424,8 @@ def test_a_mixture_is_evaluated_on_the_images_of_its_architecture(tmp_path):
     gap is between two losses of the same."""
     p.prepare("sr_samples", data_dir=tmp_path)
     net, val = make(), data.load_pairs(tmp_path, "sr_samples", "val", 2).part(0, 2)
-    config, run = SimpleNamespace(eval_iters=20), SimpleNamespace(rank=0, world=1, device="cpu",
-                                                                  amp=contextlib.nullcontext())
+    config = SimpleNamespace(eval_iters=20)
+    run = SimpleNamespace(rank=0, world=1, device="cpu", amp=contextlib.nullcontext())
     arch = extremes(net.choices)[0]
     own, given = (train.estimate(net, val, config, run, "val", lambda i: arch, own_norms)
                   for own_norms in (True, False))
@@ -440,8 +439,8 @@ def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path):
     killed_in("read_pair",
               f"any(map(os.path.getsize, glob({str(tmp_path / 'killed_x2/train.bin.tmp')!r})))",
               *args)
-    with pytest.raises(SystemExit,
-                       match=r"run python prepare.py --dataset=pairs --scale=2 --path=FOLDER --name=killed"):
+    words = r"run python prepare.py --dataset=pairs --scale=2 --path=FOLDER --name=killed"
+    with pytest.raises(SystemExit, match=words):
         data.load_pairs(tmp_path, "killed", "train", 2)
     for name in ("killed", "whole"):
         p.prepare("pairs", str(path), data_dir=tmp_path, name=name)
@@ -475,8 +474,8 @@ def spoil(folder, what):
 
 
 @pytest.mark.parametrize("what, message", [
-    ("corrupt", "1.png is damaged or no image"), ("other size",
-                                                  r"HR.0.png is 40x40 and its low resolution 21x20, where scale=2 makes"),
+    ("corrupt", "1.png is damaged or no image"),
+    ("other size", r"HR.0.png is 40x40 and its low resolution 21x20, where scale=2 makes"),
     ("small", "0.png is 40x14, of which scale=2 leaves less than 8"), ("none", "has no image"),
     ("zip", "is damaged")])
 def test_a_mistake_is_one_sentence(what, message, tmp_path):
@@ -490,8 +489,8 @@ def test_a_mistake_is_one_sentence(what, message, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(dataset="div2k"), "the other pairs need a folder"), (dict(dataset="sr_samples", path="x"),
-                                                               "sr_samples is of scikit-learn"),
+    (dict(dataset="div2k"), "the other pairs need a folder"),
+    (dict(dataset="sr_samples", path="x"), "sr_samples is of scikit-learn"),
     (dict(dataset="sr_samples", scale=5), "--scale=5 is not 2, 3 or 4"),
     (dict(dataset="sr_samples", tokenizer="char"), "is of images")])
 def test_settings_that_do_not_fit(options, message, tmp_path):
@@ -501,5 +500,5 @@ def test_settings_that_do_not_fit(options, message, tmp_path):
 
 def test_learning_rate_is_halved_at_milestones():
     config = SimpleNamespace(learning_rate=1.0, warmup_iters=0, milestones=[10, 20])
-    assert [train.get_lr(step, config) for step in (0, 9, 10, 19, 20, 99)] == [1, 1, 0.5, 0.5, 0.25,
-                                                                               0.25]
+    rates = [train.get_lr(step, config) for step in (0, 9, 10, 19, 20, 99)]
+    assert rates == [1, 1, 0.5, 0.5, 0.25, 0.25]

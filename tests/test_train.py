@@ -36,27 +36,27 @@ OPTIMIZERS = {"darts": dict(optimizer="darts"), "darts2": dict(optimizer="darts"
 
 
 def search_config(data_dir, out_dir, **rest):
-    return defaults(vars(train_search)) | TINY_SEARCH | dict(data_dir=data_dir,
-                                                             out_dir=str(out_dir)) | rest
+    places = dict(data_dir=data_dir, out_dir=str(out_dir))
+    return defaults(vars(train_search)) | TINY_SEARCH | places | rest
 
 
 def train_config(data_dir, out_dir, **rest):
     sizes = dict(n_layer=2, n_head=2, n_embd=16, mlp_ratio=2.0)
-    return defaults(vars(train)) | TINY | sizes | dict(data_dir=data_dir,
-                                                       out_dir=str(out_dir)) | rest
+    places = dict(data_dir=data_dir, out_dir=str(out_dir))
+    return defaults(vars(train)) | TINY | sizes | places | rest
 
 
 def base_config(data_dir, out_dir, found, **rest):
-    return defaults(vars(train_base)) | TINY | dict(data_dir=data_dir, out_dir=str(out_dir),
-                                                    arch=str(found)) | rest
+    places = dict(data_dir=data_dir, out_dir=str(out_dir), arch=str(found))
+    return defaults(vars(train_base)) | TINY | places | rest
 
 
 def with_other_val(data_dir, other):
     """A copy of the data whose val.bin is shuffled, as if it had been prepared so."""
     shutil.copytree(data_dir, other)
     meta = read_json(other / "pydocs/meta.json")
-    tokens = np.random.default_rng(0).permutation(np.fromfile(other / "pydocs/val.bin",
-                                                              meta["dtype"]))
+    tokens = np.fromfile(other / "pydocs/val.bin", meta["dtype"])
+    tokens = np.random.default_rng(0).permutation(tokens)
     tokens.tofile(other / "pydocs/val.bin")
     write_json(other / "pydocs/meta.json", meta | {"val_sha256": bytes_hash(tokens)})
     return other
@@ -80,12 +80,10 @@ def test_tensorboard_has_every_number_at_the_end(data_dir, tmp_path, monkeypatch
     lines = [line for line in read_lines(tmp_path / "log.jsonl") if "lr" in line]
     logged = EventAccumulator(str(tmp_path)).Reload()
     for key in ("loss", "lr", "ms"):
-        assert [event.step for event in logged.Scalars(key)] == [line["step"]
-                                                                 for line in lines] == list(range(1,
-                                                                                                  TINY["max_iters"] + 1))
-        assert [event.value for event in logged.Scalars(key)] == pytest.approx([line[key]
-                                                                                for line in lines],
-                                                                               rel=1e-6)
+        steps, values = [line["step"] for line in lines], [line[key] for line in lines]
+        assert steps == list(range(1, TINY["max_iters"] + 1))
+        assert [event.step for event in logged.Scalars(key)] == steps
+        assert [event.value for event in logged.Scalars(key)] == pytest.approx(values, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -179,16 +177,15 @@ def test_alphas_and_weights_never_meet(data_dir, tmp_path):
     weights, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0, skipped=0)
     in_weights = {id(p) for group in weights.param_groups for p in group["params"]}
     in_chooser = {id(p) for group in arch_optimizer.optimizer.param_groups for p in group["params"]}
-    assert in_weights == {id(p) for p in net.parameters()} and in_chooser == {id(a)
-                                                                              for a in arch_optimizer.alphas.values()}
+    assert in_weights == {id(p) for p in net.parameters()}
+    assert in_chooser == {id(a) for a in arch_optimizer.alphas.values()}
     assert not in_weights & in_chooser
 
-    w0, a0 = [p.clone() for p in net.parameters()], {k: a.clone() for k,
-                                                     a in arch_optimizer.alphas.items()}
+    w0 = [p.clone() for p in net.parameters()]
+    a0 = {k: a.clone() for k, a in arch_optimizer.alphas.items()}
     train_search.arch_step(net, net, arch_optimizer, splits, config, run, state)
-    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), w0,
-                                                 strict=True)) and all(p.grad is None
-                                                                       for p in net.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), w0, strict=True))
+    assert all(p.grad is None for p in net.parameters())
     for key, alpha in arch_optimizer.alphas.items():
         moved = (alpha != a0[key]).reshape(-1, alpha.shape[-1])
         assert moved.any(-1).all(), f"a row of {key} got no gradient: {moved}"
@@ -196,9 +193,8 @@ def test_alphas_and_weights_never_meet(data_dir, tmp_path):
     sampled = train_search.to_device(arch_optimizer.sample(0, runs.rng(1)), run)
     train.train_step(net, net, weights, splits["train"], config, run, state, config.learning_rate,
                      [sampled])
-    assert all(torch.equal(a, a1[k]) for k,
-               a in arch_optimizer.alphas.items()) and not all(map(torch.equal, net.parameters(),
-                                                                   w0))
+    assert all(torch.equal(a, a1[k]) for k, a in arch_optimizer.alphas.items())
+    assert not all(map(torch.equal, net.parameters(), w0))
 
 
 @pytest.mark.parametrize("optimizer", ["darts", "drnas"])
@@ -210,8 +206,8 @@ def test_every_alpha_that_can_matter_gets_a_gradient(optimizer):
         space = dict(n_layer=[1, 2, 3], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
         net = build(dict(block_size=8, vocab_size=20, head_size=head_size) | space)
         arch_optimizer = METHODS[optimizer](net.choices, runs.rng(0))
-        leaves = {k: w.detach().requires_grad_() for k,
-                  w in arch_optimizer.sample(0, runs.rng(1)).items()}
+        leaves = {k: w.detach().requires_grad_()
+                  for k, w in arch_optimizer.sample(0, runs.rng(1)).items()}
         x = torch.randint(20, (4, 8))
         net(x, x.roll(-1, 1), leaves)[1].backward()
         for name, leaf in leaves.items():
@@ -224,8 +220,8 @@ def test_the_split_shares_out_train_bin(data_dir, tmp_path):
     config = SimpleNamespace(**search_config(data_dir, tmp_path / "s", train_portion=0.7))
     splits, _ = train_search.split_data(config, SimpleNamespace(master=True, world=1))
     whole = load_tokens(data_dir, "pydocs", "train")
-    assert np.array_equal(np.concatenate([splits["train"].ids, splits["search"].ids]),
-                          whole) and len(splits["train"]) == int(0.7 * len(whole))
+    both = np.concatenate([splits["train"].ids, splits["search"].ids])
+    assert np.array_equal(both, whole) and len(splits["train"]) == int(0.7 * len(whole))
     assert np.array_equal(splits["val"].ids, load_tokens(data_dir, "pydocs", "val"))
     assert config.vocab_size == read_json(f"{data_dir}/pydocs/meta.json")["vocab_size"]
 
@@ -268,8 +264,8 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
         choosers.append((self, {k: a.detach().clone() for k, a in self.alphas.items()}))
     for module, attribute, spy in ((train_search, "micro_batches", spy_batches),
                                    (train, "micro_batches", spy_batches),
-                                   (train_search, "backward", spy_backward), (train, "backward",
-                                                                              spy_backward),
+                                   (train_search, "backward", spy_backward),
+                                   (train, "backward", spy_backward),
                                    (train_search, "estimate", spy_estimate),
                                    (train_search, "train_step", spy_step),
                                    (method, "sample", spy_sample), (method, "__init__", spy_init)):
@@ -287,8 +283,8 @@ def test_each_step_sees_its_own_data_weights_and_rates(name, data_dir, tmp_path,
         group = arch_optimizer.optimizer.param_groups[0]
         assert (group["lr"], group["weight_decay"]) == (0.007, 0.002)
     in_steps = [d for d in draws if d[0] < 1.0]
-    assert [p for p, _ in in_steps] == [step / 4 for step in range(4) for _ in range(1 if name ==
-                                                                                     "spos" else 2)]
+    in_each = 1 if name == "spos" else 2
+    assert [p for p, _ in in_steps] == [step / 4 for step in range(4) for _ in range(in_each)]
     assert len({seed for _, seed in in_steps}) == len(in_steps)
 
 
@@ -306,8 +302,8 @@ def test_spos_ends_with_the_search_that_was_asked_for(arch_search, other, data_d
     assert len(read_lines(tmp_path / "s/arch_search.jsonl")) == 6
 
 
-def test_the_seconds_of_spos_are_also_those_of_the_search_that_ends_it(data_dir, tmp_path,
-                                                                       monkeypatch):
+def test_the_seconds_of_spos_are_also_those_of_the_search_that_ends_it(
+        data_dir, tmp_path, monkeypatch):
     """Also of evaluations that a run which goes on has not to repeat."""
     score = train_search.score
     monkeypatch.setattr(train_search, "score", lambda *args, **kwargs: time.sleep(0.2)
@@ -359,9 +355,8 @@ def test_unrolled_step_of_a_real_network(data_dir, tmp_path, monkeypatch):
         weights = {k: w.detach().clone() for k, w in seen["weights"].items()}
         weights[name].view(-1)[1] += change
         torch.manual_seed(runs.rng(config.seed, "dropout", "arch", 0, 0).initial_seed())
-        loss = train.backward(net, [(x, y, weights) for x,
-                                    y in train.micro_batches(splits[split], config, run, split, 0)],
-                              run)
+        micro_batches = train.micro_batches(splits[split], config, run, split, 0)
+        loss = train.backward(net, [(x, y, weights) for x, y in micro_batches], run)
         found = [p.grad.clone() for p in params]
         net.zero_grad()
         return found if grads else loss.item()
@@ -478,12 +473,12 @@ def test_resuming_changes_nothing(name, data_dir, tmp_path):
         train.save = train_search.save = original
     assert state["killed"]
     go(tmp_path / "parts", init_from="resume")
-    a, b = (torch.load(tmp_path / part / "ckpt.pt", weights_only=True) for part in ("whole",
-                                                                                    "parts"))
+    a, b = (torch.load(tmp_path / part / "ckpt.pt", weights_only=True)
+            for part in ("whole", "parts"))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
     if "chooser" in a:
-        assert all(torch.equal(a["chooser"]["alphas"][key], value) for key,
-                   value in b["chooser"]["alphas"].items())
+        assert all(torch.equal(a["chooser"]["alphas"][key], value)
+                   for key, value in b["chooser"]["alphas"].items())
     whole, parts = ([line for line in losses(tmp_path / part) if line.get("step", 0)]
                     for part in ("whole", "parts"))
     assert whole == parts, "a resumed run says its header again, and nothing else"
@@ -579,22 +574,22 @@ COUNTS = ("eval_interval", "log_interval", "eval_iters", "batch_size", "block_si
 
 
 @pytest.mark.parametrize("change, words", [
-    *((dict([(key, 0)]), "0 must be 1 or more") for key in COUNTS), (dict(block_size=-16),
-                                                                     "-16 must be 1 or more"),
+    *((dict([(key, 0)]), "0 must be 1 or more") for key in COUNTS),
+    (dict(block_size=-16), "-16 must be 1 or more"),
     *((dict([(key, -1)]), "-1 must be 0 or more") for key in NONE_OR_MORE),
     (dict(seed=2**63), f"{2**63} must be at least {-2**63} and below {2**63}"),
     *((dict([(key, value)]), f"{value} must be at least 0 and below 1")
       for key in ("beta1", "beta2", "momentum") for value in (-0.1, 1.0)),
     (dict(nesterov=True, momentum=0, weight_optimizer="sgd"),
      "True needs a momentum above 0, and momentum=0"),
-    (dict(dropout=1.0), "1.0 must be at least 0 and below 1"), (dict(router_aux_loss_coef=-0.1),
-                                                                "-0.1 must be 0 or more"),
+    (dict(dropout=1.0), "1.0 must be at least 0 and below 1"),
+    (dict(router_aux_loss_coef=-0.1), "-0.1 must be 0 or more"),
     (dict(head_size=-4), "-4 must be 0 or more")])
 def test_numbers_out_of_range_are_one_sentence(change, words, searched, data_dir, tmp_path):
     """Of every trainer, which leaves nothing behind."""
     places, (key, value) = (data_dir, tmp_path / "o"), next(iter(change.items()))
-    runs = [(train.train, train_config(*places, **change)), (train_search.search,
-                                                             search_config(*places, **change))]
+    runs = [(train.train, train_config(*places, **change)),
+            (train_search.search, search_config(*places, **change))]
     # train_base.py has those of the search
     if (key, value) not in (("block_size", 0), ("head_size", -4)):
         runs.append((train_base.train_found, base_config(*places, searched / "arch.json",
@@ -619,8 +614,8 @@ def test_samples_out_of_range_are_one_sentence(change):
 
 def test_checkpoint_of_another_shape(data_dir, tmp_path):
     train.train(train_config(data_dir, tmp_path / "t"))
-    for rest, words in ((dict(n_embd=32), ["another shape", "wte"]), (dict(n_layer=3),
-                                                                      ["another shape", "h.2"])):
+    for rest, words in ((dict(n_embd=32), ["another shape", "wte"]),
+                        (dict(n_layer=3), ["another shape", "h.2"])):
         with pytest.raises(SystemExit) as e:
             train.train(train_config(data_dir, tmp_path / "t", init_from="resume", max_iters=6,
                                      **rest))
@@ -630,23 +625,22 @@ def test_checkpoint_of_another_shape(data_dir, tmp_path):
         train.train(train_config(data_dir, tmp_path / "t", init_from="resume"))
 
 
-def test_a_start_with_weights_of_our_own_runs_needs_a_search_and_an_architecture(searched, data_dir,
-                                                                                 tmp_path):
+def test_a_start_with_weights_of_our_own_runs_needs_a_search_and_an_architecture(
+        searched, data_dir, tmp_path):
     """What train_base.py takes; what it and train.py do not is one sentence that says so, and
     writes nothing."""
     base = base_config(data_dir, tmp_path / "base", searched / "arch.json", init_from=str(searched))
     train_base.train_found(base)
-    for kind, folder, go in (("search", searched,
-                              lambda **rest: train.train(train_config(data_dir, tmp_path / "o",
-                                                                      **rest))),
-                             ("training", tmp_path / "base",
-                              lambda **rest: train.train(train_config(data_dir, tmp_path / "o",
-                                                                      **rest))),
-                             ("training", tmp_path / "base",
-                              lambda **rest: train_base.train_found(base | rest |
-                                                                    {"overwrite": True}))):
-        with pytest.raises(SystemExit,
-                           match=f"out_dir of a {kind}, and .* python train_base.py --arch=.*/arch.json --init_from=") as e:
+
+    def alone(**rest):
+        train.train(train_config(data_dir, tmp_path / "o", **rest))
+
+    def of_found(**rest):
+        train_base.train_found(base | rest | {"overwrite": True})
+    for kind, folder, go in (("search", searched, alone), ("training", tmp_path / "base", alone),
+                             ("training", tmp_path / "base", of_found)):
+        words = f"out_dir of a {kind}, and .* python train_base.py --arch=.*/arch.json --init_from="
+        with pytest.raises(SystemExit, match=words) as e:
             go(init_from=str(folder))
         assert "\n" not in str(e.value) and not (tmp_path / "o").exists()
     assert (tmp_path / "base/result.json").exists()
@@ -672,10 +666,11 @@ def test_a_network_other_than_the_found_one_is_one_sentence(key, value, searched
     command says."""
     monkeypatch.setattr("sys.argv", ["train_base.py", f"--arch={searched}/arch.json",
                                      f"--{key}={value}"])
-    with pytest.raises(SystemExit,
-                       match=f"^{key}={value} is not .*, that of {searched}/arch.json: leave it out.$"):
+    words = f"^{key}={value} is not .*, that of {searched}/arch.json: leave it out.$"
+    with pytest.raises(SystemExit, match=words):
         train_base.with_found(vars(train_base))
-    (tmp_path / "c.py").write_text(f"{key} = {value if key != 'norm' else repr(value)} # of another run")
+    written = value if key != "norm" else repr(value)
+    (tmp_path / "c.py").write_text(f"{key} = {written} # of another run")
     monkeypatch.setattr("sys.argv", ["train_base.py", str(tmp_path / "c.py"),
                                      f"--arch={searched}/arch.json"])
     with pytest.raises(SystemExit, match=f"^{key}={value} is not "):
@@ -690,12 +685,11 @@ def test_the_next_command_can_be_copied(data_dir, tmp_path, capsys):
     """Also that of an out_dir with a space in its name."""
     out = tmp_path / "my search"
     train_search.search(search_config(data_dir, out))
-    assert shlex.split(capsys.readouterr().out.splitlines()[-1]) == ["next:", "python",
-                                                                     "train_base.py",
-                                                                     f"--arch={out}/arch.json"]
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words == ["next:", "python", "train_base.py", f"--arch={out}/arch.json"]
     train_base.train_found(base_config(data_dir, tmp_path / "my base", out / "arch.json"))
-    assert shlex.split(capsys.readouterr().out.splitlines()[-1]) == ["next:", "python", "sample.py",
-                                                                     f"--out_dir={tmp_path}/my base"]
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words == ["next:", "python", "sample.py", f"--out_dir={tmp_path}/my base"]
 
 
 def test_arch_traj_takes_the_last_line(searched, data_dir, tmp_path):
@@ -706,11 +700,12 @@ def test_arch_traj_takes_the_last_line(searched, data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("key, package", [("wandb_log", "wandb"), ("tensorboard", "tensorboard")])
-def test_a_package_that_is_missing_is_told_before_a_run_is_begun(key, package, data_dir, tmp_path,
-                                                                 monkeypatch):
+def test_a_package_that_is_missing_is_told_before_a_run_is_begun(
+        key, package, data_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit,
-                       match=f"^{key}=True needs a package that is not installed: pip install {package}, or leave it off.$"):
+    words = (f"^{key}=True needs a package that is not installed: pip install {package}, "
+             "or leave it off.$")
+    with pytest.raises(SystemExit, match=words):
         train.train(train_config(data_dir, tmp_path / "t", **{key: True}))
     assert not (tmp_path / "t").exists()
 

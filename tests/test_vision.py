@@ -107,11 +107,11 @@ def test_every_method_searches_every_space(space, method, digits_dir, tmp_path):
     # sealed, and whole
     assert all(line == add_checksum(verify_checksum(line, "")) for line in lines)
     best = min(lines, key=lambda line: line["arch_loss"])
-    assert verify_checksum(best,
-                           "") == found and found["space"] == space and result["arch"] == found["arch"]
+    assert verify_checksum(best, "") == found
+    assert found["space"] == space and result["arch"] == found["arch"]
     quality = "psnr" if space == "swinir" else "acc"
-    assert all(0 <= line[f"{part}_{quality}"] <= 100 for line in lines for part in ("arch",
-                                                                                    "val_arch"))
+    assert all(0 <= line[f"{part}_{quality}"] <= 100
+               for line in lines for part in ("arch", "val_arch"))
     assert (read_json(tmp_path / "s/result.json") == result
             and Path(search_figure(str(tmp_path / "s"))).stat().st_size > 10000)
     assert not list(tmp_path.rglob("*.tmp"))
@@ -119,29 +119,31 @@ def test_every_method_searches_every_space(space, method, digits_dir, tmp_path):
     tiny = {key: value for key, value in TINY_IMAGES.items() if key != "dataset"}
     script("train_base.py", f"--arch={tmp_path}/s/arch.json", f"--out_dir={tmp_path}/b",
            *flags(tiny))
-    trained, config = read_json(tmp_path / "b/result.json"), read_json(tmp_path / "b/run.json")["config"]
-    assert (trained["params"], trained["flops"]) == (found["cost"]["params"],
-                                                     found["cost"]["flops"]) and trained["arch"] == found["arch"]
+    trained = read_json(tmp_path / "b/result.json")
+    config, cost = read_json(tmp_path / "b/run.json")["config"], found["cost"]
+    assert (trained["params"], trained["flops"]) == (cost["params"], cost["flops"])
+    assert trained["arch"] == found["arch"]
     assert (0 <= trained[f"test_{quality}"] <= 100 and 0 <= trained[f"best_val_{quality}"] <= 100
             and trained["steps"] == 4)
-    assert {key: config[key]
-            for key in found["model"]} == found["model"] and config["data_dir"] == digits_dir
+    assert {key: config[key] for key in found["model"]} == found["model"]
+    assert config["data_dir"] == digits_dir
 
 
 def test_a_key_of_the_space_overrides_the_search(digits_dir, tmp_path):
     train_search.search(search_config("nb201", digits_dir, tmp_path / "s", max_iters=2))
     script("train_base.py", f"--arch_traj={tmp_path}/s/arch_traj.jsonl", "--n_cell=2",
            f"--out_dir={tmp_path}/b", *flags(TINY_IMAGES))
-    config, last = read_json(tmp_path / "b/run.json")["config"], read_lines(tmp_path / "s/arch_traj.jsonl")[-1]
-    assert (config["n_cell"], config["init_channels"]) == (2,
-                                                           4) and read_json(tmp_path / "b/result.json")["arch"] == last["arch"]
+    config = read_json(tmp_path / "b/run.json")["config"]
+    last = read_lines(tmp_path / "s/arch_traj.jsonl")[-1]
+    assert (config["n_cell"], config["init_channels"]) == (2, 4)
+    assert read_json(tmp_path / "b/result.json")["arch"] == last["arch"]
 
 
 def test_a_network_of_images_writes_no_text(digits_dir, tmp_path):
     train_base.train_found(space_config(train_base, "nb201", digits_dir, tmp_path,
                                         genotype=GENOTYPE.replace("none", "skip_connect")))
-    assert "holds a network of nb201, which writes no text" in sentence("sample.py",
-                                                                        f"--out_dir={tmp_path}")
+    said = sentence("sample.py", f"--out_dir={tmp_path}")
+    assert "holds a network of nb201, which writes no text" in said
 
 
 def test_a_genotype_is_trained(digits_dir, tmp_path):
@@ -161,8 +163,8 @@ def test_help_of_a_space_lists_its_keys(name, space):
     lines = usage(with_space(dict(vars(module)), space)).splitlines()
     for key, value in defaults(keys).items():
         line = next(line for line in lines if line.startswith(f"{key} = "))
-        assert str(value) in line and ("  #" in line or key.startswith(("channels_",
-                                                                        "last_"))), line
+        assert str(value) in line, line
+        assert "  #" in line or key.startswith(("channels_", "last_")), line
     names = [line.split(" = ")[0] for line in lines]
     assert (f"space = '{space}'" in "\n".join(lines) and "residual" not in names
             and "block_size" not in names)
@@ -229,8 +231,8 @@ def test_the_second_stage_keeps_some_operations_and_widens(space, method, digits
     checkpoint = torch.load(tmp_path / "s/ckpt.pt", weights_only=True)
     net = build(checkpoint["config"])
     top_edges = {name: net.state_dict()[name].shape for name in checkpoint["model"]}
-    assert top_edges == {name: value.shape for name,
-                         value in checkpoint["model"].items()} and len(top_edges) < len(net.state_dict())
+    assert top_edges == {name: value.shape for name, value in checkpoint["model"].items()}
+    assert len(top_edges) < len(net.state_dict())
     assert read_json(tmp_path / "s/arch.json")["step"] > 2
 
 
@@ -241,8 +243,8 @@ def test_the_alphas_of_a_second_stage_rest_once(digits_dir, tmp_path):
     alphas = []
     for steps, start in ((4, "scratch"), (16, "resume")):
         train_search.search(config | dict(max_iters=steps, init_from=start))
-        alphas.append(torch.load(tmp_path / "ckpt.pt",
-                                 weights_only=True)["chooser"]["optimizer"]["state"][0]["step"].item())
+        chooser = torch.load(tmp_path / "ckpt.pt", weights_only=True)["chooser"]
+        alphas.append(chooser["optimizer"]["state"][0]["step"].item())
     assert alphas[0] == 4 - 2 * config["arch_warmup_iters"] and alphas[1] == alphas[0] + 12
 
 
@@ -256,7 +258,8 @@ import data
 import data
 import search_spaces
 train_search.search(search_config("nb201", {data!r}, {out!r} + "/s", **TWO))
-train_base.train_found(space_config(train_base, "nb201", {data!r}, {out!r} + "/b", arch={found!r}, **TWO))
+train_base.train_found(space_config(train_base, "nb201", {data!r}, {out!r} + "/b", arch={found!r},
+                                    **TWO))
 """
 TWO = dict(gradient_accumulation_steps=2, max_iters=6, crop=1, flip=True, cutout=2)
 
@@ -277,8 +280,8 @@ def test_two_processes_find_what_one_finds(digits_dir, tmp_path):
         for a, b in zip(one, two, strict=True):
             for key in a.keys() - {"ms", "images_per_s", "sha256"}:
                 if isinstance(a[key], float):
-                    assert a[key] == pytest.approx(b[key],
-                                                   abs=1e-5), f"{name}: {key} at step {a['step']}"
+                    expected = pytest.approx(b[key], abs=1e-5)
+                    assert a[key] == expected, f"{name}: {key} at step {a['step']}"
                 elif key in ("weights", "entropy"):
                     for choice, rows in a[key].items():
                         torch.testing.assert_close(torch.tensor(rows), torch.tensor(b[key][choice]),
@@ -313,12 +316,12 @@ def test_the_splits_share_no_image_and_only_train_is_augmented(digits_dir, tmp_p
     seen = spied(monkeypatch, lambda: train_search.search(config))
     whole = {image.tobytes() for image in load_images(digits_dir, "digits", "train").pixels}
     assert len(whole) == 1438 # all are different
-    (weights, changed), (alphas, unchanged), (val, unchanged_too) = (seen[n]
-                                                                     for n in (862, 576, 359))
-    assert (len(weights) > 850 and len(alphas) > 570 and not weights & alphas and weights | alphas <
-            whole and not val & whole)
-    assert all(changed) and len(changed) >= 60 and not any(unchanged +
-                                                           unchanged_too) and len(unchanged) >= 60
+    (weights, changed), (alphas, unchanged), (val, unchanged_too) = (
+        seen[n] for n in (862, 576, 359))
+    assert len(weights) > 850 and len(alphas) > 570 and not weights & alphas
+    assert weights | alphas < whole and not val & whole
+    assert all(changed) and len(changed) >= 60
+    assert not any(unchanged + unchanged_too) and len(unchanged) >= 60
 
 
 def test_train_base_augments_only_what_it_trains_on(digits_dir, tmp_path, monkeypatch):
@@ -347,8 +350,8 @@ def test_a_score_does_not_depend_on_what_was_evaluated_before(space, digits_dir,
     assert train_search.score(net, net, a, splits, config, run) == before
     small = net.extract(a) # alone it has the same statistics, by their definition
     first = next(module for module in small.modules() if isinstance(module, torch.nn.BatchNorm2d))
-    means, hook = [], first.register_forward_pre_hook(lambda module,
-                                                      args: means.append(args[0].mean((0, 2, 3))))
+    means, hook = [], first.register_forward_pre_hook(
+        lambda module, args: means.append(args[0].mean((0, 2, 3))))
     top_edges = first.running_mean.clone()
     with torch.no_grad():
         for i in range(config.bn_batches):
@@ -381,8 +384,8 @@ def test_accuracies_are_counts(digits_dir, tmp_path):
     net.load_state_dict(checkpoint["model"])
     test, whole = (load_images(digits_dir, "digits", split) for split in ("val", "train"))
     loss, accuracy = by_hand(net, test)
-    assert (result["test_acc"] == pytest.approx(accuracy) and result["test_loss"] ==
-            pytest.approx(loss, abs=1e-4) and accuracy > 20)
+    assert result["test_acc"] == pytest.approx(accuracy) and accuracy > 20
+    assert result["test_loss"] == pytest.approx(loss, abs=1e-4)
     loss, accuracy = by_hand(net, whole.part(1438 - 143, 1438))
     assert (result["best_val_acc"] == pytest.approx(accuracy)
             and checkpoint["losses"]["val_loss"] == pytest.approx(loss, abs=1e-4))
@@ -407,8 +410,8 @@ def test_an_evaluation_never_drops_or_counts_the_second_classifier(tmp_path):
         checkpoint = torch.load(tmp_path / name / "ckpt.pt", weights_only=True)
         states[name], net = checkpoint["model"], build(checkpoint["config"], arch)
         net.load_state_dict(checkpoint["model"])
-        assert result["val_loss"] == pytest.approx(by_hand(net, load_images(str(tmp_path), "digits",
-                                                                            "val"))[0], abs=1e-4)
+        loss = by_hand(net, load_images(str(tmp_path), "digits", "val"))[0]
+        assert result["val_loss"] == pytest.approx(loss, abs=1e-4)
     heads = {key for key in states["auxiliary"] if key.startswith("auxiliary")}
     assert (heads and states["auxiliary"].keys() - heads == states["plain"].keys() ==
             states["drop"].keys())
@@ -437,15 +440,17 @@ def test_what_decays(name):
     net = build(vars(config))
     optimizer = train.configure_optimizer(net, config, SimpleNamespace(device_type="cpu"))
     decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert sum(len(group["params"])
-               for group in optimizer.param_groups) == len(decay) == len(list(net.parameters()))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay)
+    assert len(decay) == len(list(net.parameters()))
     for key, p in net.named_parameters():
         assert decay[p] == (0.0 if name == "adamw" and p.dim() < 2 else 0.01), key
     assert type(optimizer) is {"sgd": torch.optim.SGD, "adam": torch.optim.Adam,
                                "adamw": torch.optim.AdamW}[name]
     group = optimizer.param_groups[0]
-    assert (group["momentum"], group["nesterov"]) == (0.8,
-                                                      True) if name == "sgd" else group["betas"] == (0.7, 0.6)
+    if name == "sgd":
+        assert (group["momentum"], group["nesterov"]) == (0.8, True)
+    else:
+        assert group["betas"] == (0.7, 0.6)
 
 
 def test_a_step_of_sgd_is_nesterovs(digits_dir, tmp_path):
@@ -456,8 +461,8 @@ def test_a_step_of_sgd_is_nesterovs(digits_dir, tmp_path):
                                                    momentum=0.8,
                                                    weight_decay=0.01, grad_clip=0.1))
     arch, v = uniform(net.choices, rng(0)), {}
-    optimizer, state = train.configure_optimizer(net, config, run), SimpleNamespace(step=0,
-                                                                                    skipped=0)
+    optimizer = train.configure_optimizer(net, config, run)
+    state = SimpleNamespace(step=0, skipped=0)
     for state.step in range(2):
         expected = {}
         train.backward(net, data.micro_batches(splits["train"], config, run, "train", state.step),
@@ -496,10 +501,10 @@ def test_a_table_holds_every_network_once_a_seed(table, digits_dir, tmp_path):
     archs = list(architectures(net.choices))
     wanted = {(*map(str, module.columns(arch).values()), str(seed)) for arch in archs
               for seed in (1, 2)}
-    assert len(archs) == 4 and len(rows) == 8 and {tuple(row.values())[:9]
-                                                   for row in rows} == wanted
-    assert (list(rows[0]) ==
-            [*"c1 c2 c3 c4 k1 k2 k3 k4 seed test_acc test_loss train_loss params flops".split()])
+    assert len(archs) == 4 and len(rows) == 8
+    assert {tuple(row.values())[:9] for row in rows} == wanted
+    columns = "c1 c2 c3 c4 k1 k2 k3 k4 seed test_acc test_loss train_loss params flops"
+    assert list(rows[0]) == columns.split()
     row = next(row for row in rows if (row["c1"], row["c2"], row["seed"]) == ("4", "4", "2"))
     arch = {"channels_1": 4, "channels_2": 4, "channels_3": 4, "channels_4": 4,
             "kernel_size": [3] * 4}
@@ -516,11 +521,11 @@ def test_an_interrupted_table_goes_on(table, digits_dir, tmp_path):
     # the fourth network
     with signalled(train, "update", lambda *args: steps.append(1) or len(steps) == 7):
         script("train_base.py", *table_options(digits_dir, tmp_path / "parts.csv"))
-    assert (len(read_table(str(tmp_path / "parts.csv"))) == 3 and os.listdir(tmp_path) ==
-            ["parts.csv"])
+    assert len(read_table(str(tmp_path / "parts.csv"))) == 3
+    assert os.listdir(tmp_path) == ["parts.csv"]
     script("train_base.py", *table_options(digits_dir, tmp_path / "parts.csv"))
-    assert ((tmp_path / "parts.csv").read_bytes() == table.read_bytes() and os.listdir(tmp_path) ==
-            ["parts.csv"])
+    assert (tmp_path / "parts.csv").read_bytes() == table.read_bytes()
+    assert os.listdir(tmp_path) == ["parts.csv"]
     steps.clear()
     # nothing is left to do
     script("train_base.py", *table_options(digits_dir, tmp_path / "parts.csv"))
@@ -551,11 +556,11 @@ def test_a_table_is_a_benchmark(table, digits_dir, tmp_path):
         mean = np.mean([float(row["test_acc"]) for row in rows if row.items() >= columns.items()])
         assert (line["table_accuracy"] == pytest.approx(mean) and line["table_of"] == 4
                 and line["table_regret"] >= 0)
-    lines, others = (read_lines(tmp_path / name / "arch_traj.jsonl") for name in ("with",
-                                                                                  "without"))
+    lines, others = (read_lines(tmp_path / name / "arch_traj.jsonl")
+                     for name in ("with", "without"))
     for line, other in zip(lines, others, strict=True):
-        assert line.keys() - other.keys() == {f"table_{key}" for key in ("accuracy", "rank", "of",
-                                                                         "percentile", "regret")}
+        assert line.keys() - other.keys() == {
+            f"table_{key}" for key in ("accuracy", "rank", "of", "percentile", "regret")}
         assert all(line[key] == other[key] for key in other if key != "sha256")
     assert any("table_rank" in line for line in read_lines(tmp_path / "with/log.jsonl"))
 
@@ -602,13 +607,13 @@ MISTAKES = {
     "no space": ("train_base.py", [f"--genotype={GENOTYPE}"], ["--space"]),
     "two architectures": ("train_base.py", ["--arch=arch.json", "--arch_traj=arch_traj.jsonl"],
                           ["several"]),
-    "pruning what has no operations": ("train_search.py", ["--space=toy_conv_macro",
-                                                           "--prune_keep=2"], ["prune_keep=2",
-                                                                               "cells"]),
+    "pruning what has no operations": ("train_search.py",
+                                       ["--space=toy_conv_macro", "--prune_keep=2"],
+                                       ["prune_keep=2", "cells"]),
     "pruning without alphas": ("train_search.py", ["--space=nb201", "--prune_keep=2",
                                                    "--optimizer=spos"], ["prune_keep=2", "spos"]),
-    "pruning all but one": ("train_search.py", ["--space=nb201", "--prune_keep=1"], ["prune_keep=1",
-                                                                                     "5"]),
+    "pruning all but one": ("train_search.py", ["--space=nb201", "--prune_keep=1"],
+                            ["prune_keep=1", "5"]),
     "pruning more than there are": ("train_search.py", ["--space=nb201", "--prune_keep=6"],
                                     ["prune_keep=6", "5"]),
     "widening without pruning": ("train_search.py", ["--space=nb201", "--partial_channels=2",
@@ -621,15 +626,15 @@ MISTAKES = {
                                          ["--space=nb201", "--prune_keep=2", "--partial_channels=4",
                                           "--widen_to=3"],
                                          ["partial_channels=3", "4 channels"]),
-    "a large batch": ("train_search.py", ["--space=nb201", "--batch_size=1000"], ["batch_size=1000",
-                                                                                  "719"]),
-    "text for a space": ("train_search.py", ["--space=nb201", "--dataset=words"], ["words", "text",
-                                                                                   "images"]),
+    "a large batch": ("train_search.py", ["--space=nb201", "--batch_size=1000"],
+                      ["batch_size=1000", "719"]),
+    "text for a space": ("train_search.py", ["--space=nb201", "--dataset=words"],
+                         ["words", "text", "images"]),
     "images for the GPT": ("train_search.py", ["--dataset=digits", "--batch_size=4"],
                            ["digits", "images", "text"]),
-    "compiling every architecture": ("train_search.py", ["--space=nb201", "--compile=True",
-                                                         "--optimizer=gdas"], ["compile=True",
-                                                                               "gdas"]),
+    "compiling every architecture": ("train_search.py",
+                                     ["--space=nb201", "--compile=True", "--optimizer=gdas"],
+                                     ["compile=True", "gdas"]),
     "a benchmark of the GPT": ("train_search.py", ["--dataset=words", "--benchmark=table.csv",
                                                    "--block_size=16"], ["table.csv", "gpt"]),
     "a table of the GPT": ("train_base.py", ["--table=TABLE", "--dataset=words"],
