@@ -272,7 +272,7 @@ def test_a_resumed_run_is_one_that_was_not_stopped(name, digits_dir, tmp_path):
         def go(config):
             train.train(config, arch)
     go(config)
-    with signalled(train_search, "train_step", lambda *args: args[6].step == 4):
+    with signalled(train_search if name == "search" else train, "train_step", lambda *args: args[6].step == 4):
         go(config | {"out_dir": str(tmp_path / "parts")})
     go(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"})
     assert state_of(tmp_path / "whole") == state_of(tmp_path / "parts")
@@ -340,13 +340,15 @@ def test_only_what_trains_the_weights_is_changed(name, digits_dir, tmp_path, mon
 
 @pytest.mark.parametrize("change, words", [
     (dict(label_smoothing=1.5), ["label_smoothing=1.5", "0 to 1"]),
-    (dict(mixup=-1.0), ["mixup=-1.0", "above 0"]),
+    (dict(mixup=-1.0), ["mixup=-1.0", "0 or more"]),
     (dict(rand_augment=11), ["rand_augment=11", "0 to 10"]),
     (dict(random_erasing=-0.1), ["random_erasing=-0.1"]),
     (dict(repeated_augmentation=3), ["repeated_augmentation=3", "batch_size=8"]),
     (dict(repeated_augmentation=0), ["repeated_augmentation=0"]),
     (dict(resolutions=[8.5]), ["resolutions=[8.5]", "whole"]),
-    (dict(resolutions=-8), ["resolutions=-8"])])
+    (dict(resolutions=-8), ["resolutions=-8"]),
+    *((dict([(key, -1)]), [f"{key}=-1 must be 0 or more"])
+      for key in ("crop", "cutout", "bn_batches"))])
 def test_a_mistake_is_one_sentence(change, words, digits_dir, tmp_path):
     with pytest.raises(SystemExit) as stop:
         train_search.search(search_config("toy_cell", digits_dir, tmp_path / "s", **change))

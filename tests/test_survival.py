@@ -76,19 +76,20 @@ def starter(name, data_dir, tmp_path):
 def test_twenty_steps_are_ten_and_ten(name, data_dir, tmp_path):
     """Stopped by a signal after step 10 and resumed: losses, alphas, architecture and checkpoint
     are those of one run."""
-    go, step = starter(name, data_dir, tmp_path), train.update
+    go, step = starter(name, data_dir, tmp_path), train.train_step
     go(tmp_path / "whole")
 
-    def update_then_signal(*args):
-        step(*args)
-        if args[-1].step == 9: # the tenth step is being finished
+    def step_then_signal(*args):
+        loss = step(*args)
+        if args[6].step == 9: # the tenth step is being finished
             os.kill(os.getpid(), signal.SIGTERM)
-    train.update = train.update = update_then_signal
+        return loss
+    train.train_step = train_search.train_step = step_then_signal
     try:
         with pytest.raises(SystemExit) as e:
             go(tmp_path / "parts")
     finally:
-        train.update = train.update = step
+        train.train_step = train_search.train_step = step
     assert e.value.code == 128 + signal.SIGTERM
     assert torch.load(tmp_path / "parts/ckpt.pt", weights_only=True)["state"]["step"] == 10
     go(tmp_path / "parts", init_from="resume")

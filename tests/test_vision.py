@@ -71,7 +71,7 @@ def parts(config):
     """What a search works with: its config, run and splits, and the supernet."""
     config = SimpleNamespace(**config)
     run = runs.setup(config)
-    splits = train_search.split_data(config, run)
+    splits, _ = train_search.split_data(config, run)
     return config, run, splits, build(vars(config))
 
 
@@ -187,7 +187,7 @@ def test_a_resumed_search_is_one_that_was_not_stopped(stop, digits_dir, tmp_path
     space, options, steps = STOPS[stop]
     config = search_config(space, digits_dir, tmp_path / "whole", **LONG | options)
     train_search.search(config)
-    with signalled(train, "update", lambda *args: args[-1].step == steps - 1):
+    with signalled(train_search, "train_step", lambda *args: args[6].step == steps - 1):
         train_search.search(config | {"out_dir": str(tmp_path / "parts")})
     assert torch.load(tmp_path / "parts/ckpt.pt", weights_only=True)["state"]["step"] == steps
     train_search.search(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"})
@@ -208,7 +208,7 @@ def test_a_resumed_training_is_one_that_was_not_stopped(digits_dir, tmp_path):
     arch = uniform(build(search_config("darts", "", "")).choices, rng(0))
     config = space_config(train, "darts", digits_dir, tmp_path / "whole", **LONG, drop_path=0.5)
     train.train(config, arch)
-    with signalled(train, "update", lambda *args: args[-1].step == 4):
+    with signalled(train, "train_step", lambda *args: args[6].step == 4):
         train.train(config | {"out_dir": str(tmp_path / "parts")}, arch)
     train.train(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"}, arch)
     assert state_of(tmp_path / "whole") == state_of(tmp_path / "parts")
@@ -230,9 +230,9 @@ def test_the_second_stage_keeps_some_operations_and_widens(space, method, digits
                 assert op == "none" or row[line["options"][name].index(op)], f"{op} has been pruned"
     checkpoint = torch.load(tmp_path / "s/ckpt.pt", weights_only=True)
     net = build(checkpoint["config"])
-    top_edges = {name: net.state_dict()[name].shape for name in checkpoint["model"]}
-    assert top_edges == {name: value.shape for name, value in checkpoint["model"].items()}
-    assert len(top_edges) < len(net.state_dict())
+    measured = {name: net.state_dict()[name].shape for name in checkpoint["model"]}
+    assert measured == {name: value.shape for name, value in checkpoint["model"].items()}
+    assert len(measured) < len(net.state_dict())
     assert read_json(tmp_path / "s/arch.json")["step"] > 2
 
 
@@ -352,12 +352,12 @@ def test_a_score_does_not_depend_on_what_was_evaluated_before(space, digits_dir,
     first = next(module for module in small.modules() if isinstance(module, torch.nn.BatchNorm2d))
     means, hook = [], first.register_forward_pre_hook(
         lambda module, args: means.append(args[0].mean((0, 2, 3))))
-    top_edges = first.running_mean.clone()
+    measured = first.running_mean.clone()
     with torch.no_grad():
         for i in range(config.bn_batches):
-            small.train()(data.draw(splits["train"], config, run, "train", i)[0])
+            small.train()(splits["train"].batch(config, "train", i)[0])
     hook.remove()
-    torch.testing.assert_close(top_edges, torch.stack(means).mean(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(measured, torch.stack(means).mean(0), atol=1e-5, rtol=1e-5)
 
 
 def by_hand(net, images):
@@ -391,7 +391,7 @@ def test_accuracies_are_counts(digits_dir, tmp_path):
             and checkpoint["losses"]["val_loss"] == pytest.approx(loss, abs=1e-4))
 
     config, run, splits, net = parts(search_config("nb201", digits_dir, tmp_path, eval_iters=100))
-    found = train_search.score(net, net, arch, splits, config, run)
+    found = train_search.score(net, net, arch, splits, config, run)[0]
     loss, accuracy = by_hand(net.extract(arch), splits["search"])
     assert found == {"loss": pytest.approx(loss, abs=1e-4),
                      "acc": pytest.approx(accuracy)} and len(splits["search"]) == 719
@@ -465,8 +465,8 @@ def test_a_step_of_sgd_is_nesterovs(digits_dir, tmp_path):
     state = SimpleNamespace(step=0, skipped=0)
     for state.step in range(2):
         expected = {}
-        train.backward(net, data.micro_batches(splits["train"], config, run, "train", state.step),
-                       run, (arch,))
+        batches = train.micro_batches(splits["train"], config, run, "train", state.step)
+        train.backward(net, [(x, y, arch) for x, y in batches], run)
         params = {name: p for name, p in net.named_parameters() if p.grad is not None}
         norm = sum(p.grad.square().sum() for p in params.values()).sqrt()
         assert norm > 0.1
@@ -519,7 +519,7 @@ def test_a_table_holds_every_network_once_a_seed(table, digits_dir, tmp_path):
 def test_an_interrupted_table_goes_on(table, digits_dir, tmp_path):
     steps = []
     # the fourth network
-    with signalled(train, "update", lambda *args: steps.append(1) or len(steps) == 7):
+    with signalled(train, "train_step", lambda *args: steps.append(1) or len(steps) == 7):
         script("train_base.py", *table_options(digits_dir, tmp_path / "parts.csv"))
     assert len(read_table(str(tmp_path / "parts.csv"))) == 3
     assert os.listdir(tmp_path) == ["parts.csv"]
