@@ -266,23 +266,23 @@ def test_sorted_channels_leave_what_was_trained_as_it_was():
 
     def outputs(*expansions):
         return [net(x, None, arch)[0] for e in expansions for arch in archs[e]]
-    for old, new, top_edges, changed in ((first, second, (4,), (2, 3)),
+    for old, new, kept, changed in ((first, second, (4,), (2, 3)),
                                          (second, {name: None for name in second}, (3, 4), (2,))):
         for block in (block for blocks in net.stages for block in blocks): # trained since
             block.project.weight.data.normal_(0, 0.3)
-        before, small = outputs(*top_edges), outputs(*changed)
+        before, small = outputs(*kept), outputs(*changed)
         net.unlock(old, old)
         # nothing to do
-        assert all(torch.equal(a, b) for a, b in zip(outputs(*top_edges, *changed), before + small,
+        assert all(torch.equal(a, b) for a, b in zip(outputs(*kept, *changed), before + small,
                                                      strict=True))
         net.unlock(old, new)
-        for a, b in zip(outputs(*top_edges), before, strict=True):
+        for a, b in zip(outputs(*kept), before, strict=True):
             agree(a, b, 1e-5)
         assert all((a - b).abs().max() > 1e-3
                    for a, b in zip(outputs(*changed), small, strict=True))
         for block in (block for blocks in net.stages for block in blocks):
             ends = [0, *(n for n, e in zip(block.mid, block.expands, strict=True)
-                         if e in top_edges)]
+                         if e in kept)]
             for start, end in pairwise(ends):
                 norms = block.project.weight[:, start:end].abs().sum((0, 2, 3))
                 assert torch.equal(norms, norms.sort(descending=True).values)

@@ -675,8 +675,8 @@ def test_sampling_follows_temperature_and_top_k():
     logits = net(x)[0][0, -1].detach()
     drawn = net.generate(x.repeat(20_000, 1), 1, temperature=2.0, top_k=5,
                          generator=torch.Generator().manual_seed(0))[:, -1]
-    top_edges = logits.topk(5)
-    p = torch.zeros(29).index_put((top_edges.indices,), (top_edges.values / 2.0).softmax(-1))
+    kept = logits.topk(5)
+    p = torch.zeros(29).index_put((kept.indices,), (kept.values / 2.0).softmax(-1))
     assert (drawn.bincount(minlength=29) / 20_000 - p).abs().max() < 0.015
 
 

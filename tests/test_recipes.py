@@ -215,12 +215,12 @@ def test_color_jitter_is_uniform():
 def test_copies_of_an_image_are_changed_differently(digits_dir, tmp_path):
     config, _, splits, _ = parts(search_config("toy_cell", digits_dir, tmp_path,
                                                  repeated_augmentation=4, crop=2, resized_crop=0.5))
-    data, seen = splits["train"], []
+    images, seen = splits["train"], []
     for step in range(4):
-        x, y = data.batch(config, "train", step)
+        x, y = images.batch(config, "train", step)
         assert len(x) == 8 and y.view(2, 4).eq(y.view(2, 4)[:, :1]).all()
         assert len({image.numpy().tobytes() for image in x}) == 8
-        seen += data.batch_indices(len(data), 2, step, config.seed, "train").tolist()
+        seen += data.batch_indices(len(images), 2, step, config.seed, "train").tolist()
     assert len(set(seen)) == 8
 
 
@@ -272,7 +272,8 @@ def test_a_resumed_run_is_one_that_was_not_stopped(name, digits_dir, tmp_path):
         def go(config):
             train.train(config, arch)
     go(config)
-    with signalled(train_search if name == "search" else train, "train_step", lambda *args: args[6].step == 4):
+    module = train_search if name == "search" else train
+    with signalled(module, "train_step", lambda *args: args[6].step == 4):
         go(config | {"out_dir": str(tmp_path / "parts")})
     go(config | {"out_dir": str(tmp_path / "parts"), "init_from": "resume"})
     assert state_of(tmp_path / "whole") == state_of(tmp_path / "parts")
