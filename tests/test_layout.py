@@ -99,3 +99,9 @@ def test_no_function_is_longer_than_a_screen_and_a_half():
                 lines = node.end_lineno - node.lineno + 1
                 allowed = 130 if (name, node.name) == ("train_search", "search") else 80
                 assert lines <= allowed, f"{file.name}: {node.name} has {lines} lines"
+
+
+def test_the_readme_says_how_long_the_book_is():
+    lines = sum(len((ROOT / name).read_text().splitlines()) for name in BOOK)
+    said = re.search(r"five files, ([\d,]+) lines", (ROOT / "README.md").read_text())[1]
+    assert abs(int(said.replace(",", "")) - lines) < 100, f"the book has {lines} lines"
