@@ -63,6 +63,11 @@ class Conv2d(nn.Conv2d):
         cut = (self.kernels[-1] - weight.shape[-1]) // 2
         padding = self.padding[0] - self.dilation[0] * cut
         if self.groups == 1:
+            if weight.shape[-1] == 1 and self.stride[0] > 1 and padding == 0:
+                # the same by a slice: oneDNN writes past its workspace in the gradient of a strided
+                # 1 x 1 convolution of few channels, and gives wrong ones (oneDNN issue 6035)
+                x = x[..., ::self.stride[0], ::self.stride[1]]
+                return F.conv2d(x, weight, bias)
             return F.conv2d(x, weight, bias, self.stride, padding, self.dilation)
         y = depthwise(x, weight, self.stride[0], padding, self.dilation[0])
         return y if bias is None else y + bias.to(y.dtype)[:, None, None]

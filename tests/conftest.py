@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+# the tests run in two processes; PyTorch reads this when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import fused_ops
 from prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault("OMP_NUM_THREADS", "1") # of the scripts that the tests start
 TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_accumulation_steps=1,
             max_iters=4, eval_interval=2,
             eval_iters=2, log_interval=1, warmup_iters=1)

@@ -16,7 +16,7 @@ from configurator import ConfigError, defaults
 from optim_nas import METHODS, uniform
 from search_spaces import darts, nb201, toy_cell
 from search_spaces.cells import Edge, FactorizedReduce, ReLUConvBN, Skip, nodes, widen
-from search_spaces.convs import ENTANGLEMENTS, drop_path, measure_norms
+from search_spaces.convs import Conv2d, ENTANGLEMENTS, drop_path, measure_norms
 from supernet import ALL, Sampled, check_arch, extremes, one_hot, straight_through_arch
 
 SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4),
@@ -586,3 +586,15 @@ def test_nb201_indices_are_the_benchmarks():
         assert nb201.genotype(nb201.arch_at(i)) == text and nb201.index(nb201.arch_of(text)) == i
     some = list(range(0, 15625, 625))
     assert [nb201.index(nb201.arch_at(i)) for i in some] == some
+
+
+def test_a_strided_convolution_of_few_channels_has_its_gradient():
+    """By the definition of a 1 x 1 convolution, in the memory format that searches use. oneDNN's
+    own is wrong in most of these rounds, or ends the process."""
+    torch.set_default_dtype(torch.float32)
+    conv = Conv2d(4, 2, 1, stride=2)
+    x = torch.randn(8, 4, 8, 8, generator=generator()).to(memory_format=torch.channels_last)
+    expected = torch.einsum("bihw->i", x[..., ::2, ::2]).expand(2, 4)
+    for _ in range(50):
+        found, = torch.autograd.grad(conv(x).sum(), conv.weight)
+        torch.testing.assert_close(found[..., 0, 0], expected, atol=1e-4, rtol=1e-4)
