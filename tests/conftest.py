@@ -23,6 +23,7 @@ TINY_EVALS = dict(arch_evals=6, population=4, parents=2)
 TINY_SEARCH = TINY | TINY_SPACE | TINY_EVALS
 TINY_IMAGES = {key: value for key, value in TINY.items()
                if key != "block_size"} | dict(dataset="digits", batch_size=8, bn_batches=2)
+NOT_OF_PAIRS = ("dataset", "bn_batches", "repeated_augmentation") # of images with classes alone
 TINY_SPACES = {
     "autoformer": TINY_SPACE | dict(patch_size=2, head_size=4, rel_pos_clip=2),
     "darts": dict(init_channels=4, n_layer=3, primitives=["none", "skip_connect", "sep_conv_3x3",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH, TINY_SPACES,
-                      TINY_STAGES, flags, run, succeeds)
+from conftest import (NOT_OF_PAIRS, ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH,
+                      TINY_SPACES, TINY_STAGES, flags, run, succeeds)
 from test_pretrained import SPACE, save_gpt2
 from test_train import train_config
 from test_vision import FOUR, search_config, space_config
@@ -69,7 +69,10 @@ def space_of(words):
 def shrink_space(words, script, space, digits_dir, out):
     """What makes the command of a space of search_spaces/ small."""
     evals = TINY_EVALS if script in ("train_search.py", "bench.py") else {}
-    sizes = TINY_IMAGES | dict(repeated_augmentation=1) | TINY_SPACES[space] | evals
+    sizes = TINY_IMAGES | dict(repeated_augmentation=1)
+    if space == "swinir":
+        sizes = {key: value for key, value in sizes.items() if key not in NOT_OF_PAIRS}
+    sizes |= TINY_SPACES[space] | evals
     if "progressive" in " ".join(words):
         sizes |= TINY_STAGES
     if script == "bench.py":
@@ -151,7 +154,7 @@ def shrink(command, data_dir, digits_dir, finished, out):
         extra += [*flags(TINY_RL), f"--cache_dir={out}/cache"]
     elif script == "analyze.py" and "--images" in command:
         train_search.search(search_config("swinir", digits_dir, out.parent / "s"))
-        sizes = {key: value for key, value in TINY_IMAGES.items() if key != "dataset"}
+        sizes = {key: value for key, value in TINY_IMAGES.items() if key not in NOT_OF_PAIRS}
         succeeds("train_base.py", f"--arch={out.parent}/s/arch.json", f"--out_dir={out}",
                  *flags(sizes))
         words, extra = ["python", "analyze.py"], [f"--out_dir={out}", "--images=sr_samples"]
