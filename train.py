@@ -125,12 +125,12 @@ def check_config(config, limits=LIMITS, rules=RULES):
     kind = data_kind(config.space)
     check_limits(config, limits | kind.keys.LIMITS)
     check_rules(config, rules)
+    check_init_from(config)
     kind.keys.check(config)
     for key, package in PACKAGES.items():
         if getattr(config, key) and importlib.util.find_spec(package) is None:
             raise SystemExit(f"{key}=True needs a package that is not installed: pip install "
                              f"{package}, or leave it off.")
-    check_init_from(config)
 
 
 @dataclass

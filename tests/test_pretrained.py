@@ -181,13 +181,13 @@ def test_a_new_run_knows_nothing_of_the_one_it_replaces(gpt2, data_dir, tmp_path
 
 def test_the_vocabulary_is_not_padded(tmp_path):
     config = SimpleNamespace(out_dir=str(tmp_path), init_from="scratch")
-    assert data.vocabulary(50257, config) == 50304 and data.vocabulary(65, config) == 65
+    assert data.padded_vocab_size(50257, config) == 50304 and data.padded_vocab_size(65, config) == 65
     config.init_from = "gpt2"
-    assert data.vocabulary(50257, config) == 50257
+    assert data.padded_vocab_size(50257, config) == 50257
     config.init_from = "resume"
     for size in (50257, 50304):
         (tmp_path / "run.json").write_text(json.dumps({"config": {"vocab_size": size}}))
-        assert data.vocabulary(50257, config) == size
+        assert data.padded_vocab_size(50257, config) == size
 
 
 @pytest.mark.parametrize("change, words", [
