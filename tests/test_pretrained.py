@@ -181,7 +181,8 @@ def test_a_new_run_knows_nothing_of_the_one_it_replaces(gpt2, data_dir, tmp_path
 
 def test_the_vocabulary_is_not_padded(tmp_path):
     config = SimpleNamespace(out_dir=str(tmp_path), init_from="scratch")
-    assert data.padded_vocab_size(50257, config) == 50304 and data.padded_vocab_size(65, config) == 65
+    assert data.padded_vocab_size(50257, config) == 50304
+    assert data.padded_vocab_size(65, config) == 65
     config.init_from = "gpt2"
     assert data.padded_vocab_size(50257, config) == 50257
     config.init_from = "resume"
