@@ -18,7 +18,7 @@ from fused_ops import use_fused_ops
 from optim_nas import space_size, uniform
 from run import read_lines, rng
 from search_spaces import mobilenetv3
-from supernet import check_arch, extremes, one_hot, straight_through_arch
+from supernet import Sampled, check_arch, extremes, one_hot, straight_through_arch
 from train_search import phase_of, read_phases, with_teacher
 import run as runs
 import search_spaces
@@ -197,10 +197,13 @@ def test_chain_of_kernels(stride):
                                               materialize_grads=True)
                           for t in (y, expected)), strict=True):
             agree(a, b)
-    for i, k in enumerate((3, 5, 7)):
-        same(conv(x, None, None, k), outputs[i], shared)
-        same(conv(x, None, None, F.one_hot(torch.tensor(i), 3).double()), outputs[i], shared)
-    same(conv(x, None, None, p), sum(w * y for w, y in zip(p, outputs, strict=True)), [*shared, p])
+    options = (3, 5, 7)
+    for i, k in enumerate(options):
+        one = F.one_hot(torch.tensor(i), 3).double()
+        same(conv(x, None, None, Sampled(options, k)), outputs[i], shared)
+        same(conv(x, None, None, Sampled(options, weights=one)), outputs[i], shared)
+    mixture = sum(w * y for w, y in zip(p, outputs, strict=True))
+    same(conv(x, None, None, Sampled(options, weights=p)), mixture, [*shared, p])
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
