@@ -471,6 +471,13 @@ def stop_if_signaled(run, checkpoint, due=False):
     return due
 
 
+def save_is_due(config, step, saved):
+    """Whether a checkpoint is due between evaluations. saved: time.perf_counter() of the last."""
+    minutes = (time.perf_counter() - saved) / 60
+    by_steps = config.save_interval and step % config.save_interval == 0
+    return by_steps or (config.save_minutes and minutes > config.save_minutes)
+
+
 def finite(value, what):
     if not np.isfinite(value):
         raise FloatingPointError(f"{what} is {value}: try a lower learning_rate or dtype=float32")

@@ -34,7 +34,8 @@ from prepare import prepare_own
 from pretrained import check_init_from, load_pretrained
 from run import (Log, all_gather_scalar, all_reduce_mean, finite, init_out_dir, is_pretrained,
                  is_resuming, load_checkpoint, load_model, main, original_init_from, resume, rng,
-                 save, setup, signals, skip_nonfinite_step, stop_if_signaled, write_json)
+                 save, save_is_due, setup, signals, skip_nonfinite_step, stop_if_signaled,
+                 write_json)
 from search_spaces import build, data_kind, network_keys, with_space
 from search_spaces.convs import batch_norms, measure_norms
 
@@ -460,10 +461,7 @@ def train(config, arch=None, test=False):
                 clock, timed = time.perf_counter(), 0
 
             # save in between, and stop where a signal says so
-            minutes = (time.perf_counter() - saved) / 60
-            due = config.save_interval and state.step % config.save_interval == 0
-            due = due or (config.save_minutes and minutes > config.save_minutes)
-            if stop_if_signaled(run, checkpoint, due):
+            if stop_if_signaled(run, checkpoint, save_is_due(config, state.step, saved)):
                 saved = time.perf_counter()
         log.bar.close()
         return finish(net, splits, config, run, state, cost, arch, log)

@@ -50,8 +50,8 @@ from prepare import prepare_own
 from pretrained import init_supernet, load_gpt2, load_trained, sort_by_importance
 from run import (Log, add_checksum, all_gather_scalar, all_reduce_mean, append, atomic_write,
                  check_same_network, content_hash, draw_figures, init_out_dir, is_pretrained,
-                 is_resuming, load_checkpoint, main, original_init_from, read_lines,
-                 resume, rng, save, setup, signals, skip_nonfinite_step, stop_if_signaled,
+                 is_resuming, load_checkpoint, main, original_init_from, read_lines, resume, rng,
+                 save, save_is_due, setup, signals, skip_nonfinite_step, stop_if_signaled,
                  verify_checksum, write_json)
 from search_spaces import (build, data_kind, network_keys, recorded_keys, space_module, text_of,
                            with_space)
@@ -645,10 +645,7 @@ def search(config):
                 clock, timed = time.perf_counter(), 0
 
             # save in between, and stop where a signal says so
-            minutes = (time.perf_counter() - saved) / 60
-            due = config.save_interval and state.step % config.save_interval == 0
-            due = due or (config.save_minutes and minutes > config.save_minutes)
-            if stop_if_signaled(run, checkpoint, due):
+            if stop_if_signaled(run, checkpoint, save_is_due(config, state.step, saved)):
                 saved = time.perf_counter()
         log.bar.close()
         if not arch_optimizer.has_alphas:
