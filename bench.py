@@ -40,7 +40,7 @@ from scipy.optimize import nnls
 from tqdm import tqdm
 
 from analyze import save_figure
-from budget import latency_features, latency_key, latency_predictor, network_id
+from budget import has_parts, latency_features, latency_key, latency_predictor, network_id
 from configurator import WHOLE, as_list, at_least, at_least_below, check_limits, configure
 from data import Images, Pairs, Tokens, load_meta, padded_vocab_size
 from fused_ops import use_fused_ops
@@ -102,14 +102,14 @@ COLUMNS = { # key of the results -> head of the table's column
 # what is measured: the plain largest network, and supernets in search
 
 def largest(net):
-    """The architecture with the most parameters.
+    """The architecture with the most FLOPs.
 
-    Of each choice it has the option with the largest gradient of the expected parameters, the last
-    one of equals.
+    Of each choice it has the option with the largest gradient of the expected FLOPs, the last one
+    of equals.
     """
     weights = {name: torch.full(c.shape, 1 / len(c.options), requires_grad=True)
                for name, c in net.choices.items()}
-    net.cost(weights)["params"].backward()
+    net.cost(weights)["flops"].backward()
     gains = {}
     for name, w in weights.items():
         gain = torch.zeros(w.shape) if w.grad is None else w.grad
@@ -483,15 +483,19 @@ def forward_pass(net, config, of, batch_size, length, run):
         return lambda: lambda: net(x)
     n = length if of == "prefill" else 1
     x = torch.randint(config.vocab_size, (batch_size, n), device=run.device)
-    widths = [block.attn.c_proj.weight.shape[1] for block in net.transformer.h]
-    cache = [{name: torch.randn(batch_size, length, width, device=run.device) for name in "kv"}
-             for width in widths]
+    layers = [block.attn for block in net.transformer.h]
+
+    def kept(attn): # keys or values of the tokens before
+        tokens = min(attn.window[-1] or length, length)
+        return torch.randn(batch_size, tokens, attn.sizes[1], device=run.device)
+    cache = [{"k": kept(attn), "v": kept(attn), "past": length - n} for attn in layers]
 
     def ready():
         # frees what the last pass added to the cache, as generate() does: freeing takes time
-        for layer in cache:
-            layer.update({name: t[:, n:] for name, t in layer.items()})
-        return lambda: net(x, cache=cache if length > n else [{} for _ in widths])
+        for layer, attn in zip(cache, layers, strict=True):
+            tokens = min(attn.window[-1] or length, length)
+            layer.update({name: layer[name][:, -tokens:] for name in "kv"}, past=length - n)
+        return lambda: net(x, cache=cache if length > n else [{} for _ in layers])
     return ready
 
 
@@ -672,7 +676,7 @@ def measure_latency(config):
     vars(config).update(facts_of(config, run))
     net, lengths = build(vars(config)), latency_lengths(config, tokens)
     use_fused_ops(config.fused and run.device_type == "cpu" and net.has_plain_kernels)
-    heldout, fitted, marked = latency_archs(net.choices, config, by_parts=tokens)
+    heldout, fitted, marked = latency_archs(net.choices, config, has_parts(net))
     nets = stand_alone_networks(config, [*heldout, *fitted, *marked], run.device)
     unmarked, watch = len(heldout) + len(fitted), Stopwatch(run)
     for small in nets[unmarked:]:
@@ -688,7 +692,7 @@ def measure_latency(config):
             times = fast_times(passes, watch, config, key)
         ms = [t.item() for t in times[:unmarked]]
         heldout_ms, fitted_ms = ms[:len(heldout)], ms[len(heldout):]
-        if tokens:
+        if has_parts(net):
             mixed = fitted[len(marked):]
             coefficients = table_of_parts(net.choices, marked, mixed, times[unmarked:], fitted_ms)
         else:

@@ -1,7 +1,7 @@
 """
 What an architecture may cost, how fast it runs, and how good a published table says it is.
 
-    Budget               bounds on params, flops and latency
+    Budget               bounds on params, flops, KV cache and latency
     latency_predictor()  from an architecture to milliseconds, by a table of bench.py latency
     Benchmark            the accuracies of a space's trained architectures
 """
@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from optim_nas import arch_key, discretize, uniform
 from run import read_json, rng
-from supernet import check_arch, one_hot
+from supernet import SIZES, check_arch, one_hot
 
+COSTS = ("params", "flops", "kv_cache", "latency") # kinds of cost, each with a key target_...
 MIN_UTILIZATION = 0.95 # an architecture in a budget uses at least so much of it
 PRICES = (1, 8, 64, 512, 4096) # of a violation, in units of log likelihood
 
@@ -221,10 +222,14 @@ class Budget:
 
 def make_budget(net, config, cost, drawn=None):
     """The Budget of config's targets, or None without targets. drawn: as in Budget."""
-    targets = {kind: getattr(config, f"target_{kind}") for kind in ("params", "flops", "latency")}
-    targets = {kind: target for kind, target in targets.items() if target}
+    targets = {kind: target for kind in COSTS if (target := getattr(config, f"target_{kind}"))}
     if not targets:
         return None
+    known = cost({name: torch.full(c.shape, 1 / len(c.options))
+                  for name, c in net.choices.items()})
+    for kind in targets.keys() - known.keys():
+        raise SystemExit(f"target_{kind}={targets[kind]} is for other spaces: the networks of "
+                         f"space={config.space} have {', '.join(known)}.")
     return Budget(net.choices, cost, targets, config.budget_penalty, drawn)
 
 
@@ -342,6 +347,11 @@ def latency_key(net, of, batch_size, length):
     return f"{of} {batch_size} x {length or block_size}" if block_size else f"{of} {batch_size}"
 
 
+def has_parts(net):
+    """Whether latency tables measure a network part by part: a GPT whose sizes alone are chosen."""
+    return hasattr(net, "latency_parts") and net.choices.keys() <= set(SIZES)
+
+
 def latency_features(net, arch_weights):
     """The features that the latency is a linear function of: {name: float64 tensor}.
 
@@ -356,7 +366,7 @@ def latency_features(net, arch_weights):
             runs = depths > torch.arange(choice.repeat).unsqueeze(-1) # (repeat, depths)
             chance = runs.double() @ arch_weights[choice.depth] # (repeat,)
             shares[name] = chance.unsqueeze(-1) * arch_weights[name]
-    if hasattr(net, "latency_parts"):
+    if has_parts(net):
         return net.latency_parts(shares)
     cost = net.cost(arch_weights)
     counts = {f"all {name}": share.sum(0) for name, share in shares.items() if share.dim() == 2}

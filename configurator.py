@@ -83,6 +83,8 @@ def checked(key, value, first, where, is_file, list_hint):
         stop(f"{where}: {key} takes {wanted}, such as {default!r}{hint}")
     if type(value) in (list, tuple):
         return type(default)(value)
+    if is_str(value) and not is_str(default): # of a list of words, one
+        return type(default)([value])
     return float(value) if type(default) is float else value
 
 
@@ -108,8 +110,11 @@ def check(value, default):
     if is_list(default, is_number):
         fits = is_number(value) or is_list(value, is_number)
         return fits, "a finite number or a non-empty list of them"
+    if is_list(default, is_bool):
+        return is_bool(value) or is_list(value, is_bool), "True, False or a list of them"
     if type(default) in (list, tuple):
-        return is_list(value, is_str), "a non-empty list of quoted strings"
+        fits = is_str(value) or is_list(value, is_str)
+        return fits, "a quoted string or a non-empty list of them"
     if type(default) is float:
         return is_number(value), "a finite number"
     if type(default) is int:
@@ -231,6 +236,10 @@ def text_of(file, within=()):
 def is_number(value):
     # no bool; nan and infinity fail the comparison
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_bool(value):
+    return type(value) is bool
 
 
 def is_str(value):

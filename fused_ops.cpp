@@ -1,5 +1,5 @@
 // Kernels for a CPU, forward and backward: the mixing operations of a weight-entangled supernet
-// (LayerNorm, Linear and attention over all options of a size in one pass), and the backward pass
+// (norms, Linear, activations and attention over all options in one pass), and the backward pass
 // of depthwise convolution, which is slow in PyTorch.
 //
 // fused_ops.py compiles this file at first use. It also has the PyTorch reference of each kernel,
@@ -9,8 +9,9 @@
 // tensors such as scales and option weights, are in acc<scalar_t>: double for double, else float.
 // Layout: the last dimension of an activation is made contiguous, other strides are free.
 //
-// The file, from top to bottom: vectors; LayerNorm; Linear; the matrix products and the softmax of
-// attention; attention; depthwise convolution; autograd and the operators' signatures.
+// The file, from top to bottom: vectors; norms; Linear; the matrix products and the softmax of
+// attention; activations; heads; attention; depthwise convolution; autograd and the operators'
+// signatures.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/Dispatch.h>
@@ -149,13 +150,16 @@ void transpose(const T* x, int64_t stride, T* out, int64_t ld, const T* scale = 
 }
 
 // -------------------------------------------------------------------------------------------------
-// LayerNorm over a mixture of widths n_0 < ... < n_(K-1) = N with weights p.
+// LayerNorm and RMSNorm over a mixture of widths n_0 < ... < n_(K-1) = N: p are the weights of each
+// width's LayerNorm, and q, which may be missing, those of its RMSNorm.
 //
-//   y = weight * sum_k p_k pad((x[:n_k] - mean_k) * rstd_k) + bias      x, y: (rows, N)
+//   y = weight * sum_k pad(p_k (x[:n_k] - mean_k) * rstd_k + q_k x[:n_k] * rrms_k) + bias
+//   x, y: (rows, N)
 //
 // Block b is the channels between two widths, which the options k >= b use. There the sum is
 //
-//   x * A_b - B_b     with  A_b = sum_{k >= b} p_k rstd_k,  B_b = sum_{k >= b} p_k rstd_k mean_k
+//   x * A_b - B_b     with  A_b = sum_{k >= b} p_k rstd_k + q_k rrms_k,
+//                           B_b = sum_{k >= b} p_k rstd_k mean_k
 //
 // so a row is read once for its moments and once for y. The moments are exact: each block has its
 // own mean and squared deviations, and merging them (Chan et al. 1979) subtracts no large numbers.
@@ -199,9 +203,10 @@ typename Vector<T>::type sum(int64_t from, int64_t to, F f) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Of v rows x (N, v): the mean of every block, and mean_k and rstd_k of every width, (K, v) each.
+// Of v rows x (N, v): the mean of every block, and mean_k, rstd_k and rrms_k of every width, (K, v)
+// each; rrms may be null.
 template <typename T, typename V = typename Vector<T>::type>
-void prefix_moments(const V* x, Sizes n, T eps, V* block_means, V* mean, V* rstd) {
+void prefix_moments(const V* x, Sizes n, T eps, V* block_means, V* mean, V* rstd, V* rrms) {
   V m{}, m2{}; // mean and squared deviations of the channels so far
   for (size_t k = 0, c0 = 0; k < n.size(); c0 = n[k++]) {
     const T before = c0, all = n[k], size = all - before;
@@ -212,32 +217,37 @@ void prefix_moments(const V* x, Sizes n, T eps, V* block_means, V* mean, V* rstd
     m += delta * (size / all);
     mean[k] = m;
     for (int64_t l = 0; l < Vector<T>::size; l++) rstd[k][l] = 1 / std::sqrt(m2[l] / all + eps);
+    for (int64_t l = 0; rrms && l < Vector<T>::size; l++)
+      rrms[k][l] = 1 / std::sqrt(m2[l] / all + m[l] * m[l] + eps);
   }
 }
 
-Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& p,
-                  Sizes n, double eps) {
+Tensor norm(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Tensor& p,
+            const OptTensor& q, Sizes n, double eps) {
   const int64_t N = x.size(-1), K = n.size();
   Tensor x2 = rows_of(x), y = at::empty(x2.sizes(), x.options());
   const int64_t rows = x2.size(0), stride = x2.stride(0);
   Tensor w = to_acc(weight, x), b = bias ? to_acc(*bias, x) : Tensor(), ps = to_acc(p, x);
-  FOR_TYPE_OF(x, "nas::layer_norm", [&] {
+  Tensor qs = q ? to_acc(*q, x) : Tensor();
+  FOR_TYPE_OF(x, "nas::norm", [&] {
     using T = acc<scalar_t>;
     constexpr int64_t v = Vector<T>::size;
     const scalar_t* px = x2.const_data_ptr<scalar_t>();
     scalar_t* py = y.data_ptr<scalar_t>();
     const T *pw = w.const_data_ptr<T>(), *pp = ps.const_data_ptr<T>();
     const T* pb = bias ? b.const_data_ptr<T>() : nullptr;
+    const T* pq = q ? qs.const_data_ptr<T>() : nullptr;
     at::parallel_for(0, (rows + v - 1) / v, grain(4 * N * v), [&](int64_t begin, int64_t end) {
-      Buffer<T> X(N * v), moments(3 * K * v);
+      Buffer<T> X(N * v), moments(4 * K * v);
       auto *xs = X.vectors(), *block_means = moments.vectors();
-      auto *mean = block_means + K, *rstd = mean + K;
+      auto *mean = block_means + K, *rstd = mean + K, *rrms = q ? rstd + K : nullptr;
       for (int64_t r = begin * v; r < std::min(rows, end * v); r += v) {
         to_lanes<T>(px + r * stride, stride, std::min(v, rows - r), N, X.first);
-        prefix_moments<T>(xs, n, T(eps), block_means, mean, rstd);
+        prefix_moments<T>(xs, n, T(eps), block_means, mean, rstd, rrms);
         typename Vector<T>::type A{}, B{};
         for (int64_t k = K - 1; k >= 0; k--) {
           A += pp[k] * rstd[k];
+          if (q) A += pq[k] * rrms[k];
           B += pp[k] * rstd[k] * mean[k];
           for (int64_t c = k ? n[k - 1] : 0; c < n[k]; c++)
             xs[c] = pw[c] * (xs[c] * A - B) + (pb ? pb[c] : T(0));
@@ -249,27 +259,30 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const OptTensor& bias, 
   return y.view(x.sizes());
 }
 
-// The gradients to x, weight, bias and p, from g (rows, N).
+// The gradients to x, weight, bias, p and q, from g (rows, N).
 //
 // With the sums over c < n_k  G_k = sum g w  and  H_k = sum g w (x - mean_k):
 //   dp_k = sum over the rows of rstd_k H_k
+//   dq_k = sum over the rows of rrms_k (H_k + mean_k G_k)
 //   dx   = g w A_b - (x - m) D_b - E_b  in block b,
 // where D_b and E_b are sums over k >= b, as A_b and B_b are, and m is any shift: the mean of the
 // whole row keeps the terms small. G_k and H_k are put together from sums over single blocks.
 //
 // Threads: each part of the rows has its own sums for weight, bias and p, which are added at the
 // end. The result depends on the number of threads in its last digits, but not on their timing.
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
-    const Tensor& g, const Tensor& x, const Tensor& weight, const Tensor& p, Sizes n, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(
+    const Tensor& g, const Tensor& x, const Tensor& weight, const Tensor& p, const OptTensor& q,
+    Sizes n, double eps) {
   const int64_t N = x.size(-1), K = n.size();
   Tensor x2 = rows_of(x), g2 = rows_of(g.to(x.scalar_type()));
   Tensor dx = at::empty(x2.sizes(), x.options());
   const int64_t rows = x2.size(0), stride = x2.stride(0), g_stride = g2.stride(0);
   const int64_t threads = at::get_num_threads();
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, rows / grain(8 * N)));
-  Tensor sums = at::empty({parts, 2 * N + K}, acc_options(x)); // dweight, dbias, dp
-  Tensor w = to_acc(weight, x), ps = to_acc(p, x);
-  FOR_TYPE_OF(x, "nas::layer_norm_backward", [&] {
+  const int64_t n_sums = 2 * N + 2 * K; // dweight, dbias, dp, dq
+  Tensor sums = at::empty({parts, n_sums}, acc_options(x));
+  Tensor w = to_acc(weight, x), ps = to_acc(p, x), qs = q ? to_acc(*q, x) : Tensor();
+  FOR_TYPE_OF(x, "nas::norm_backward", [&] {
     using T = acc<scalar_t>;
     using V = typename Vector<T>::type;
     constexpr int64_t v = Vector<T>::size;
@@ -277,18 +290,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
     const scalar_t *px = x2.const_data_ptr<scalar_t>(), *pg = g2.const_data_ptr<scalar_t>();
     scalar_t* pdx = dx.data_ptr<scalar_t>();
     const T *pw = w.const_data_ptr<T>(), *pp = ps.const_data_ptr<T>();
+    const T* pq = q ? qs.const_data_ptr<T>() : nullptr;
     T* psums = sums.data_ptr<T>();
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; part++) {
-        Buffer<T> X(N * v), Y(N * v), moments(5 * K * v), all((2 * N + K) * v);
+        Buffer<T> X(N * v), Y(N * v), moments(6 * K * v), all(n_sums * v);
         V *xs = X.vectors(), *gs = Y.vectors(), *block_means = moments.vectors();
         V *mean = block_means + K, *rstd = mean + K, *g_sums = rstd + K, *h_sums = g_sums + K;
-        V *dw = all.vectors(), *db = dw + N, *dp = db + N;
+        V* rrms = q ? h_sums + K : nullptr;
+        V *dw = all.vectors(), *db = dw + N, *dp = db + N, *dq = dp + K;
         for (int64_t tile = part * tiles / parts; tile < (part + 1) * tiles / parts; tile++) {
           const int64_t r = tile * v, used = std::min(v, rows - r);
           to_lanes<T>(px + r * stride, stride, used, N, X.first);
           to_lanes<T>(pg + r * g_stride, g_stride, used, N, Y.first);
-          prefix_moments<T>(xs, n, T(eps), block_means, mean, rstd);
+          prefix_moments<T>(xs, n, T(eps), block_means, mean, rstd, rrms);
           for (int64_t k = 0, c0 = 0; k < K; c0 = n[k++]) { // sums over single blocks
             g_sums[k] = sum<T>(c0, n[k], [&](int64_t c) { return gs[c] * pw[c]; });
             h_sums[k] = sum<T>(
@@ -310,6 +325,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
             B += scale * shift;
             D += slope;
             E += scale * G / size - slope * shift;
+            if (q) {
+              const V rms_scale = pq[k] * rrms[k], dot = rrms[k] * (H + mean[k] * G);
+              const V rms_slope = rms_scale * rrms[k] * dot / size;
+              dq[k] += dot;
+              A += rms_scale;
+              B -= rms_scale * m;
+              D += rms_slope;
+              E += rms_slope * m;
+            }
             for (int64_t c = k ? n[k - 1] : 0; c < n[k]; c++) {
               const V gc = gs[c], xc = xs[c] - m;
               xs[c] = gc * pw[c] * A - xc * D - E;
@@ -319,14 +343,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
           }
           from_lanes<T>(X.first, used, N, pdx + r * N);
         }
-        for (int64_t i = 0; i < 2 * N + K; i++)
-          psums[part * (2 * N + K) + i] = across<T>(dw[i], [](V a, V b) { return a + b; });
+        for (int64_t i = 0; i < n_sums; i++)
+          psums[part * n_sums + i] = across<T>(dw[i], [](V a, V b) { return a + b; });
       }
     });
   });
   Tensor total = sums.sum(0);
-  return {dx.view(x.sizes()), total.slice(0, 0, N).clone(), total.slice(0, N, 2 * N).clone(),
-          total.slice(0, 2 * N).clone()};
+  const auto part = [&](int64_t from, int64_t to) { return total.slice(0, from, to).clone(); };
+  return {dx.view(x.sizes()), part(0, N), part(N, 2 * N), part(2 * N, 2 * N + K),
+          part(2 * N + K, n_sums)};
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -547,10 +572,11 @@ inline Vector<double>::type exponential(Vector<double>::type x) {
 //
 // Without a bias row i sees the keys 0 .. first + i: the attention is causal. With a bias (rows,
 // all), which is added to the scores as the mask is, it sees all of `all` keys. The columns of
-// other keys become zero.
+// other keys become zero. Of a causal attention, behind[j - first - i] is added to the score of key
+// j, if it is not null.
 template <typename T>
 void exponentials(T* S, int64_t rows, int64_t width, int64_t first, int64_t all, const T* bias,
-                  const T* mask, T* inverse) {
+                  const T* mask, const T* behind, T* inverse) {
   using V = typename Vector<T>::type;
   using Anywhere = typename Vector<T>::anywhere;
   constexpr int64_t v = Vector<T>::size;
@@ -562,6 +588,7 @@ void exponentials(T* S, int64_t rows, int64_t width, int64_t first, int64_t all,
     const auto at = [&](int64_t j) -> Anywhere& { return *reinterpret_cast<Anywhere*>(s + j); };
     for (int64_t j = 0; bias && j < keys; j++)
       s[j] += mask ? bias[i * all + j] + mask[i * all + j] : bias[i * all + j];
+    for (int64_t j = 0; behind && j < keys; j++) s[j] += behind[j - first - i];
     const auto in = lane < V{} + T(keys - whole); // the lanes of the last vector that are keys
     V x = V{} + s[0], top = whole < keys ? in ? at(whole) : x : x, sum{};
     for (int64_t j = 0; j < whole; j += v) top = at(j) > top ? at(j) : top;
@@ -574,9 +601,11 @@ void exponentials(T* S, int64_t rows, int64_t width, int64_t first, int64_t all,
 }
 
 // Turns dP (rows, width), `inverse` times the gradient to the softmax, into that to the scores:
-// P * (dP - inverse * <P, dP>), P from exponentials(). It is also added to dbias, if not null.
+// P * (dP - inverse * <P, dP>), P from exponentials(). It is also added to dbias, if not null, and
+// to dbehind, where row r and column c have their place at dbehind[c - first - r].
 template <typename T>
-void score_gradients(const T* P, T* dP, int64_t rows, int64_t width, const T* inverse, T* dbias) {
+void score_gradients(const T* P, T* dP, int64_t rows, int64_t width, const T* inverse, T* dbias,
+                     int64_t first, T* dbehind) {
   using V = typename Vector<T>::type;
   using Anywhere = typename Vector<T>::anywhere;
   constexpr int64_t v = Vector<T>::size;
@@ -591,7 +620,370 @@ void score_gradients(const T* P, T* dP, int64_t rows, int64_t width, const T* in
     for (int64_t c = 0; c < width; c += v) a(c) = s(c) * (a(c) - dot);
     for (int64_t c = 0; dbias && c < width; c += v)
       *reinterpret_cast<Anywhere*>(dbias + r * width + c) += a(c);
+    for (int64_t c = 0; dbehind && c <= first + r; c++) dbehind[c - first - r] += d[c];
   }
+}
+
+// -------------------------------------------------------------------------------------------------
+// A mixture of activations, some of them gated.
+//
+//   y = sum_k p_k act_k(gate) (times `up`, where act_k is gated)      y: (rows, N), p: (K)
+//   x: (rows, N), the gate; or (rows, 2N), gate and up, if one of them is gated
+//
+// A kind is an activation's number below, plus 16 if it is gated. Backward computes the activations
+// anew, so that x is all that is saved.
+//
+// Threads: parts of the rows, which have their own sums for p, added at the end.
+
+enum Activation { gelu_tanh, gelu_erf, relu, relu_squared, silu, mish, gated = 16 };
+
+template <typename V>
+struct ValueAndSlope {
+  V value, slope;
+};
+
+// 1 / (1 + e^-x)
+template <typename T, typename V>
+V sigmoid(V x) {
+  const V e = exponential(x < V{} ? x : -x);
+  return (x < V{} ? e : V{} + T(1)) / (e + T(1));
+}
+
+template <typename T, typename V = typename Vector<T>::type>
+ValueAndSlope<V> activate(int64_t kind, V x) {
+  const V positive = x > V{} ? x : V{};
+  switch (kind % gated) {
+    case relu: return {positive, x > V{} ? V{} + T(1) : V{}};
+    case relu_squared: return {positive * positive, 2 * positive};
+    case silu: {
+      const V s = sigmoid<T>(x);
+      return {x * s, s + x * s * (1 - s)};
+    }
+    case gelu_tanh: { // (1 + tanh(u)) / 2 is the sigmoid of 2 u
+      const T a = 2 * std::sqrt(2 / M_PI), b = 0.044715;
+      const V s = sigmoid<T>(a * (x + b * x * x * x));
+      return {x * s, s + x * s * (1 - s) * a * (1 + 3 * b * x * x)};
+    }
+    case gelu_erf: {
+      V below, density; // of the normal distribution
+      for (int64_t l = 0; l < Vector<T>::size; l++) {
+        below[l] = T(0.5) * std::erfc(-x[l] * T(M_SQRT1_2));
+        density[l] = std::exp(-x[l] * x[l] / 2) * T(M_SQRT1_2 / std::sqrt(M_PI));
+      }
+      return {x * below, below + x * density};
+    }
+    default: { // mish: tanh(softplus(x)) with e = e^-|x|
+      const V e = exponential(x < V{} ? x : -x), s = sigmoid<T>(x);
+      const V t = x < V{} ? e * (e + 2) / (e * (e + 2) + 2) : (1 + 2 * e) / (1 + 2 * e + 2 * e * e);
+      return {x * t, t + x * (1 - t * t) * s};
+    }
+  }
+}
+
+// Calls f(c, lanes) for N channels, a vector's lanes at a time.
+template <typename T, typename F>
+void for_vectors(int64_t N, F f) {
+  for (int64_t c = 0; c < N; c += Vector<T>::size) f(c, std::min<int64_t>(Vector<T>::size, N - c));
+}
+
+template <typename T, typename scalar_t>
+typename Vector<T>::type load_some(const scalar_t* x, int64_t lanes) {
+  typename Vector<T>::type out{};
+  if (lanes == Vector<T>::size)
+    for (int64_t l = 0; l < Vector<T>::size; l++) out[l] = T(x[l]);
+  else
+    for (int64_t l = 0; l < lanes; l++) out[l] = T(x[l]);
+  return out;
+}
+
+template <typename T, typename scalar_t>
+void store_some(typename Vector<T>::type v, scalar_t* x, int64_t lanes) {
+  if (lanes == Vector<T>::size)
+    for (int64_t l = 0; l < Vector<T>::size; l++) x[l] = scalar_t(v[l]);
+  else
+    for (int64_t l = 0; l < lanes; l++) x[l] = scalar_t(v[l]);
+}
+
+bool any_gated(Sizes kinds) {
+  return std::any_of(kinds.begin(), kinds.end(), [](int64_t kind) { return kind >= gated; });
+}
+
+Tensor activation(const Tensor& x, const Tensor& p, Sizes kinds) {
+  const bool has_up = any_gated(kinds);
+  const int64_t K = kinds.size(), N = x.size(-1) / (1 + has_up);
+  Tensor x2 = rows_of(x), ps = to_acc(p, x);
+  const int64_t rows = x2.size(0), stride = x2.stride(0);
+  Tensor y = at::empty({rows, N}, x.options());
+  FOR_TYPE_OF(x, "nas::activation", [&] {
+    using T = acc<scalar_t>;
+    using V = typename Vector<T>::type;
+    const scalar_t* px = x2.const_data_ptr<scalar_t>();
+    const T* pp = ps.const_data_ptr<T>();
+    scalar_t* py = y.data_ptr<scalar_t>();
+    at::parallel_for(0, rows, grain(16 * K * N), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++)
+        for_vectors<T>(N, [&](int64_t c, int64_t lanes) {
+          const scalar_t* at = px + r * stride + c;
+          const V gate = load_some<T>(at, lanes), up = has_up ? load_some<T>(at + N, lanes) : V{};
+          V plain{}, times_up{};
+          for (int64_t k = 0; k < K; k++)
+            (kinds[k] >= gated ? times_up : plain) += pp[k] * activate<T>(kinds[k], gate).value;
+          store_some<T>(plain + times_up * up, py + r * N + c, lanes);
+        });
+    });
+  });
+  auto shape = x.sizes().vec();
+  shape.back() = N;
+  return y.view(shape);
+}
+
+std::tuple<Tensor, Tensor> activation_backward(const Tensor& g, const Tensor& x, const Tensor& p,
+                                               Sizes kinds) {
+  const bool has_up = any_gated(kinds);
+  const int64_t K = kinds.size(), N = x.size(-1) / (1 + has_up);
+  Tensor x2 = rows_of(x), g2 = rows_of(g.to(x.scalar_type())), ps = to_acc(p, x);
+  const int64_t rows = x2.size(0), stride = x2.stride(0), g_stride = g2.stride(0);
+  Tensor dx = at::empty(x2.sizes(), x.options());
+  const int64_t threads = at::get_num_threads();
+  const int64_t parts =
+      std::max<int64_t>(1, std::min<int64_t>(threads, rows / grain(16 * K * N)));
+  Tensor sums = at::empty({parts, K}, acc_options(x));
+  FOR_TYPE_OF(x, "nas::activation_backward", [&] {
+    using T = acc<scalar_t>;
+    using V = typename Vector<T>::type;
+    const scalar_t *px = x2.const_data_ptr<scalar_t>(), *pg = g2.const_data_ptr<scalar_t>();
+    const T* pp = ps.const_data_ptr<T>();
+    scalar_t* pdx = dx.data_ptr<scalar_t>();
+    T* psums = sums.data_ptr<T>();
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; part++) {
+        Buffer<T> all(K * Vector<T>::size);
+        V* dp = all.vectors();
+        for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; r++)
+          for_vectors<T>(N, [&](int64_t c, int64_t lanes) {
+            const scalar_t* at = px + r * stride + c;
+            scalar_t* to = pdx + r * x2.size(1) + c;
+            const V gate = load_some<T>(at, lanes), up = has_up ? load_some<T>(at + N, lanes) : V{};
+            const V gy = load_some<T>(pg + r * g_stride + c, lanes);
+            V slope{}, times_up{};
+            for (int64_t k = 0; k < K; k++) {
+              const auto act = activate<T>(kinds[k], gate);
+              const V factor = kinds[k] >= gated ? up : V{} + T(1);
+              slope += pp[k] * act.slope * factor;
+              if (kinds[k] >= gated) times_up += pp[k] * act.value;
+              dp[k] += gy * act.value * factor;
+            }
+            store_some<T>(gy * slope, to, lanes);
+            if (has_up) store_some<T>(gy * times_up, to + N, lanes);
+          });
+        for (int64_t k = 0; k < K; k++)
+          psums[part * K + k] = across<T>(dp[k], [](V a, V b) { return a + b; });
+      }
+    });
+  });
+  return {dx.view(x.sizes()), sums.sum(0)};
+}
+
+// -------------------------------------------------------------------------------------------------
+// The heads of attention: queries and keys normalized and turned, and heads of keys and values for
+// all queries.
+//
+//   qkv: (B, L, (H + 2 G) d), H heads of queries, G of keys and of values -> (B, L, 3 H d)
+//
+//   u = s x, s = norm_0 + norm_1 / RMS(x)                a head of queries or keys; s = 1 without norm
+//   (a, b) -> (a cos - b sin, a sin + b cos)             channels 2i and 2i + 1, with cos and sin
+//   out_i = sum_j reads_ij head_j                        of keys and values; head i % G without reads
+//
+// All pieces but qkv may be missing: norm (2), cos and sin (L, d / 2), reads (H, G).
+//
+// Threads: parts of the tokens, which have their own sums for the gradients to the small tensors,
+// added at the end.
+
+constexpr double head_eps = 1e-5;
+
+struct HeadsInputs {
+  Tensor qkv, norm, cos, sin, reads;
+  int64_t B, L, d, H, G;
+  HeadsInputs(const Tensor& x, int64_t d, int64_t H, int64_t G, const OptTensor& n,
+              const OptTensor& c, const OptTensor& s, const OptTensor& r)
+      : qkv(x.contiguous()),
+        norm(n ? to_acc(*n, x) : Tensor()),
+        cos(c ? to_acc(*c, x) : Tensor()),
+        sin(s ? to_acc(*s, x) : Tensor()),
+        reads(r ? to_acc(*r, x) : Tensor()),
+        B(x.size(0)),
+        L(x.size(1)),
+        d(d),
+        H(H),
+        G(G) {
+    TORCH_CHECK(x.size(2) == (H + 2 * G) * d, "heads: ", x.sizes(), " is not of ", H, " and ", G);
+  }
+  template <typename T>
+  static const T* data(const Tensor& t) {
+    return t.defined() ? t.const_data_ptr<T>() : nullptr;
+  }
+};
+
+// One head of a token: s, and the head normalized and turned to out.
+template <typename T, typename scalar_t>
+T prepare(const scalar_t* x, int64_t d, const T* norm, const T* cos, const T* sin, T* out, T* rrms) {
+  T s = 1;
+  if (norm) {
+    T squares = 0;
+    for (int64_t c = 0; c < d; c++) squares += T(x[c]) * T(x[c]);
+    *rrms = 1 / std::sqrt(squares / d + T(head_eps));
+    s = norm[0] + norm[1] * *rrms;
+  }
+  if (!cos)
+    for (int64_t c = 0; c < d; c++) out[c] = s * T(x[c]);
+  else
+    for (int64_t i = 0; i < d / 2; i++) {
+      const T a = s * T(x[2 * i]), b = s * T(x[2 * i + 1]);
+      out[2 * i] = a * cos[i] - b * sin[i];
+      out[2 * i + 1] = a * sin[i] + b * cos[i];
+    }
+  return s;
+}
+
+// out_i = sum_j reads_ij in_j: (G, d) -> (H, d)
+template <typename T>
+void read_heads(const T* in, const T* reads, int64_t H, int64_t G, int64_t d, T* out) {
+  for (int64_t i = 0; i < H; i++) {
+    T* to = out + i * d;
+    if (!reads) {
+      std::copy(in + i % G * d, in + (i % G + 1) * d, to);
+      continue;
+    }
+    for (int64_t c = 0; c < d; c++) to[c] = reads[i * G] * in[c];
+    for (int64_t j = 1; j < G; j++)
+      for (int64_t c = 0; c < d; c++) to[c] += reads[i * G + j] * in[j * d + c];
+  }
+}
+
+Tensor heads(const Tensor& qkv, int64_t d, int64_t H, int64_t G, const OptTensor& norm,
+             const OptTensor& cos, const OptTensor& sin, const OptTensor& reads) {
+  const HeadsInputs in(qkv, d, H, G, norm, cos, sin, reads);
+  Tensor y = at::empty({in.B, in.L, 3 * H * d}, qkv.options());
+  FOR_TYPE_OF(qkv, "nas::heads", [&] {
+    using T = acc<scalar_t>;
+    const scalar_t* px = in.qkv.const_data_ptr<scalar_t>();
+    const T *pn = in.data<T>(in.norm), *pc = in.data<T>(in.cos), *ps = in.data<T>(in.sin);
+    const T* pr = in.data<T>(in.reads);
+    scalar_t* py = y.data_ptr<scalar_t>();
+    at::parallel_for(0, in.B * in.L, grain(8 * H * d), [&](int64_t begin, int64_t end) {
+      Buffer<T> kv(2 * G * d), all(3 * H * d);
+      T unused;
+      for (int64_t r = begin; r < end; r++) {
+        const scalar_t* x = px + r * (H + 2 * G) * d;
+        const T *c = pc ? pc + r % in.L * (d / 2) : nullptr, *s = ps ? ps + r % in.L * (d / 2) : nullptr;
+        for (int64_t i = 0; i < H; i++) prepare<T>(x + i * d, d, pn, c, s, all + i * d, &unused);
+        for (int64_t j = 0; j < G; j++)
+          prepare<T>(x + (H + j) * d, d, pn, c, s, kv + j * d, &unused);
+        for (int64_t i = 0; i < G * d; i++) kv[G * d + i] = T(x[(H + G) * d + i]);
+        read_heads<T>(kv + 0, pr, H, G, d, all + H * d);
+        read_heads<T>(kv + G * d, pr, H, G, d, all + 2 * H * d);
+        for (int64_t i = 0; i < 3 * H * d; i++) py[r * 3 * H * d + i] = scalar_t(all[i]);
+      }
+    });
+  });
+  return y;
+}
+
+// The gradient to one head, from g, that to what prepare() made of it. g is overwritten by the
+// gradient to the normalized head. Adds to dnorm, dcos and dsin.
+template <typename T, typename scalar_t>
+void prepare_backward(const scalar_t* x, int64_t d, const T* norm, const T* cos, const T* sin, T* g,
+                      scalar_t* dx, T* dnorm, T* dcos, T* dsin) {
+  T s = 1, rrms = 0, dot = 0;
+  if (norm) {
+    T squares = 0;
+    for (int64_t c = 0; c < d; c++) squares += T(x[c]) * T(x[c]);
+    rrms = 1 / std::sqrt(squares / d + T(head_eps));
+    s = norm[0] + norm[1] * rrms;
+  }
+  if (cos)
+    for (int64_t i = 0; i < d / 2; i++) {
+      const T a = s * T(x[2 * i]), b = s * T(x[2 * i + 1]), ga = g[2 * i], gb = g[2 * i + 1];
+      dcos[i] += ga * a + gb * b;
+      dsin[i] += gb * a - ga * b;
+      g[2 * i] = ga * cos[i] + gb * sin[i];
+      g[2 * i + 1] = gb * cos[i] - ga * sin[i];
+    }
+  if (norm) {
+    for (int64_t c = 0; c < d; c++) dot += g[c] * T(x[c]);
+    dnorm[0] += dot;
+    dnorm[1] += dot * rrms;
+  }
+  const T slope = norm ? dot * norm[1] * rrms * rrms * rrms / d : T(0);
+  for (int64_t c = 0; c < d; c++) dx[c] = scalar_t(s * g[c] - slope * T(x[c]));
+}
+
+// The gradient to the heads that were read, and to reads: din (G, d) from g (H, d).
+template <typename T>
+void read_backward(const T* in, const T* g, const T* reads, int64_t H, int64_t G, int64_t d, T* din,
+                   T* dreads) {
+  std::fill(din, din + G * d, T(0));
+  for (int64_t i = 0; i < H; i++)
+    for (int64_t j = 0; j < G; j++) {
+      if (!reads && i % G != j) continue;
+      const T weight = reads ? reads[i * G + j] : T(1);
+      T dot = 0;
+      for (int64_t c = 0; c < d; c++) {
+        din[j * d + c] += weight * g[i * d + c];
+        dot += g[i * d + c] * in[j * d + c];
+      }
+      if (reads) dreads[i * G + j] += dot;
+    }
+}
+
+// The gradients to qkv, norm, cos, sin and reads; of missing ones they mean nothing.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> heads_backward(
+    const Tensor& g, const Tensor& qkv, int64_t d, int64_t H, int64_t G, const OptTensor& norm,
+    const OptTensor& cos, const OptTensor& sin, const OptTensor& reads) {
+  const HeadsInputs in(qkv, d, H, G, norm, cos, sin, reads);
+  const int64_t rows = in.B * in.L, angles = in.L * (d / 2);
+  const int64_t parts = std::max<int64_t>(
+      1, std::min<int64_t>(at::get_num_threads(), rows / grain(16 * H * d)));
+  const auto options = acc_options(qkv);
+  Tensor gc = g.to(qkv.scalar_type()).contiguous(), dx = at::empty_like(in.qkv);
+  Tensor dnorm = at::zeros({parts, 2}, options), dreads = at::zeros({parts, H, G}, options);
+  Tensor dcos = at::zeros({parts, in.L, d / 2}, options), dsin = at::zeros_like(dcos);
+  FOR_TYPE_OF(qkv, "nas::heads_backward", [&] {
+    using T = acc<scalar_t>;
+    const scalar_t *px = in.qkv.const_data_ptr<scalar_t>(), *pg = gc.const_data_ptr<scalar_t>();
+    const T *pn = in.data<T>(in.norm), *pc = in.data<T>(in.cos), *ps = in.data<T>(in.sin);
+    const T* pr = in.data<T>(in.reads);
+    scalar_t* pdx = dx.data_ptr<scalar_t>();
+    T *pdn = dnorm.data_ptr<T>(), *pdr = dreads.data_ptr<T>();
+    T *pdc = dcos.data_ptr<T>(), *pds = dsin.data_ptr<T>();
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; part++) {
+        Buffer<T> kv(2 * G * d), all(3 * H * d), dkv(2 * G * d);
+        T unused;
+        for (int64_t r = part * rows / parts; r < (part + 1) * rows / parts; r++) {
+          const int64_t angle = r % in.L * (d / 2);
+          const scalar_t* x = px + r * (H + 2 * G) * d;
+          scalar_t* to = pdx + r * (H + 2 * G) * d;
+          const T *c = pc ? pc + angle : nullptr, *s = ps ? ps + angle : nullptr;
+          T *dc = pdc + part * angles + angle, *ds = pds + part * angles + angle;
+          T *dn = pdn + part * 2, *dr = pdr + part * H * G;
+          for (int64_t i = 0; i < 3 * H * d; i++) all[i] = T(pg[r * 3 * H * d + i]);
+          for (int64_t j = 0; j < G; j++)
+            prepare<T>(x + (H + j) * d, d, pn, c, s, kv + j * d, &unused);
+          for (int64_t i = 0; i < G * d; i++) kv[G * d + i] = T(x[(H + G) * d + i]);
+          read_backward<T>(kv + 0, all + H * d, pr, H, G, d, dkv + 0, dr);
+          read_backward<T>(kv + G * d, all + 2 * H * d, pr, H, G, d, dkv + G * d, dr);
+          for (int64_t i = 0; i < H; i++)
+            prepare_backward<T>(x + i * d, d, pn, c, s, all + i * d, to + i * d, dn, dc, ds);
+          for (int64_t j = 0; j < G; j++)
+            prepare_backward<T>(x + (H + j) * d, d, pn, c, s, dkv + j * d, to + (H + j) * d, dn, dc,
+                                ds);
+          for (int64_t i = 0; i < G * d; i++) to[(H + G) * d + i] = scalar_t(dkv[G * d + i]);
+        }
+      }
+    });
+  });
+  return {dx, dnorm.sum(0), dcos.sum(0), dsin.sum(0), dreads.sum(0)};
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -607,6 +999,9 @@ void score_gradients(const T* P, T* dP, int64_t rows, int64_t width, const T* in
 // Without a bias the attention is causal. With a bias (H, L, L), added to the scores, every token
 // sees all L, and h heads use the first h of H; a mask (M, L, L) is added as well, for sequence b
 // its entry b % M. These are the windows of a vision transformer.
+//
+// A causal attention may have a distance (L), which is added to the scores of the keys so many
+// tokens back. It is stored from its end, so that a row of scores reads it forward.
 //
 // It is exact: no scores are left out but those that causality forbids, whose softmax is zero. A
 // head goes through its queries in blocks of 64, so that their scores stay in the cache.
@@ -684,18 +1079,27 @@ struct Parts {
 
 // What both directions read. All but qkv are in the type of the sums; bias and mask may be missing.
 struct AttentionInputs {
-  Tensor qkv, q_scale, y_scale, bias, mask;
+  Tensor qkv, q_scale, y_scale, bias, mask, behind; // behind: the distance from its end, or empty
   int64_t B, L, E;
   AttentionInputs(const Tensor& x, const Tensor& qs, const Tensor& ys, const OptTensor& b,
-                  const OptTensor& m)
+                  const OptTensor& m, const OptTensor& distance)
       : qkv(x.stride(2) == 1 ? x : x.contiguous()),
         q_scale(to_acc(qs, x)),
         y_scale(to_acc(ys, x)),
         bias(b ? to_acc(*b, x) : Tensor()),
         mask(m ? to_acc(*m, x) : Tensor()),
+        behind(distance ? to_acc(*distance, x).flip(0) : Tensor()),
         B(x.size(0)),
         L(x.size(1)),
-        E(x.size(2) / 3) {}
+        E(x.size(2) / 3) {
+    TORCH_CHECK(!(b && distance), "attention has a bias or a distance, not both");
+    TORCH_CHECK(!distance || distance->size(0) == L, "distance needs one number a token");
+  }
+  // where exponentials() finds the number of a token itself, or null
+  template <typename T>
+  const T* at_zero() const {
+    return behind.defined() ? behind.const_data_ptr<T>() + L - 1 : nullptr;
+  }
 };
 
 // One head of sequence b: where its queries, keys and values, its scales, and the bias and mask of
@@ -721,8 +1125,8 @@ struct HeadInputs {
 };
 
 Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale, Sizes n_head,
-                 const OptTensor& bias, const OptTensor& mask) {
-  const AttentionInputs in(qkv, q_scale, y_scale, bias, mask);
+                 const OptTensor& bias, const OptTensor& mask, const OptTensor& distance) {
+  const AttentionInputs in(qkv, q_scale, y_scale, bias, mask, distance);
   const int64_t B = in.B, L = in.L, E = in.E, stride = in.qkv.stride(1);
   const bool windows = bias.has_value();
   Tensor y = at::empty({B, L, E}, acc_options(qkv));
@@ -755,7 +1159,7 @@ Tensor attention(const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale
             const T* mask_rows = of.mask ? of.mask + t * L : nullptr;
             load<T>(of.q + t * stride, stride, rows, size, of.q_room, one, q, d);
             gemm<T>(padded, keys, size, q, d, 1, k, width, S, keys, false); // S = q k^T
-            exponentials<T>(S, rows, keys, t, L, bias_rows, mask_rows, inverse);
+            exponentials<T>(S, rows, keys, t, L, bias_rows, mask_rows, in.at_zero<T>(), inverse);
             gemm<T>(padded, d, std::min(keys, L), S, keys, 1, v, d, out, d, false); // out = S v
             for (int64_t r = 0; r < rows; r++) {
               T* row = py + (b * L + t + r) * E + c0;
@@ -789,14 +1193,14 @@ void unscale(const HeadInputs<scalar_t, T>& of, int64_t stride, int64_t L, int64
     }
 }
 
-// The gradients to qkv, q_scale, y_scale and, if need_bias, the bias. The scores are computed anew.
+// The gradients to qkv, q_scale, y_scale, the bias, if need_bias, and the distance. The scores are computed anew.
 //
-// Threads: as forward. The scales have a sum for each sequence, and the bias one for each part, so
+// Threads: as forward. The scales have a sum for each sequence, bias and distance one for each part, so
 // that no thread waits for another; these are added at the end.
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& g, const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale, Sizes n_head,
-    const OptTensor& bias, const OptTensor& mask, bool need_bias) {
-  const AttentionInputs in(qkv, q_scale, y_scale, bias, mask);
+    const OptTensor& bias, const OptTensor& mask, const OptTensor& distance, bool need_bias) {
+  const AttentionInputs in(qkv, q_scale, y_scale, bias, mask, distance);
   const int64_t B = in.B, L = in.L, E = in.E, J = n_head.size(), stride = in.qkv.stride(1);
   const bool windows = bias.has_value();
   const auto options = acc_options(qkv);
@@ -805,11 +1209,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor gc = g.to(qkv.scalar_type()).contiguous(), dx = at::empty({B, L, 3 * E}, options);
   Tensor dq_scale = at::empty({B, J, E}, options), dy_scale = at::empty({B, J, E}, options);
   Tensor dbias = at::zeros({bias_parts, need_bias ? bias->size(0) : 0, L, bias_width}, options);
+  const int64_t most_heads = *std::max_element(n_head.begin(), n_head.end());
+  Tensor dbehind = at::zeros({distance ? B * most_heads : 0, L}, options);
   FOR_TYPE_OF(qkv, "nas::attention_backward", [&] {
     using T = acc<scalar_t>;
     const scalar_t* pg = gc.const_data_ptr<scalar_t>();
     T *pdx = dx.data_ptr<T>(), *pdq = dq_scale.data_ptr<T>(), *pdy = dy_scale.data_ptr<T>();
-    T* pdb = dbias.data_ptr<T>();
+    T *pdb = dbias.data_ptr<T>(), *pdd = dbehind.data_ptr<T>();
     const int64_t width = round_up(L, Vector<T>::size);
     for (const std::vector<Head>& heads : rounds_of(n_head, E, Vector<T>::size, windows)) {
       const int64_t most = widest(heads);
@@ -841,15 +1247,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
               const T* bias_rows = of.bias ? of.bias + t * L : nullptr;
               const T* mask_rows = of.mask ? of.mask + t * L : nullptr;
               T* db = need_bias ? pdb + part * dbias.stride(0) + (i * L + t) * width : nullptr;
+              T* dd = distance ? pdd + part * L + L - 1 : nullptr; // a causal part is one head
               load<T>(of.q + t * stride, stride, rows, size, of.q_room, one, q, d);
               load<T>(pg + (b * L + t) * E + c0, E, rows, size, E - c0, one, gy, d);
               gemm<T>(padded, keys, size, q, d, 1, kT, width, P, keys, false); // P = q k^T
-              exponentials<T>(P, rows, keys, t, L, bias_rows, mask_rows, inverse);
+              exponentials<T>(P, rows, keys, t, L, bias_rows, mask_rows, in.at_zero<T>(), inverse);
               for (int64_t r = 0; r < rows; r++)
                 for (int64_t c = 0; c < d; c++) gy[r * d + c] *= inverse[r];
               gemm<T>(keys, d, rows, P, 1, keys, gy, d, dv, d, true); // dv += P^T gy
               gemm<T>(padded, keys, size, gy, d, 1, vT, width, dP, keys, false); // dP = gy v^T
-              score_gradients<T>(P, dP, rows, keys, inverse, db);
+              score_gradients<T>(P, dP, rows, keys, inverse, db, t, dd);
               gemm<T>(keys, d, rows, dP, 1, keys, q, d, dk, d, true); // dk += dP^T q
               gemm<T>(padded, d, std::min(keys, L), dP, keys, 1, k, d, dq, d, false); // dq = dP k
               for (int64_t r = 0; r < rows; r++) {
@@ -865,7 +1272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     }
   });
   Tensor db = dbias.sum(0).narrow(2, 0, L).contiguous();
-  return {dx.to(qkv.scalar_type()), dq_scale.sum(0), dy_scale.sum(0), db};
+  return {dx.to(qkv.scalar_type()), dq_scale.sum(0), dy_scale.sum(0), db, dbehind.sum(0).flip(0)};
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1135,6 +1542,9 @@ Tensor as(const Tensor& gradient, const Tensor& x, bool needed = true) {
   return needed ? gradient.to(x.scalar_type()) : Tensor();
 }
 
+// A tensor that was saved undefined is one that was missing.
+OptTensor optional(const Tensor& t) { return t.defined() ? OptTensor(t) : OptTensor(); }
+
 Gradients saved_by(Context* ctx) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       !at::GradMode::is_enabled(),
@@ -1142,24 +1552,41 @@ Gradients saved_by(Context* ctx) {
   return ctx->get_saved_variables();
 }
 
-struct LayerNorm : torch::autograd::Function<LayerNorm> {
+struct Norm : torch::autograd::Function<Norm> {
   static Tensor forward(Context* ctx, const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                        const Tensor& p, Sizes n, double eps) {
-    static const auto op = find(layer_norm, "nas::layer_norm");
+                        const Tensor& p, const OptTensor& q, Sizes n, double eps) {
+    static const auto op = find(norm, "nas::norm");
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({x, weight, p});
+    ctx->save_for_backward({x, weight, p, q.value_or(Tensor())});
     ctx->saved_data = {{"bias", bias.has_value()}, {"n", n}, {"eps", eps}};
-    return op.call(x, weight, bias, p, n, eps);
+    return op.call(x, weight, bias, p, q, n, eps);
   }
   static Gradients backward(Context* ctx, Gradients g) {
-    static const auto op = find(layer_norm_backward, "nas::layer_norm_backward");
+    static const auto op = find(norm_backward, "nas::norm_backward");
     const auto saved = saved_by(ctx);
-    const Tensor &x = saved[0], &weight = saved[1], &p = saved[2];
+    const Tensor &x = saved[0], &weight = saved[1], &p = saved[2], &q = saved[3];
     auto& rest = ctx->saved_data;
     const auto n = rest["n"].toIntVector();
-    auto [dx, dweight, dbias, dp] = op.call(g[0], x, weight, p, n, rest["eps"].toDouble());
+    auto [dx, dweight, dbias, dp, dq] =
+        op.call(g[0], x, weight, p, optional(q), n, rest["eps"].toDouble());
     return {dx, as(dweight, weight), as(dbias, weight, rest["bias"].toBool()), as(dp, p),
-            Tensor(), Tensor()};
+            q.defined() ? as(dq, q) : Tensor(), Tensor(), Tensor()};
+  }
+};
+
+struct MixedActivation : torch::autograd::Function<MixedActivation> {
+  static Tensor forward(Context* ctx, const Tensor& x, const Tensor& p, Sizes kinds) {
+    static const auto op = find(activation, "nas::activation");
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({x, p});
+    ctx->saved_data = {{"kinds", kinds}};
+    return op.call(x, p, kinds);
+  }
+  static Gradients backward(Context* ctx, Gradients g) {
+    static const auto op = find(activation_backward, "nas::activation_backward");
+    const auto saved = saved_by(ctx);
+    auto [dx, dp] = op.call(g[0], saved[0], saved[1], ctx->saved_data["kinds"].toIntVector());
+    return {dx, as(dp, saved[1]), Tensor()};
   }
 };
 
@@ -1187,28 +1614,56 @@ struct BlockLinear : torch::autograd::Function<BlockLinear> {
   }
 };
 
+struct Heads : torch::autograd::Function<Heads> {
+  static Tensor forward(Context* ctx, const Tensor& qkv, int64_t d, int64_t H, int64_t G,
+                        const OptTensor& norm, const OptTensor& cos, const OptTensor& sin,
+                        const OptTensor& reads) {
+    static const auto op = find(heads, "nas::heads");
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({qkv, norm.value_or(Tensor()), cos.value_or(Tensor()),
+                            sin.value_or(Tensor()), reads.value_or(Tensor())});
+    ctx->saved_data = {{"d", d}, {"H", H}, {"G", G}};
+    return op.call(qkv, d, H, G, norm, cos, sin, reads);
+  }
+  static Gradients backward(Context* ctx, Gradients g) {
+    static const auto op = find(heads_backward, "nas::heads_backward");
+    const auto saved = saved_by(ctx);
+    const auto number = [&](const char* name) { return ctx->saved_data[name].toInt(); };
+    const auto [dqkv, dnorm, dcos, dsin, dreads] =
+        op.call(g[0], saved[0], number("d"), number("H"), number("G"), optional(saved[1]),
+                optional(saved[2]), optional(saved[3]), optional(saved[4]));
+    const auto of = [](const Tensor& gradient, const Tensor& x) {
+      return x.defined() ? as(gradient, x) : Tensor();
+    };
+    return {dqkv, Tensor(), Tensor(), Tensor(), of(dnorm, saved[1]), of(dcos, saved[2]),
+            of(dsin, saved[3]), of(dreads, saved[4])};
+  }
+};
+
 struct Attention : torch::autograd::Function<Attention> {
   static Tensor forward(Context* ctx, const Tensor& qkv, const Tensor& q_scale,
                         const Tensor& y_scale, Sizes n_head, const OptTensor& bias,
-                        const OptTensor& mask) {
+                        const OptTensor& mask, const OptTensor& distance) {
     static const auto op = find(attention, "nas::attention");
     at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward(
-        {qkv, q_scale, y_scale, bias.value_or(Tensor()), mask.value_or(Tensor())});
+    ctx->save_for_backward({qkv, q_scale, y_scale, bias.value_or(Tensor()), mask.value_or(Tensor()),
+                            distance.value_or(Tensor())});
     ctx->saved_data = {{"n_head", n_head}};
-    return op.call(qkv, q_scale, y_scale, n_head, bias, mask);
+    return op.call(qkv, q_scale, y_scale, n_head, bias, mask, distance);
   }
   static Gradients backward(Context* ctx, Gradients g) {
     static const auto op = find(attention_backward, "nas::attention_backward");
     const auto saved = saved_by(ctx);
     const Tensor &qkv = saved[0], &q_scale = saved[1], &y_scale = saved[2], &bias = saved[3];
-    const auto optional = [](const Tensor& t) { return t.defined() ? OptTensor(t) : OptTensor(); };
+    const Tensor& distance = saved[5];
     const auto n_head = ctx->saved_data["n_head"].toIntVector();
     const bool need_bias = bias.defined() && ctx->needs_input_grad(3);
-    auto [dqkv, dq_scale, dy_scale, dbias] = op.call(
-        g[0], qkv, q_scale, y_scale, n_head, optional(bias), optional(saved[4]), need_bias);
+    auto [dqkv, dq_scale, dy_scale, dbias, d_distance] =
+        op.call(g[0], qkv, q_scale, y_scale, n_head, optional(bias), optional(saved[4]),
+                optional(distance), need_bias);
     return {dqkv, as(dq_scale, q_scale), as(dy_scale, y_scale), Tensor(),
-            need_bias ? as(dbias, bias) : Tensor(), Tensor()};
+            need_bias ? as(dbias, bias) : Tensor(), Tensor(),
+            distance.defined() ? as(d_distance, distance) : Tensor()};
   }
 };
 
@@ -1235,28 +1690,38 @@ struct Depthwise : torch::autograd::Function<Depthwise> {
 } // namespace
 
 TORCH_LIBRARY(nas, m) {
-  m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor p, int[] n, float eps)"
+  m.def("norm(Tensor x, Tensor weight, Tensor? bias, Tensor p, Tensor? q, int[] n, float eps)"
         " -> Tensor");
-  m.def("layer_norm_backward(Tensor g, Tensor x, Tensor weight, Tensor p, int[] n, float eps)"
-        " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("norm_backward(Tensor g, Tensor x, Tensor weight, Tensor p, Tensor? q, int[] n, float eps)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("activation(Tensor x, Tensor p, int[] kinds) -> Tensor");
+  m.def("activation_backward(Tensor g, Tensor x, Tensor p, int[] kinds) -> (Tensor, Tensor)");
   m.def("block_linear(Tensor x, Tensor W, Tensor? bias, Tensor M, int[] o, int[] i) -> Tensor");
   m.def("block_linear_backward(Tensor g, Tensor x, Tensor W, Tensor M, int[] o, int[] i,"
         " bool need_W, bool need_bias, bool need_M) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("heads(Tensor qkv, int d, int H, int G, Tensor? norm, Tensor? cos, Tensor? sin,"
+        " Tensor? reads) -> Tensor");
+  m.def("heads_backward(Tensor g, Tensor qkv, int d, int H, int G, Tensor? norm, Tensor? cos,"
+        " Tensor? sin, Tensor? reads) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("attention(Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head,"
-        " Tensor? bias=None, Tensor? mask=None) -> Tensor");
+        " Tensor? bias=None, Tensor? mask=None, Tensor? distance=None) -> Tensor");
   m.def("attention_backward(Tensor g, Tensor qkv, Tensor q_scale, Tensor y_scale, int[] n_head,"
-        " Tensor? bias=None, Tensor? mask=None, bool need_bias=False)"
-        " -> (Tensor, Tensor, Tensor, Tensor)");
+        " Tensor? bias=None, Tensor? mask=None, Tensor? distance=None, bool need_bias=False)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("depthwise(Tensor x, Tensor weight, int stride, int padding, int dilation) -> Tensor");
   m.def("depthwise_backward(Tensor g, Tensor x, Tensor weight, int stride, int padding,"
         " int dilation, bool need_x, bool need_w) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(nas, CPU, m) {
-  m.impl("layer_norm", layer_norm);
-  m.impl("layer_norm_backward", layer_norm_backward);
+  m.impl("norm", norm);
+  m.impl("norm_backward", norm_backward);
+  m.impl("activation", activation);
+  m.impl("activation_backward", activation_backward);
   m.impl("block_linear", block_linear);
   m.impl("block_linear_backward", block_linear_backward);
+  m.impl("heads", heads);
+  m.impl("heads_backward", heads_backward);
   m.impl("attention", attention);
   m.impl("attention_backward", attention_backward);
   m.impl("depthwise", depthwise);
@@ -1264,8 +1729,10 @@ TORCH_LIBRARY_IMPL(nas, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(nas, Autograd, m) {
-  m.impl("layer_norm", apply<LayerNorm>(layer_norm));
+  m.impl("norm", apply<Norm>(norm));
+  m.impl("activation", apply<MixedActivation>(activation));
   m.impl("block_linear", apply<BlockLinear>(block_linear));
+  m.impl("heads", apply<Heads>(heads));
   m.impl("attention", apply<Attention>(attention));
   m.impl("depthwise", apply<Depthwise>(depthwise));
 }

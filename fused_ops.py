@@ -12,6 +12,7 @@ kernels are enabled and the tensors are on a CPU. The second part compiles fused
 switches it on and off.
 """
 import hashlib
+import math
 import os
 import platform
 import sys
@@ -26,33 +27,38 @@ enabled = False # whether the kernels of fused_ops.cpp are in use; use_fused_ops
 # -----------------------------------------------------------------------------
 # what is computed
 
-def mixed_norm(x, weight, bias, p, n, eps):
-    """LayerNorm over a mixture of widths:
-    weight * sum_k p_k pad((x[:n_k] - mean_k) / std_k) + bias.
+def mixed_norm(x, weight, bias, p, q, n, eps):
+    """LayerNorm and RMSNorm over a mixture of widths:
+    weight * sum_k pad(p_k (x[:n_k] - mean_k) / std_k + q_k x[:n_k] / rms_k) + bias.
 
     x: (..., N), weight and bias: (N,), bias may be None -> (..., N).
-    n: the widths in increasing order, the last one N. p: (len(n),), their weights.
+    n: the widths in increasing order, the last one N. p, q: (len(n),), the weights of each width's
+    LayerNorm and RMSNorm; None where one of them is not in use.
 
     Each block of channels between two widths is reduced once. The blocks' means and squared
     deviations are merged into those of every prefix (Chan et al. 1979), which stays exact where
     E[x^2] - mean^2 would cancel.
     """
     if enabled and x.is_cpu:
-        return torch.ops.nas.layer_norm(x, weight, bias, p, n, eps)
+        return torch.ops.nas.norm(x, weight, bias, torch.zeros_like(q) if p is None else p, q, n,
+                                  eps)
     dtype = x.dtype
-    x = x.to(p.dtype) # float32, as PyTorch's autocast does its norms
+    x = x.to((q if p is None else p).dtype) # float32, as PyTorch's autocast does its norms
     sizes = block_sizes(n)
     blocks = x.split(sizes, dim=-1)
 
-    # of each option k: the scale p_k / std_k, and the shift p_k mean_k / std_k
+    # of each option k: the scale p_k / std_k + q_k / rms_k, and the shift p_k mean_k / std_k
     mean, m2, scales, shifts = 0.0, 0.0, [], [] # mean, m2: of the first n_k channels
     for k, (size, block) in enumerate(zip(sizes, blocks, strict=True)):
         var_b, mean_b = torch.var_mean(block, dim=-1, keepdim=True, correction=0) # (..., 1)
         delta = mean_b - mean
         m2 = m2 + var_b * size + delta * delta * ((n[k] - size) * size / n[k])
         mean = mean + delta * (size / n[k])
-        scales.append(p[k] * torch.rsqrt(m2 / n[k] + eps))
-        shifts.append(scales[-1] * mean)
+        var = m2 / n[k]
+        of_layer = 0.0 if p is None else p[k] * torch.rsqrt(var + eps)
+        of_rms = 0.0 if q is None else q[k] * torch.rsqrt(var + mean * mean + eps)
+        scales.append(of_layer + of_rms)
+        shifts.append(of_layer * mean)
 
     # block k is in option k and in all wider ones
     mixed = [block * sum(scales[k:]) - sum(shifts[k:]) for k, block in enumerate(blocks)]
@@ -60,6 +66,31 @@ def mixed_norm(x, weight, bias, p, n, eps):
     y = y if bias is None else y + bias
     # on cuda autocast leaves the norm of a single width in float32 too
     return y if torch.is_autocast_enabled("cuda") else y.to(dtype)
+
+
+# the number of an activation in fused_ops.cpp
+ACTIVATION_KERNELS = {"gelu": 0, "exact_gelu": 1, "relu": 2, "relu2": 3, "silu": 4, "mish": 5,
+                      "geglu": 0, "swiglu": 4, "reglu": 2}
+
+
+def mixed_activation(x, p, kinds):
+    """sum_k p_k act_k(gate), where the terms of the gated kinds are multiplied by `up`.
+
+    x: (..., N), or (..., 2N), gate and up side by side, if one of the kinds is gated -> (..., N).
+    kinds: [(name, act, is_gated)]. p: (len(kinds),), their weights.
+    """
+    gated = any(is_gated for _, _, is_gated in kinds)
+    if enabled and x.is_cpu and all(name in ACTIVATION_KERNELS for name, _, _ in kinds):
+        numbers = [ACTIVATION_KERNELS[name] + 16 * is_gated for name, _, is_gated in kinds]
+        return torch.ops.nas.activation(x, p, numbers)
+    gate, up = x.chunk(2, dim=-1) if gated else (x, None)
+    p, plain, times_up = p.to(x.dtype), 0.0, 0.0
+    for w, (_, act, is_gated) in zip(p, kinds, strict=True):
+        if is_gated:
+            times_up = times_up + w * act(gate)
+        else:
+            plain = plain + w * act(gate)
+    return plain + times_up * up if gated else plain
 
 
 def mixed_linear(x, W, bias, M, o, i):
@@ -84,58 +115,99 @@ def mixed_linear(x, W, bias, M, o, i):
     return y if bias is None else y + bias
 
 
-def causal_attention(q, k, v, n_head, dropout=0.0, scale=None, is_causal=True):
+def causal_attention(q, k, v, n_head, dropout=0.0, scale=None, is_causal=True, window=0,
+                     distance=None):
     """Plain attention, without a kernel of ours: (B, T, n) each -> (B, T, n).
 
-    The n_head heads of n / n_head channels lie side by side. scale: the factor of the scores,
-    None for 1/sqrt(head size).
+    The n_head heads of n / n_head channels lie side by side. Keys and values may have fewer heads:
+    query head i reads head i % their number. scale: the factor of the scores, None for
+    1/sqrt(head size). window: a token sees itself and the window - 1 before it; 0: all before it.
+    distance: (T,), added to the scores of keys so many tokens back.
     """
-    q, k, v = (split_heads(t, n_head) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale, is_causal=is_causal)
+    size = q.shape[2] // n_head
+    q, k, v = (split_heads(t, t.shape[2] // size) for t in (q, k, v)) # (B, heads, T, size)
+    if k.shape[1] < n_head:
+        k, v = (t.repeat(1, n_head // t.shape[1], 1, 1) for t in (k, v))
+    T = q.shape[2]
+    if distance is not None:
+        scale = scale or size ** -0.5
+        attend = biased_attention_cpu if q.is_cpu else biased_attention
+        return merge_heads(attend(q * scale, k, v, distance_bias(distance)[None], None, dropout))
+    mask = None
+    if is_causal and 0 < window < T:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale,
+                                       is_causal=is_causal and mask is None)
     return merge_heads(y)
 
 
-def mixed_attention(qkv, q_scale, y_scale, n_head, dropout=0.0):
+def distance_bias(distance):
+    """(T,) -> (T, T): distance[i - j] at row i and column j <= i, and -inf above the diagonal."""
+    T = len(distance)
+    reverse = torch.cat((distance.flip(0), distance.new_full((T - 1,), -math.inf)))
+    return reverse.unfold(0, T, 1).flip(0) # row i is reverse[T - 1 - i:]
+
+
+def mixed_attention(qkv, q_scale, y_scale, n_head, dropout=0.0, distance=None):
     """Causal attention over a mixture of head counts:
     sum_j y_scale_j * attention with n_head[j] heads on (q_scale_j * q, k, v).
 
     qkv: (B, T, 3n), q_scale and y_scale: (len(n_head), n) -> (B, T, n).
     q_scale includes 1/sqrt(head size): the scores are not scaled any further.
+    distance: (T,), added to the scores of keys so many tokens back, or None.
     """
     if enabled and qkv.is_cpu and not dropout:
-        return torch.ops.nas.attention(qkv, q_scale, y_scale, n_head)
+        return torch.ops.nas.attention(qkv, q_scale, y_scale, n_head, None, None, distance)
     q, k, v = qkv.chunk(3, dim=2)
     q_scale, y_scale = q_scale.to(q.dtype), y_scale.to(q.dtype) # float32 scales would undo autocast
-    return sum(causal_attention(q * q_scale[j], k, v, h, dropout, scale=1.0) * y_scale[j]
-               for j, h in enumerate(n_head))
+    return sum(causal_attention(q * q_scale[j], k, v, h, dropout, 1.0, distance=distance)
+               * y_scale[j] for j, h in enumerate(n_head))
 
 
-def rotary(qkv, n_head, past=0):
-    """RoPE (Su et al. 2021): rotates channels 2i and 2i + 1 of every head of the queries and keys
-    by position * 10000^(-2i/d). qkv: (B, T, 3n); past: how many tokens came before."""
-    T, n = qkv.shape[1], qkv.shape[2] // 3
-    a, b = qkv[..., :2 * n].unflatten(2, (2 * n_head, -1, 2)).unbind(-1) # (B, T, 2 n_head, d / 2)
-    frequency = 10000 ** (-torch.arange(a.shape[3], device=qkv.device) / a.shape[3]) # (d / 2,)
-    position = torch.arange(past, past + T, device=qkv.device)
-    angle = torch.outer(position, frequency).unsqueeze(1) # (T, 1, d / 2)
-    cos, sin = angle.cos(), angle.sin()
-    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(2) # (B, T, 2n)
-    return torch.cat((rotated.to(qkv.dtype), qkv[..., 2 * n:]), 2)
+def rotation(size, position, weight=1.0):
+    """(cos, sin), (T, size / 2) each, of the angles by which RoPE (Su et al. 2021) turns channels 2i
+    and 2i + 1 of heads of `size` channels at these positions (T,): weight * position *
+    10000^(-2i/size)."""
+    frequency = 10000 ** (-torch.arange(0, size, 2, device=position.device) / size) # (size / 2,)
+    angle = weight * torch.outer(position, frequency)
+    return angle.cos(), angle.sin()
 
 
-def mixed_rotary_attention(qkv, n, p, y_scale, n_head, dropout=0.0):
-    """mixed_attention() with RoPE, for widths n with weights p: heads of n_k / n_head[j] channels,
-    and scores sum_k p_k scores_k. Each width rotates by frequencies of its own, so the queries and
-    keys of all widths stand side by side."""
-    y, v = 0.0, qkv.chunk(3, dim=2)[2]
-    for j, h in enumerate(n_head):
-        # width e uses the first e / h channels of every head
-        parts = [qkv.unflatten(2, (3 * h, -1))[..., :e // h].flatten(2) for e in n]
-        parts = [rotary(part, h).unflatten(2, (3, h, -1)).unbind(2) for part in parts]
-        q = [part[0] * (w * (e / h) ** -0.5) for part, e, w in zip(parts, n, p, strict=True)]
-        q, k = torch.cat(q, -1).flatten(2), torch.cat([part[1] for part in parts], -1).flatten(2)
-        y = y + causal_attention(q, k, v, h, dropout, scale=1.0) * y_scale[j].to(v.dtype)
-    return y
+def rotate(x, cos, sin):
+    """x: (B, T, heads * size), turned by what rotation() returns."""
+    a, b = x.unflatten(2, (-1, cos.shape[1], 2)).unbind(-1) # (B, T, heads, size / 2)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1) # (T, 1, size / 2)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(2).to(x.dtype)
+
+
+def norm_heads(t, size, weights):
+    """Heads of `size` channels, times weights[0] + weights[1] / RMS. t: (B, T, heads * size)."""
+    heads = t.unflatten(2, (-1, size)).to(torch.promote_types(t.dtype, torch.float32))
+    rrms = torch.rsqrt(heads.square().mean(-1, keepdim=True) + 1e-5) # (B, T, heads, 1)
+    return (heads * (weights[0] + weights[1] * rrms)).flatten(2).to(t.dtype)
+
+
+def mixed_heads(qkv, size, H, G, norm=None, rope=None, reads=None):
+    """Queries and keys normalized and turned, and as many heads of keys and values as of queries.
+
+    qkv: (B, T, (H + 2 G) * size), H heads of queries, G of keys and G of values
+    -> (B, T, 3 H * size). norm: (2,), the weights of norm_heads(). rope: rotation()'s (cos, sin).
+    reads: (H, G), query head i reads sum_j reads[i, j] head j; None: head i % G.
+    """
+    cos, sin = rope or (None, None)
+    if enabled and qkv.is_cpu:
+        return torch.ops.nas.heads(*autocast_cpu(qkv), size, H, G, norm, cos, sin, reads)
+    q, k, v = qkv.split((H * size, G * size, G * size), dim=2)
+    if norm is not None:
+        q, k = norm_heads(q, size, norm), norm_heads(k, size, norm)
+    if rope:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if reads is None:
+        k, v = k.repeat(1, 1, H // G), v.repeat(1, 1, H // G)
+    else:
+        k, v = (torch.einsum("ij,btjd->btid", reads.to(t.dtype), t.unflatten(2, (G, size)))
+                .flatten(2) for t in (k, v))
+    return torch.cat((q, k, v), 2)
 
 
 def window_attention(qkv, q_scale, y_scale, n_head, bias, mask=None):
@@ -146,7 +218,7 @@ def window_attention(qkv, q_scale, y_scale, n_head, bias, mask=None):
     mask: (M, T, T), one for each window of an image, or None.
     """
     if enabled and qkv.is_cpu:
-        return torch.ops.nas.attention(qkv, q_scale, y_scale, n_head, bias, mask)
+        return torch.ops.nas.attention(qkv, q_scale, y_scale, n_head, bias, mask, None)
     attend = biased_attention_cpu if qkv.is_cpu else biased_attention
     y = 0
     for j, h in enumerate(n_head):
@@ -157,7 +229,7 @@ def window_attention(qkv, q_scale, y_scale, n_head, bias, mask=None):
     return y
 
 
-def biased_attention(q, k, v, bias, mask):
+def biased_attention(q, k, v, bias, mask, dropout=0.0):
     """softmax(q k^T + bias + mask) v. q, k, v: (B * M, h, T, d), bias: (h, T, T)."""
     shape = v.shape
     if mask is None:
@@ -165,18 +237,18 @@ def biased_attention(q, k, v, bias, mask):
     else: # the windows of an image become heads: (1, M * h, T, T) serves all images
         bias = (bias[None] + mask[:, None]).flatten(0, 1)[None]
         q, k, v = (t.unflatten(0, (-1, len(mask))).flatten(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=1.0)
+    y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout, scale=1.0)
     return y.reshape(shape)
 
 
-def biased_attention_cpu(q, k, v, bias, mask):
+def biased_attention_cpu(q, k, v, bias, mask, dropout=0.0):
     """biased_attention() step by step: on a CPU PyTorch's fused one has no gradient to the bias."""
     scores, bias = q @ k.transpose(2, 3), bias[None] # (B * M, h, T, T), (1, h, T, T)
     if mask is None:
         scores = scores + bias
     else:
         scores = (scores.unflatten(0, (-1, len(mask))) + (bias + mask[:, None])).flatten(0, 1)
-    return scores.softmax(-1) @ v
+    return F.dropout(scores.softmax(-1), dropout) @ v
 
 
 def depthwise(x, weight, stride, padding, dilation):
@@ -285,13 +357,22 @@ def register_fakes():
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return x.new_empty(shape, dtype=dtype)
 
-    @register("nas::layer_norm")
-    def layer_norm(x, weight, bias, p, n, eps):
+    @register("nas::norm")
+    def norm(x, weight, bias, p, q, n, eps):
         return like(x)
 
-    @register("nas::layer_norm_backward")
-    def layer_norm_backward(g, x, weight, p, n, eps):
-        return like(x), sums(x, weight.shape), sums(x, weight.shape), sums(x, p.shape)
+    @register("nas::norm_backward")
+    def norm_backward(g, x, weight, p, q, n, eps):
+        of_weight, of_p = (sums(x, t.shape) for t in (weight, p))
+        return like(x), of_weight, torch.empty_like(of_weight), of_p, torch.empty_like(of_p)
+
+    @register("nas::activation")
+    def activation(x, p, kinds):
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // (1 + any(kind >= 16 for kind in kinds))))
+
+    @register("nas::activation_backward")
+    def activation_backward(g, x, p, kinds):
+        return like(x), sums(x, p.shape)
 
     @register("nas::block_linear")
     def block_linear(x, W, bias, M, o, i):
@@ -302,16 +383,28 @@ def register_fakes():
         return (like(x), W.new_empty(W.shape if need_W else 0),
                 sums(x, W.shape[:1] if need_bias else 0), sums(x, M.shape if need_M else 0))
 
+    @register("nas::heads")
+    def heads(qkv, d, H, G, norm, cos, sin, reads):
+        return qkv.new_empty((*qkv.shape[:2], 3 * H * d))
+
+    @register("nas::heads_backward")
+    def heads_backward(g, qkv, d, H, G, norm, cos, sin, reads):
+        of_angles = sums(qkv, (qkv.shape[1], d // 2))
+        return (torch.empty_like(qkv, memory_format=torch.contiguous_format), sums(qkv, 2),
+                of_angles, torch.empty_like(of_angles), sums(qkv, (H, G)))
+
     @register("nas::attention")
-    def attention(qkv, q_scale, y_scale, n_head, bias=None, mask=None):
+    def attention(qkv, q_scale, y_scale, n_head, bias=None, mask=None, distance=None):
         B, T, n = qkv.shape
         return qkv.new_empty((B, T, n // 3))
 
     @register("nas::attention_backward")
-    def attention_backward(g, qkv, q_scale, y_scale, n_head, bias=None, mask=None, need_bias=False):
+    def attention_backward(g, qkv, q_scale, y_scale, n_head, bias=None, mask=None, distance=None,
+                           need_bias=False):
         T = qkv.shape[1]
         dbias = sums(qkv, bias.shape if need_bias else (0, T, T))
-        return like(qkv), sums(qkv, q_scale.shape), sums(qkv, y_scale.shape), dbias
+        return (like(qkv), sums(qkv, q_scale.shape), sums(qkv, y_scale.shape), dbias,
+                sums(qkv, 0 if distance is None else T))
 
     @register("nas::depthwise")
     def depthwise(x, weight, stride, padding, dilation):

@@ -1,24 +1,36 @@
 """
-A GPT, after nanoGPT, whose sizes may be lists: n_layer, n_head, n_embd and mlp_ratio.
+A GPT, after nanoGPT, whose keys may be lists: sizes (n_layer, n_head, n_embd, mlp_ratio) and kinds
+(norm, position, qk_norm, activation, n_kv_head, window).
 
     build({"n_embd": 384})              one network, with nanoGPT's parameter names
-    build({"n_embd": [192, 288, 384]})  a supernet that holds all three, with shared weights
+    build({"n_embd": [192, 288, 384],   a supernet that holds all three, with shared weights,
+           "norm": ["layernorm", "rmsnorm"]})    and both norms
     net(x, y, weights)                  a mixture of all its networks, differentiable in the weights
     net(x, y, arch)                     one of them, by slicing, at its own cost
     net.extract(arch)                   the same as a network of its own
 
-To read a plain GPT, skip the arguments e, n_head and mlp_ratio of every forward(): they say how
-much of a layer is in use, and by default it is all of it.
+To read a plain GPT, skip the arguments of every forward() behind x: they say how much of a layer is
+in use, and which kind of it. By default it is all of it, and the only kind.
 
 Attention heads follow one of two conventions:
     head_size=0   GPT-2's: every head has n_embd / n_head channels. With h heads, head j owns the
                   channels from j*E/h on (E the largest n_embd), and a width e uses the first e/h.
     head_size=64  fixed: n_head heads of 64 channels, whatever n_embd is; fewer are the first ones.
+                  Lists of sizes need it beside rope, n_kv_head and qk_norm.
+
+What a mixture of kinds computes, p the weight of the option named; each is one pass:
+    norm          sum_k p_k norm_k(x)
+    position      the embedding times its weight; queries and keys turn by p_rope * angle
+    qk_norm       q * (1 - p + p / RMS(q)), k alike
+    activation    sum_k p_k act_k(gate); a gated option's term is multiplied by the up-projection
+    n_kv_head     query head i reads sum_k p_k K[i mod n_k], V alike: the heads are mixed
+    window        the softmax's terms times the share of the windows that reach so far
 """
 import itertools
 import math
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,10 +38,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError, check_range
-from fused_ops import causal_attention, mixed_attention, mixed_rotary_attention, rotary
+from fused_ops import (
+    causal_attention, mixed_activation, mixed_attention, mixed_heads, norm_heads, rotate, rotation,
+)
 from supernet import (
-    ALL, Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, check_arch, extract, one_hot,
-    prefix_masks, run_blocks, straight_through, transformer_choices, transformer_sizes,
+    ALL, NORMS, Embedding, Linear, Norm, Sampled, Sinusoidal, Size, check_arch, extract, kinds_of,
+    one_hot, options_of, prefix_masks, run_blocks, straight_through, transformer_choices,
+    transformer_sizes,
 )
 
 DATA = "tokens" # the kind of data it takes
@@ -44,12 +59,15 @@ class GPTConfig:
     n_embd: int | list = 768
     mlp_ratio: float | list = 4
     head_size: int = 0 # 0: n_embd / n_head
+    n_kv_head: int | list = 0 # heads of keys and values; 0: n_head
+    window: int | list = 0 # tokens that a token sees, with itself; 0: all before it
     dropout: float = 0.0
     bias: bool = True # in Linears and LayerNorms, as in GPT-2; False is a bit better and faster
-    norm: str = "layernorm" # a key of NORMS
+    norm: str | list = "layernorm" # a key of NORMS
     prmsnorm_pct: float = 0.0625 # partial_rmsnorm: the share of the channels that its RMS is of
-    position: str = "learned" # a key of POSITIONS
-    activation: str = "gelu" # a key of ACTIVATIONS
+    position: str | list = "learned" # a key of POSITIONS
+    qk_norm: bool | list = False # queries and keys over their RMS in every head
+    activation: str | list = "gelu" # a key of ACTIVATIONS
     residual: str = "pre" # one of RESIDUALS
     n_expert: int = 0 # MLPs a layer; each token goes through top_k of them
     top_k: int = 2
@@ -57,113 +75,181 @@ class GPTConfig:
     loss_chunk: int = 0 # tokens whose logits the loss computes at a time, to save memory; 0: all
 
 
-NORMS = {
-    "layernorm": lambda n, config: LayerNorm(n, bias=config.bias), # Ba et al. 2016
-    "rmsnorm": lambda n, config: RMSNorm(n), # neither mean nor bias (Zhang & Sennrich 2019)
-    "partial_rmsnorm": lambda n, config: RMSNorm(n, config.prmsnorm_pct), # in the same paper
-}
 POSITIONS = {
     "learned": Embedding, # GPT-2
     "sinusoidal": lambda block_size, n: Sinusoidal(n), # Vaswani et al. 2017
-    "rope": lambda block_size, n: None, # attention rotates queries and keys (Su et al. 2021)
+    "rope": None, # attention turns queries and keys (Su et al. 2021)
+    "none": None, # causal attention alone can tell positions (Haviv et al. 2022)
 }
 GELU = partial(F.gelu, approximate="tanh") # Hendrycks & Gimpel 2016, as in GPT-2
 GATED = {"geglu": GELU, "swiglu": F.silu, "reglu": F.relu} # act(W x) * (V x) (Shazeer 2020)
 ACTIVATIONS = {"gelu": GELU, "exact_gelu": F.gelu, "relu": F.relu,
+               "relu2": lambda x: F.relu(x).square(), # So et al. 2021
                "silu": F.silu, "mish": F.mish, **GATED} # Elfwing et al. 2017, Misra 2019
 RESIDUALS = ("pre", "post", "branch", "parallel") # where the norms stand, see Block
-OPTIONS = {"norm": NORMS, "prmsnorm_pct": (), "position": POSITIONS, "activation": ACTIVATIONS,
-           "residual": RESIDUALS} # what a block is made of, beside its sizes
+# what a block is made of, beside its sizes: {key: the words that it may be}
+KINDS = {"norm": NORMS, "position": POSITIONS, "qk_norm": (False, True), "activation": ACTIVATIONS}
+PER_LAYER = ("activation", "n_kv_head", "window") # the others are one for the network
+BLOCK_KEYS = (*KINDS, "n_kv_head", "window", "residual", "prmsnorm_pct")
+TINY = 1e-30 # in the place of 0 in a logarithm
+
+
+def counts_of(value, name):
+    """The options of n_kv_head or window, increasing; 0, all, is the largest and stands last."""
+    options = tuple(value) if isinstance(value, list | tuple) else (value,)
+    whole = all(type(o) is int and o >= 0 for o in options)
+    if not whole or list(options) != sorted(set(options), key=lambda o: o or math.inf):
+        raise ConfigError(f"{name}={value!r} must be whole numbers in increasing order, where 0 "
+                          f"stands for all and comes last, such as {name}=[2, 4, 0].")
+    return options
+
+
+class Now(NamedTuple):
+    """What one layer is in one forward pass; by default it has nothing to choose."""
+    e: Size | None = None # of n_embd
+    n_head: Sampled = ALL
+    mlp_ratio: Sampled = ALL
+    norm: Sampled = ALL
+    position: Sampled = ALL
+    qk_norm: Sampled = ALL
+    activation: Sampled = ALL
+    n_kv_head: Sampled = ALL
+    window: Sampled = ALL
+    rope: tuple | None = None # rotation()'s (cos, sin)
+
+
+PLAIN = Now()
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config, n_embd, n_head):
-        """n_embd, n_head: their options, of a plain network one of each."""
+    def __init__(self, config, n_embd, n_head, n_kv_head=(0,), window=(0,), qk_norm=(False,),
+                 head_size=0):
+        """n_embd, n_head and so on: their options, of a plain network one of each."""
         super().__init__()
-        self.n_embd, self.n_head, self.head_size = n_embd, n_head, config.head_size
-        self.dropout, self.rope = config.dropout, config.position == "rope"
+        self.n_embd, self.n_head, self.head_size = n_embd, n_head, head_size
+        self.n_kv_head, self.window, self.qk_norm = n_kv_head, window, qk_norm
+        self.dropout = config.dropout
         for e, h in itertools.product(n_embd, n_head):
-            size = self.head_size or e // h
-            if not self.head_size and e % h:
+            if not head_size and e % h:
                 raise ConfigError(f"n_embd={e} is not divisible by n_head={h}: choose widths and "
                                   "head counts that divide.")
-            if self.rope and size % 2:
-                raise ConfigError(f"position='rope' needs heads of an even size, but n_embd={e}, "
-                                  f"n_head={h} and head_size={self.head_size} make {size}.")
-        inner = n_head[-1] * config.head_size or n_embd[-1]
-        self.c_attn = Linear(n_embd[-1], 3 * inner, bias=config.bias) # query, key, value
+        for h, kv in itertools.product(n_head, n_kv_head):
+            if kv and h % kv:
+                raise ConfigError(f"n_head={h} is not divisible by n_kv_head={kv}: choose head "
+                                  "counts that divide.")
+        H, KV = n_head[-1], n_kv_head[-1] or n_head[-1]
+        inner, of_kv = (H * head_size, KV * head_size) if head_size else (n_embd[-1], n_embd[-1])
+        self.sizes = inner, of_kv, of_kv # of queries, keys and values
+        self.c_attn = Linear(n_embd[-1], inner + 2 * of_kv, bias=config.bias)
         self.c_proj = Linear(inner, n_embd[-1], bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         # for a mixture, of each head count: the channels in use, and 1 / sqrt of the head size
-        if config.head_size:
-            mask = prefix_masks([h * config.head_size for h in n_head], inner) # (n_head, inner)
-            scale = torch.full((1, inner), config.head_size ** -0.5)
+        if head_size:
+            mask = prefix_masks([h * head_size for h in n_head], inner) # (n_head, inner)
+            scale = torch.full((1, inner), head_size ** -0.5)
         else: # (n_head, n_embd, inner)
             mask = torch.stack([prefix_masks(n_embd, inner, groups=h) for h in n_head])
             scale = torch.tensor([[(e / h) ** -0.5 for e in n_embd] for h in n_head])
             scale = mask * scale.unsqueeze(-1)
-        self.register_buffer("mask", mask, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
+        # of each count of keys and values: the one that a query head reads, (n_kv_head, H, KV)
+        reads = torch.stack([F.one_hot(torch.arange(H) % (kv or H), KV) for kv in n_kv_head])
+        # of each window: whether it reaches so many tokens back
+        reach = torch.stack([torch.arange(config.block_size) < (w or config.block_size)
+                             for w in window]) if any(window) else torch.ones(1, 0)
+        for name, t in (("mask", mask), ("scale", scale), ("reads", reads), ("reach", reach)):
+            self.register_buffer(name, t.float(), persistent=False)
 
-    def forward(self, x, e=None, n_head=ALL, cache=None):
-        """x: (B, T, n_embd) -> the same. cache: {"k", "v"} of the tokens before, for generate()."""
-        if n_head.is_mixture:
-            return self.mixture(x, e, n_head.weights)
-        h, weight = n_head.option or self.n_head[-1], n_head.weight
-        n = h * self.head_size or (e.n if e else self.n_embd[-1])
-        groups = 1 if self.head_size else h
-        plain = e is None and n_head.option is None
-        qkv = self.c_attn(x, e, None if plain else Size(3 * n, 3 * groups))
-        if self.rope:
-            qkv = rotary(qkv, h, past=cache["k"].size(1) if cache else 0)
-        q, k, v = qkv.chunk(3, dim=2) # (B, T, n)
+    def forward(self, x, now=PLAIN, cache=None):
+        """x: (B, T, n_embd) -> the same. cache, for generate(): {} at the start, then
+        {"past": the number of tokens before, "k", "v": theirs, or of the last ones in a window}."""
+        if now.n_head.is_mixture:
+            return self.mixture(x, now)
+        e, h, weight = now.e, now.n_head.of(self.n_head), now.n_head.weight
+        kv, window = now.n_kv_head.of(self.n_kv_head) or h, now.window.of(self.window)
+        is_whole = e is None and now.n_head.option is None and now.n_kv_head.option is None
+        if self.head_size:
+            n, m, groups = h * self.head_size, kv * self.head_size, 1
+            N, M, _ = self.sizes
+            rows = Size(n + 2 * m, parts=((0, n), (N, m), (N + M, m)))
+        else: # each head has its own share of the channels
+            n = m = e.n if e else self.n_embd[-1]
+            groups, rows = h, Size(3 * n, 3 * h)
+        q, k, v = self.c_attn(x, e, None if is_whole else rows).split((n, m, m), dim=2) # (B, T, n)
+        q, k = self.normed_and_turned(q, now), self.normed_and_turned(k, now)
+        k, v = (straight_through(t, now.n_kv_head.weight) for t in (k, v))
+        is_first = not cache # one new token sees the whole cache, or the last `window` of it
+        if cache:
+            k, v = (torch.cat((cache[name], t), 1)[:, -window:] for name, t in (("k", k), ("v", v)))
         if cache is not None:
-            if cache:
-                k, v = torch.cat((cache["k"], k), 1), torch.cat((cache["v"], v), 1)
-            cache.update(k=k, v=v)
+            past = cache.get("past", 0) + x.size(1)
+            cache.update(k=k[:, -window:], v=v[:, -window:], past=past)
         if weight is not None and not self.head_size: # as often as in the mixture below
-            q = straight_through(q, e.p if self.rope else e.p * e.p)
-            weight = weight * e.p * e.p
-        is_causal = cache is None or q.size(1) == k.size(1) # one new token sees the whole cache
-        dropout = self.dropout if self.training else 0.0
-        y = straight_through(causal_attention(q, k, v, h, dropout, is_causal=is_causal), weight)
-        return self.resid_dropout(self.c_proj(y, None if plain else Size(n, groups), e))
+            q, weight = straight_through(q, e.p * e.p), weight * e.p * e.p
+        distance = self.distance(now.window, x.size(1)) if now.window.weights is not None else None
+        y = causal_attention(q, k, v, h, self.dropout if self.training else 0.0,
+                             is_causal=is_first, window=window, distance=distance)
+        y = straight_through(y, weight)
+        return self.resid_dropout(self.c_proj(y, None if is_whole else Size(n, groups), e))
 
-    def mixture(self, x, e, a):
-        """a: (n_head,) weights. Every head count attends in its own layout, at its true head size.
+    def mixture(self, x, now):
+        """Every head count attends in its own layout, at its true head size.
 
         The width is mixed once by each projection: in the rows of query, key and value, and in the
         columns of c_proj. Masks are linear in what they multiply, so the key's moves onto the query
         and the value's behind the attention. Heads of a fixed size are nested: one attention, whose
         head i is multiplied by S(i).
         """
-        qkv, dropout = self.c_attn(x, e), self.dropout if self.training else 0.0 # (B, T, 3 inner)
+        e, a = now.e, now.n_head.weights # (n_head,)
+        qkv, dropout = self.c_attn(x, e), self.dropout if self.training else 0.0
+        distance = self.distance(now.window, x.size(1)) if any(self.window) else None
         if self.head_size:
-            qkv = rotary(qkv, self.n_head[-1]) if self.rope else qkv
+            qkv = self.all_heads(qkv, now) # (B, T, 3 inner)
             y_scale = (a @ self.mask).unsqueeze(0)
-            y = mixed_attention(qkv, self.scale, y_scale, self.n_head[-1:], dropout)
+            y = mixed_attention(qkv, self.scale, y_scale, self.n_head[-1:], dropout, distance)
         else:
             S, scale = e.p @ self.mask, e.p @ self.scale # (n_head, inner)
             y_scale = a.unsqueeze(-1) * S * S
-            if self.rope:
-                y = mixed_rotary_attention(qkv, self.n_embd, e.p, y_scale, self.n_head, dropout)
-            else:
-                y = mixed_attention(qkv, S * scale, y_scale, self.n_head, dropout)
+            y = mixed_attention(qkv, S * scale, y_scale, self.n_head, dropout, distance)
         return self.resid_dropout(self.c_proj(y, None, e))
+
+    def all_heads(self, qkv, now):
+        """Queries, keys and values, with as many heads of the latter as of queries: (B, T, 3 inner)."""
+        H, G = (n // self.head_size for n in self.sizes[:2])
+        norm = reads = None
+        if any(self.qk_norm):
+            weights = dict(now.qk_norm.pairs) or {False: qkv.new_zeros(()), True: qkv.new_ones(())}
+            norm = torch.stack((weights[False], weights[True]))
+        if now.n_kv_head.is_mixture:
+            reads = torch.einsum("k,kij->ij", now.n_kv_head.weights, self.reads)
+        if H == G and norm is None and reads is None and now.rope is None:
+            return qkv
+        return mixed_heads(qkv, self.head_size, H, G, norm, now.rope, reads)
+
+    def normed_and_turned(self, t, now):
+        """Queries or keys of a network: (B, T, heads * head_size) -> the same."""
+        if now.qk_norm.of(self.qk_norm):
+            t = norm_heads(t, self.head_size, (0.0, 1.0))
+        t = straight_through(t, now.qk_norm.weight)
+        return t if now.rope is None else rotate(t, *now.rope)
+
+    def distance(self, window, T):
+        """(T,): the logarithm of the share of the windows that reach so many tokens back."""
+        share = self.reach[0, :T] if window.weights is None else window.weights @ self.reach[:, :T]
+        return (share + TINY).log()
 
 
 class MLP(nn.Module):
-    def __init__(self, config, n_embd, mlp_ratio):
-        """n_embd, mlp_ratio: their options, of a plain network one of each."""
+    def __init__(self, config, n_embd, mlp_ratio, activation):
+        """n_embd, mlp_ratio, activation: their options, of a plain network one of each."""
         super().__init__()
-        self.n_embd, self.mlp_ratio = n_embd, mlp_ratio
+        self.n_embd, self.mlp_ratio, self.activation = n_embd, mlp_ratio, activation
         n_hidden = [[int(m * e) for m in mlp_ratio] for e in n_embd] # (n_embd, mlp_ratio)
         N = n_hidden[-1][-1] # of the largest network
         if n_hidden[0][0] < 1:
             raise ConfigError(f"mlp_ratio={mlp_ratio[0]} of n_embd={n_embd[0]} is less than one "
                               "neuron: choose a larger one.")
-        self.act, self.gated = ACTIVATIONS[config.activation], config.activation in GATED
-        self.c_fc = Linear(n_embd[-1], (1 + self.gated) * N, bias=config.bias)
+        self.has_gate = any(name in GATED for name in activation)
+        self.c_fc = Linear(n_embd[-1], (1 + self.has_gate) * N, bias=config.bias)
         self.c_proj = Linear(N, n_embd[-1], bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         # for a mixture: (n_embd, mlp_ratio, N), and every number of neurons that occurs
@@ -178,17 +264,23 @@ class MLP(nn.Module):
             return Size(self.n_hidden, mask=mask, p=e.p, last=self.last)
         if e is None and mlp_ratio.option is None:
             return None
-        n = int((mlp_ratio.option or self.mlp_ratio[-1]) * (e.n if e else self.n_embd[-1]))
+        n = int(mlp_ratio.of(self.mlp_ratio) * (e.n if e else self.n_embd[-1]))
         return Size(n, mask=mlp_ratio.weight, p=e.p if e else None)
 
-    def forward(self, x, e=None, mlp_ratio=ALL):
+    def forward(self, x, e=None, mlp_ratio=ALL, activation=ALL):
         """x: (..., n_embd) -> the same."""
-        hidden = self.hidden(e, mlp_ratio)
-        if self.gated:
-            gate, x = self.c_fc(x, e, hidden and hidden.doubled).chunk(2, dim=-1)
-            x = self.act(gate) * x
-        else:
-            x = self.act(self.c_fc(x, e, hidden))
+        hidden, name = self.hidden(e, mlp_ratio), activation.of(self.activation)
+        if activation.is_mixture:
+            x = self.c_fc(x, e, hidden.doubled if self.has_gate else hidden)
+            kinds = [(name, ACTIVATIONS[name], name in GATED) for name in self.activation]
+            x = mixed_activation(x, activation.weights, kinds)
+        elif name in GATED:
+            gate, up = self.c_fc(x, e, hidden and hidden.doubled).chunk(2, dim=-1)
+            x = straight_through(ACTIVATIONS[name](gate) * up, activation.weight)
+        else: # of a layer that other activations give a gate, the first half
+            gate = Size(self.n_hidden[-1]) if self.has_gate else None
+            x = ACTIVATIONS[name](self.c_fc(x, e, hidden or gate))
+            x = straight_through(x, activation.weight)
         return self.dropout(self.c_proj(x, hidden, e))
 
 
@@ -200,13 +292,14 @@ class MoE(nn.Module):
     standard deviation over the mean. An expert's importance is the sum of its weights; its load the
     expected number of tokens if its noise were drawn again, sum Phi((clean - threshold) / scale).
     """
-    def __init__(self, config, n_embd, mlp_ratio):
+    def __init__(self, config, *options):
         super().__init__()
         self.top_k, n = config.top_k, config.n_expert
-        self.experts = nn.ModuleList([MLP(config, n_embd, mlp_ratio) for _ in range(n)])
+        self.experts = nn.ModuleList([MLP(config, *options) for _ in range(n)])
+        n_embd = options[0]
         self.router = Linear(n_embd[-1], 2 * n, bias=False) # clean logits, and their noise's scale
 
-    def forward(self, x, e=None, mlp_ratio=ALL):
+    def forward(self, x, e=None, *now):
         tokens = x.flatten(0, 1) # (B * T, n_embd)
         clean, scale = self.router(tokens, e).float().chunk(2, dim=-1) # (B * T, n_expert)
         scale = F.softplus(scale)
@@ -221,59 +314,78 @@ class MoE(nn.Module):
         y = torch.zeros_like(tokens)
         for i, expert in enumerate(self.experts):
             rows = (chosen[:, :-1] == i).any(1).nonzero().squeeze(1)
-            out = expert(tokens[rows], e, mlp_ratio) * gates[rows, i, None]
+            out = expert(tokens[rows], e, *now) * gates[rows, i, None]
             y = y.index_add(0, rows, out.to(y.dtype))
         return y.view_as(x)
 
 
+def make_norm(config, layer):
+    """layer: {choice: its options in this layer}."""
+    return Norm(layer["n_embd"][-1], config.bias, layer["norm"], config.prmsnorm_pct)
+
+
 class Block(nn.Module):
-    def __init__(self, config, n_embd, n_head, mlp_ratio):
+    def __init__(self, config, layer, head_size):
+        """layer: {choice: its options in this layer}."""
         super().__init__()
         self.residual = config.residual
-        self.ln_1 = NORMS[config.norm](n_embd[-1], config)
-        self.attn = CausalSelfAttention(config, n_embd, n_head)
+        self.ln_1 = make_norm(config, layer)
+        names = "n_embd", "n_head", "n_kv_head", "window", "qk_norm"
+        self.attn = CausalSelfAttention(config, *(layer[name] for name in names), head_size)
         if config.residual != "parallel":
-            self.ln_2 = NORMS[config.norm](n_embd[-1], config)
-        self.mlp = (MoE if config.n_expert else MLP)(config, n_embd, mlp_ratio)
+            self.ln_2 = make_norm(config, layer)
+        of_mlp = layer["n_embd"], layer["mlp_ratio"], layer["activation"]
+        self.mlp = (MoE if config.n_expert else MLP)(config, *of_mlp)
 
-    def forward(self, x, e=None, n_head=ALL, mlp_ratio=ALL, cache=None):
+    def forward(self, x, now=PLAIN, cache=None):
+        e, norm, of_mlp = now.e, now.norm, (now.e, now.mlp_ratio, now.activation)
         if self.residual == "pre": # GPT-2
-            x = x + self.attn(self.ln_1(x, e), e, n_head, cache)
-            return x + self.mlp(self.ln_2(x, e), e, mlp_ratio)
+            x = x + self.attn(self.ln_1(x, e, norm), now, cache)
+            return x + self.mlp(self.ln_2(x, e, norm), *of_mlp)
         if self.residual == "post": # Vaswani et al. 2017
-            x = self.ln_1(x + self.attn(x, e, n_head, cache), e)
-            return self.ln_2(x + self.mlp(x, e, mlp_ratio), e)
+            x = self.ln_1(x + self.attn(x, now, cache), e, norm)
+            return self.ln_2(x + self.mlp(x, *of_mlp), e, norm)
         if self.residual == "branch": # Swin V2 (Liu et al. 2022)
-            x = x + self.ln_1(self.attn(x, e, n_head, cache), e)
-            return x + self.ln_2(self.mlp(x, e, mlp_ratio), e)
-        y = self.ln_1(x, e) # parallel: GPT-J (Wang & Komatsuzaki 2021)
-        return x + self.attn(y, e, n_head, cache) + self.mlp(y, e, mlp_ratio)
+            x = x + self.ln_1(self.attn(x, now, cache), e, norm)
+            return x + self.ln_2(self.mlp(x, *of_mlp), e, norm)
+        y = self.ln_1(x, e, norm) # parallel: GPT-J (Wang & Komatsuzaki 2021)
+        return x + self.attn(y, now, cache) + self.mlp(y, *of_mlp)
 
 
 def compiled(function):
-    """function(x, e, ...) compiled with symbols for the sizes; with numbers for mixtures, whose
+    """function(x, now, ...) compiled with symbols for the sizes; with numbers for mixtures, whose
     sizes never change. They need half as many kernels, and Triton 3.6 fails on one with symbols, in
     the backward pass of mixed_norm() (triton-lang/triton issue 8257)."""
     symbols, numbers = (torch.compile(function, dynamic=dynamic) for dynamic in (True, False))
-    return lambda x, e, *args: (numbers if e and e.is_mixture else symbols)(x, e, *args)
+    return lambda x, now, *args: (numbers if now.n_head.is_mixture else symbols)(x, now, *args)
 
 
 class GPT(nn.Module):
     has_plain_kernels = False # only its mixtures have kernels in fused_ops.cpp
 
     def __init__(self, config, arch=None):
-        """config: GPTConfig. arch: the sizes of a stand-alone network, where config has lists."""
+        """config: GPTConfig. arch: the choices of a stand-alone network, where config has lists."""
         super().__init__()
         self.config = config
-        self.n_layer, self.n_embd, layers = transformer_choices(self, config, arch)
         self.check_config()
+        kinds = {name: kinds_of(getattr(config, name), name, KINDS[name]) for name in KINDS}
+        kinds |= {name: counts_of(getattr(config, name), name) for name in ("n_kv_head", "window")}
+        of_layer = {name: kinds.pop(name) for name in PER_LAYER}
+        self.n_layer, layers = transformer_choices(self, config, arch, kinds, of_layer)
+        self.n_embd, self.position = layers[0]["n_embd"], layers[0]["position"]
+        self.head_size = self.fixed_head_size(kinds, of_layer)
+        self.check_choices(of_layer)
         E = self.n_embd[-1]
+        # the tables of positions: {option: the name of its module}
+        self.tables = {name: {"learned": "wpe"}.get(name, name) for name in self.position
+                       if POSITIONS[name]}
+        tables = {of: POSITIONS[name](config.block_size, E) for name, of in self.tables.items()}
         self.transformer = nn.ModuleDict(dict(
             wte=Embedding(config.vocab_size, E),
-            wpe=POSITIONS[config.position](config.block_size, E),
+            **tables,
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config, self.n_embd, *layer) for layer in layers]),
-            ln_f=NORMS[config.norm](E, config),
+            h=nn.ModuleList([Block(config, layer, self.head_size) for layer in layers]),
+            ln_f=make_norm(config, layers[0]),
         ))
         self.lm_head = Linear(E, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight # weight tying
@@ -287,12 +399,31 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * len(layers)))
 
+    def fixed_head_size(self, kinds, of_layer):
+        """The channels of every head, or 0 where n_embd / n_head says it layer by layer. Raises
+        ConfigError if a kind needs the former."""
+        c = self.config
+        n_embd, n_head = (options_of(getattr(c, name), name) for name in ("n_embd", "n_head"))
+        size = c.head_size
+        if not size and len(n_embd) == len(n_head) == 1 and n_embd[0] % n_head[0] == 0:
+            size = n_embd[0] // n_head[0]
+        for name, is_used in (("position='rope'", "rope" in kinds["position"]),
+                              ("n_kv_head", any(of_layer["n_kv_head"])),
+                              ("qk_norm", any(kinds["qk_norm"]))):
+            if is_used and not size:
+                raise ConfigError(f"{name} needs heads of one size, and n_embd={c.n_embd} with "
+                                  f"n_head={c.n_head} makes several: set head_size, such as "
+                                  "--head_size=16.")
+        if "rope" in kinds["position"] and size % 2:
+            raise ConfigError(f"position='rope' needs heads of an even size, and theirs is {size}: "
+                              "choose another head_size, n_embd or n_head.")
+        return size
+
     def check_config(self):
         """Raises ConfigError if a key of the blocks has a value that it cannot have."""
         c = self.config
-        for name, allowed in OPTIONS.items():
-            if allowed and (value := getattr(c, name)) not in list(allowed):
-                raise ConfigError(f"{name}={value!r} is not one of {', '.join(allowed)}.")
+        kinds_of(c.residual if isinstance(c.residual, str) else str(c.residual), "residual",
+                 RESIDUALS)
         check_range(c, 0, "head_size", "loss_chunk", "router_aux_loss_coef")
         check_range(c, 0, "dropout", below=1)
         if not 0 < c.prmsnorm_pct <= 1:
@@ -301,6 +432,13 @@ class GPT(nn.Module):
         if c.n_expert < 0 or (c.n_expert and not 0 < c.top_k < c.n_expert):
             raise ConfigError(f"n_expert={c.n_expert} must be 0 or above top_k={c.top_k}, and "
                               "top_k at least 1.")
+
+    def check_choices(self, of_layer):
+        """Raises ConfigError if the choices do not go together."""
+        c = self.config
+        if (w := max(of_layer["window"])) > c.block_size:
+            raise ConfigError(f"window={w} is above block_size={c.block_size}: choose 0, all "
+                              "tokens, or fewer.")
         if c.n_expert and any(len(choice.options) > 1 for choice in self.choices.values()):
             raise ConfigError(f"n_expert={c.n_expert} is for fixed sizes, without lists: a mixture "
                               "would route its tokens as none of its networks does.")
@@ -316,26 +454,35 @@ class GPT(nn.Module):
         None with loss_chunk, and the loss. Without targets: logits (B, 1, vocab_size) of the last
         position, and None. arch: None for a network without choices, else an architecture, or
         weights for a mixture. cache: a dict a layer, for generate()."""
-        T, past = idx.size(1), cache[0]["k"].size(1) if cache and cache[0] else 0
+        T, past = idx.size(1), cache[0].get("past", 0) if cache else 0
         block_size = self.config.block_size
         assert past + T <= block_size, f"{past + T} tokens, but block_size is {block_size}"
         e, n_layer, layers = transformer_sizes(self, arch)
-        pos = torch.arange(past, past + T, device=idx.device)
+        layers = [Now(e, **layer) for layer in layers]
         x = self.transformer.wte(idx, e) # (B, T, n_embd)
-        if self.config.position != "rope":
-            x = x + self.transformer.wpe(pos, e)
+        # one position for the network: its weights, of all options unless it is one
+        position, rope = layers[0].position, None
+        weights = {position.of(self.position): 1.0}
+        if position.weights is not None:
+            weights = dict(zip(self.position, position.weights, strict=True))
+        pos = torch.arange(past, past + T, device=idx.device)
+        for name in self.tables.keys() & weights.keys():
+            x = x + weights[name] * self.transformer[self.tables[name]](pos, e)
+        if "rope" in weights:
+            rope = rotation(self.head_size, pos, weights["rope"])
+            layers = [now._replace(rope=rope) for now in layers]
         x = self.transformer.drop(x)
-        args = [(e, *layer, cache[i] if cache else None) for i, layer in enumerate(layers)]
+        args = [(now, cache[i] if cache else None) for i, now in enumerate(layers)]
         x = run_blocks(self.transformer.h, x, n_layer, args)
-        logits, loss = self.head(x, e, targets)
+        logits, loss = self.head(x, layers[0], targets)
         if loss is not None and self.config.n_expert and self.training:
             aux_loss = sum(block.mlp.aux_loss for block in self.transformer.h)
             loss = loss + self.config.router_aux_loss_coef * aux_loss
         return logits, loss
 
-    def head(self, x, e, targets):
+    def head(self, x, now, targets):
         """(logits, loss) of the last block's output, as forward() returns them."""
-        x = self.transformer.ln_f(x, e)
+        e, x = now.e, self.transformer.ln_f(x, now.e, now.norm)
         if targets is None:
             return self.lm_head(x[:, [-1], :], e), None
         if self.config.loss_chunk:
@@ -375,39 +522,66 @@ class GPT(nn.Module):
         return extract(self, GPT(self.config, arch).to(device), lambda: self(token, token, arch))
 
     def cost(self, arch=None):
-        """{"params", "flops"} of an architecture: whole numbers; of weights: the differentiable
-        expectations, in float64.
+        """{"params", "flops", "kv_cache"} of an architecture: whole numbers; of weights: the
+        differentiable expectations, in float64.
 
         flops: of one forward pass over block_size tokens, 2 a multiply-add in a matrix product,
-        with all scores of attention; of n_expert MLPs the params of all and the flops of top_k.
+        with all scores of attention in a window; of n_expert MLPs the params of all and the flops
+        of top_k. kv_cache: bytes of the keys and values of block_size tokens in 16 bits; a layer
+        with a window keeps only the last ones.
         """
         c, T = self.config, self.config.block_size
         e = torch.tensor(self.n_embd, dtype=torch.float64) # (n_embd,)
-        bias, gated = int(c.bias), c.activation in GATED
-        norm = (1 + (c.bias and c.norm == "layernorm")) * e # parameters of one
+        bias, weights = int(c.bias), self.expectation(arch)
+
+        def mean(name, value, i=None):
+            """The expectation of value(option), of a layer's choice in layer i."""
+            options = self.options_in(name, i)
+            if name not in weights:
+                return value(options[0])
+            row = weights[name] if i is None else weights[name][i]
+            return sum(p * value(option) for p, option in zip(row, options, strict=True))
+
+        norm = e + c.bias * mean("norm", lambda name: name == "layernorm") * e # parameters of one
         norms = 1 if c.residual == "parallel" else 2 # of a block
         n_expert, top_k = (c.n_expert, c.top_k) if c.n_expert else (1, 1)
-        params = c.vocab_size * e + (c.position == "learned") * T * e + norm # wte, wpe, ln_f
+        learned = mean("position", lambda name: name == "learned")
+        params = c.vocab_size * e + learned * T * e + norm # wte, wpe, ln_f
         flops = 2 * T * c.vocab_size * e # lm_head
-        weights = self.expectation(arch)
-        layers = zip(self.transformer.h, weights["n_head"], weights["mlp_ratio"], strict=True)
-        for i, (block, heads, ratios) in enumerate(layers):
+        kv_cache = 0.0 * e
+        for i in range(len(self.transformer.h)):
             # the chance that this layer runs
             used = sum(weights["n_layer"][k] for k, n in enumerate(self.n_layer) if n > i)
-            options = (block.mlp.experts[0] if c.n_expert else block.mlp).mlp_ratio
-            hidden = torch.tensor([[int(r * n) for r in options] for n in self.n_embd])
-            hidden = hidden.double() @ ratios # (n_embd,)
-            n_head = torch.tensor(block.attn.n_head).double() @ heads
-            inner = c.head_size * n_head if c.head_size else e
-            attention, router = 4 * inner * e, 2 * c.n_expert * e # the entries of the matrices
+            n_head = mean("n_head", float, i)
+            inner = of_kv = e
+            if self.head_size:
+                inner = self.head_size * n_head
+                of_kv = self.head_size * mean("n_kv_head", lambda n: n or n_head, i)
+            seen = mean("window", lambda w: w or T, i) # tokens that a token sees
+            hidden = mean("mlp_ratio", lambda r: torch.tensor([int(r * n) for n in self.n_embd]), i)
+            gated = mean("activation", lambda name: name in GATED, i)
+            router = 2 * c.n_expert * e
+            attention = 2 * (inner + of_kv) * e # the entries of the matrices
             mlp, mlp_bias = (2 + gated) * hidden * e, bias * ((1 + gated) * hidden + e)
-            of_layer = norms * norm + attention + bias * (3 * inner + e) + router
+            of_layer = norms * norm + attention + bias * (inner + 2 * of_kv + e) + router
             params = params + used * (of_layer + n_expert * (mlp + mlp_bias))
-            flops = flops + used * 2 * T * (attention + top_k * mlp + router + 2 * T * inner)
-        cost = {"params": weights["n_embd"] @ params, "flops": weights["n_embd"] @ flops}
+            flops = flops + used * 2 * T * (attention + top_k * mlp + router + 2 * seen * inner)
+            kv_cache = kv_cache + used * 2 * 2 * of_kv * seen
+        cost = {"params": params, "flops": flops, "kv_cache": kv_cache}
+        cost = {name: weights["n_embd"] @ value for name, value in cost.items()}
         if arch and isinstance(arch["n_layer"], torch.Tensor):
             return cost
         return {name: round(value.item()) for name, value in cost.items()}
+
+    def options_in(self, name, i=None):
+        """The options of a choice, or of a key that is none: those of layer i."""
+        block = self.transformer.h[i or 0]
+        if name in ("norm", "position"):
+            return self.position if name == "position" else self.transformer.ln_f.kinds
+        if name in ("mlp_ratio", "activation"):
+            mlp = block.mlp.experts[0] if self.config.n_expert else block.mlp
+            return getattr(mlp, name)
+        return getattr(block.attn, name)
 
     def expectation(self, arch):
         """`arch` as float64 weights; None: of the only option of every choice."""

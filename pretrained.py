@@ -9,7 +9,7 @@ import torch
 
 from run import is_pretrained, load_checkpoint, load_model
 from search_spaces import build, data_kind
-from supernet import SIZES, LayerNorm, RMSNorm, extremes, ranking, reorder
+from supernet import SIZES, Norm, extremes, ranking, reorder
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") # on the Hugging Face hub
 GPT2_CONFIG = { # key of its config.json -> {its values: ours}
@@ -240,7 +240,7 @@ def parts_of_heads(attn):
 def channels(net, of):
     """The channels of n_embd."""
     t = net.transformer
-    rows = [p for module in net.modules() if isinstance(module, LayerNorm | RMSNorm)
+    rows = [p for module in net.modules() if isinstance(module, Norm)
             for p in module.parameters()]
     columns = [t.wte.weight]
     if net.config.position == "learned":

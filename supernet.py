@@ -68,6 +68,18 @@ def options_of(value, name, whole=True):
     return options
 
 
+def kinds_of(value, name, allowed):
+    """The options of a config value: one word, or those of a list. Raises ConfigError unless they
+    are different words of `allowed`."""
+    options = tuple(value) if isinstance(value, list | tuple) else (value,)
+    known = list(allowed)
+    wrong = [o for o in options if o not in known]
+    if wrong or len(set(options)) < len(options):
+        what = f"{wrong[0]!r}, which is not one of" if wrong else "one twice; choose different ones of"
+        raise ConfigError(f"{name}={value!r} has {what} {', '.join(map(str, known))}.")
+    return options
+
+
 def check_arch(choices, arch):
     """The architecture without the entries of layers that it does not use. Raises ConfigError if it
     is not one of these choices."""
@@ -133,6 +145,10 @@ class Sampled(NamedTuple):
     @property
     def is_mixture(self):
         return self.weights is not None and self.option is None
+
+    def of(self, options):
+        """The option that runs; of a layer without a choice the last of its `options`."""
+        return options[-1] if self.option is None else self.option
 
     @property
     def pairs(self):
@@ -203,7 +219,8 @@ class Size(NamedTuple):
                           a channel; n: the sizes, increasing; last: (len(n),), the same minus 1
 
     groups: the dimension has so many equal parts, such as heads, or query, key and value; the first
-    n / groups channels of each part are in use. Where a second choice mixes within the dimension,
+    n / groups channels of each part are in use. parts: of a dimension of unequal parts, the
+    (start, length) of what is in use of each. Where a second choice mixes within the dimension,
     as mlp_ratio does in n_embd * mlp_ratio, n has every size that occurs, and the mask is between 0
     and 1; a straight-through size has the weight of the second choice as its mask: ().
     """
@@ -212,6 +229,7 @@ class Size(NamedTuple):
     mask: torch.Tensor | None = None
     p: torch.Tensor | None = None
     last: torch.Tensor | None = None
+    parts: tuple = ()
 
     @property
     def is_mixture(self):
@@ -260,6 +278,8 @@ def slice_dim(w, dim, size):
     # under torch.compile a full slice stays a slice: the shortcut would make two graphs of one
     if size is None or (size.n == w.shape[dim] and not torch.compiler.is_compiling()):
         return w
+    if size.parts:
+        return torch.cat([w.narrow(dim, start, n) for start, n in size.parts], dim)
     if size.groups == 1:
         return w.narrow(dim, 0, size.n)
     assert w.shape[dim] % size.groups == 0 and size.n % size.groups == 0, (w.shape, dim, size)
@@ -371,58 +391,79 @@ class Sinusoidal(nn.Module):
         return times_weight(torch.where(i % 2 == 0, angle.sin(), angle.cos()), e)
 
 
-class LayerNorm(nn.Module):
-    """x: (..., N) -> (..., N); bias is optional (PyTorch's has no such switch before 2.1).
+def layernorm(x, eps):
+    """Ba et al. 2016: (x - mean) / standard deviation."""
+    var, mean = torch.var_mean(x, -1, keepdim=True, correction=0)
+    scale = torch.rsqrt(var + eps)
+    return scale, scale * mean
 
-    Mixture: sum_k p_k pad(norm(x[:e_k]) * weight[:e_k] + bias[:e_k]); no option sees more.
+
+def rmsnorm(x, eps, portion=1.0):
+    """x / RMS(x) (Zhang & Sennrich 2019). portion < 1 is their pRMSNorm: the RMS is that of the first
+    portion of the channels."""
+    x = x[..., :max(1, int(portion * x.shape[-1]))]
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), 0.0
+
+
+# Each a function of x: (..., n) to (scale, shift), (..., 1) both; the norm is x * scale - shift.
+NORMS = {"layernorm": layernorm, "rmsnorm": rmsnorm, "partial_rmsnorm": rmsnorm}
+
+
+class Norm(nn.Module):
+    """x: (..., N) -> (..., N): a norm times weight; a LayerNorm's bias is optional.
+
+    kinds: keys of NORMS, of which forward's `kind` says which one is in use, or all with weights a.
+    Mixture: sum_kj p_k a_j pad(norm_j(x[:e_k]) * weight[:e_k]); no option sees more.
     """
-    def __init__(self, ndim, bias, eps=1e-5):
+    def __init__(self, ndim, bias, kinds=("layernorm",), portion=1.0, eps=1e-5):
         super().__init__()
+        self.kinds, self.portion, self.eps = kinds, portion, eps
         self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
-        self.eps = eps
+        self.bias = nn.Parameter(torch.zeros(ndim)) if bias and "layernorm" in kinds else None
 
-    def slice_params(self, e=None):
-        bias = self.bias if self.bias is None else slice_dim(self.bias, 0, e)
-        return {"weight": slice_dim(self.weight, 0, e), "bias": bias}
+    def slice_params(self, e=None, kind=ALL):
+        has_bias = self.bias is not None and kind.of(self.kinds) == "layernorm"
+        return {"weight": slice_dim(self.weight, 0, e),
+                "bias": slice_dim(self.bias, 0, e) if has_bias else None}
 
-    def forward(self, x, e=None):
-        if e and e.is_mixture:
-            bias = self.bias if self.bias is None else self.bias * e.coverage
-            return mixed_norm(x, self.weight, bias, e.p, e.n, self.eps)
-        slices = self.slice_params(e)
-        return times_weight(F.layer_norm(x, slices["weight"].shape, **slices, eps=self.eps), e)
+    def statistics(self, x, kind):
+        """(scale, shift) of x under a kind of norm."""
+        if kind == "partial_rmsnorm":
+            return NORMS[kind](x, self.eps, self.portion)
+        return NORMS[kind](x, self.eps)
 
+    def forward(self, x, e=None, kind=ALL):
+        if (e and e.is_mixture) or kind.is_mixture:
+            return self.mixture(x, e, kind)
+        chosen, slices = kind.of(self.kinds), self.slice_params(e, kind)
+        if chosen == "layernorm":
+            y = F.layer_norm(x, slices["weight"].shape, **slices, eps=self.eps)
+        else:
+            # at least in float32: in float16 small squares vanish, and gradients overflow
+            scale, shift = self.statistics(x.to(torch.promote_types(x.dtype, torch.float32)), chosen)
+            y = (x * scale - shift) * slices["weight"]
+        return straight_through(times_weight(y, e), kind.weight)
 
-class RMSNorm(nn.Module):
-    """x: (..., N) -> (..., N): x / RMS(x) * weight (Zhang & Sennrich 2019).
-
-    portion < 1 is their pRMSNorm: the RMS is that of the first portion of the channels.
-    Mixture: sum_k p_k pad(norm(x[:e_k]) * weight[:e_k]), with the first portion of each e_k.
-    """
-    def __init__(self, ndim, portion=1.0, eps=1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(ndim))
-        self.portion, self.eps = portion, eps
-
-    def slice_params(self, e=None):
-        return {"weight": slice_dim(self.weight, 0, e)}
-
-    def scale(self, x, n):
-        """(..., 1): 1 / RMS of the first n channels. At least in float32: in float16 small squares
-        vanish, and gradients overflow."""
-        x = x[..., :max(1, int(self.portion * n))].to(torch.promote_types(x.dtype, torch.float32))
-        return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-
-    def forward(self, x, e=None):
-        if e and e.is_mixture:
-            scales = [p * self.scale(x, n) for n, p in e.pairs]
-            blocks = x.split([b - a for a, b in itertools.pairwise((0, *e.n))], dim=-1)
-            # block k of the channels is in every option from k on
-            scaled = [block * sum(scales[k:]) for k, block in enumerate(blocks)]
-            return self.weight * torch.cat(scaled, dim=-1)
-        y = x * self.scale(x, x.shape[-1]) * self.slice_params(e)["weight"]
-        return times_weight(y, e)
+    def mixture(self, x, e, kind):
+        n = e.n if e else x.shape[-1:]
+        p = e.p if e else self.weight.new_ones(1)
+        a = dict(kind.pairs) if kind.is_mixture else {self.kinds[0]: 1.0}
+        bias = self.bias
+        if bias is not None:
+            bias = bias * a["layernorm"] * (e.coverage if e else 1.0)
+        if a.keys() <= {"layernorm", "rmsnorm"}: # one pass
+            layer, rms = (p * a[name] if name in a else None for name in ("layernorm", "rmsnorm"))
+            return mixed_norm(x, self.weight, bias, layer, rms, n, self.eps)
+        scales, shifts = [], []
+        for n_k, p_k in zip(n, p, strict=True):
+            found = [(w * p_k, self.statistics(x[..., :n_k], name)) for name, w in a.items()]
+            scales.append(sum(w * scale for w, (scale, _) in found))
+            shifts.append(sum(w * shift for w, (_, shift) in found))
+        blocks = x.split([b - a for a, b in itertools.pairwise((0, *n))], dim=-1)
+        # block k of the channels is in every option from k on
+        y = torch.cat([block * sum(scales[k:]) - sum(shifts[k:])
+                       for k, block in enumerate(blocks)], dim=-1) * self.weight
+        return y if bias is None else y + bias
 
 # -----------------------------------------------------------------------------
 # transformers: sizes, and depth
@@ -455,27 +496,41 @@ def run_blocks(blocks, x, n_layer, args):
 SIZES = ("n_layer", "n_embd", "n_head", "mlp_ratio") # of a transformer; the last two of every layer
 
 
-def transformer_choices(net, config, arch=None):
-    """Sets a transformer's choices, see set_choices(). Returns the options of n_layer, of n_embd,
-    and [(of n_head, of mlp_ratio) of every layer]."""
-    options = {name: options_of(getattr(config, name), name, whole=name != "mlp_ratio")
-               for name in SIZES}
-    n_layer, n_embd, *of_layer = options.values()
-    L = n_layer[-1]
-    choices = {name: Choice(options[name]) for name in SIZES[:2]}
-    choices |= {name: Choice(options[name], repeat=L, depth="n_layer") for name in SIZES[2:]}
+def transformer_choices(net, config, arch=None, shared=None, of_layer=None):
+    """Sets a transformer's choices, see set_choices(). Returns the options of n_layer, and of every
+    layer {choice: its options there}.
+
+    shared, of_layer: {name: options} of what else is chosen, once for the network or once a layer;
+    a single option is no choice.
+    """
+    sizes = {name: options_of(getattr(config, name), name, whole=name != "mlp_ratio")
+             for name in SIZES}
+    shared, of_layer = shared or {}, of_layer or {}
+    whole = {name: sizes[name] for name in SIZES[:2]} | shared
+    rows = {name: sizes[name] for name in SIZES[2:]} | of_layer
+    L = sizes["n_layer"][-1]
+    choices = {name: Choice(o) for name, o in whole.items() if name in SIZES or len(o) > 1}
+    choices |= {name: Choice(o, repeat=L, depth="n_layer") for name, o in rows.items()
+                if name in SIZES or len(o) > 1}
     arch = set_choices(net, choices, arch)
-    if arch is None:
-        return n_layer, n_embd, [tuple(of_layer)] * L
-    layers = [((h,), (m,)) for h, m in zip(arch["n_head"], arch["mlp_ratio"], strict=True)]
-    return (arch["n_layer"],), (arch["n_embd"],), layers
+    if arch:
+        whole |= {name: (arch[name],) for name in whole if name in arch}
+        L = arch["n_layer"]
+
+    def of(i, name):
+        return (arch[name][i],) if arch and name in arch else rows[name]
+    layers = [whole | {name: of(i, name) for name in rows} for i in range(L)]
+    return whole["n_layer"], layers
 
 
 def transformer_sizes(net, arch):
-    """The Size of n_embd, and Sampled: n_layer, and (n_head, mlp_ratio) of every layer."""
+    """The Size of n_embd; and Sampled: n_layer, and {choice: what it is in this layer} of every
+    layer."""
     now = sampled(net, arch)
-    e = now["n_embd"].size(net.n_embd, net.mask, net.last)
-    return e, now["n_layer"], list(zip(now["n_head"], now["mlp_ratio"], strict=False))
+    e, n_layer = now.pop("n_embd").size(net.n_embd, net.mask, net.last), now.pop("n_layer")
+    rows = {name: now.pop(name) for name in list(now) if isinstance(now[name], list)}
+    return e, n_layer, [now | dict(zip(rows, row, strict=True))
+                        for row in zip(*rows.values(), strict=False)]
 
 # -----------------------------------------------------------------------------
 # stand-alone networks

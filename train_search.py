@@ -12,7 +12,7 @@ and reads the architecture off it.
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_search.py config/search_owt.py
     python train_search.py --help                               # every key with its default
 
-A list of sizes is a choice: --n_embd=[64,96,128]. The weights learn on the first train_portion of
+A list is a choice, of sizes or of words: --n_embd=[64,96,128] --norm=['layernorm','rmsnorm']. The weights learn on the first train_portion of
 the train split, the alphas on the rest; val is only reported.
 
 With --init_from=gpt2 (or another, or a folder) the supernet's largest network starts as that GPT-2,
@@ -40,7 +40,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from budget import (Benchmark, load_latency, make_budget, nondominated_sort, pareto_rank,
+from budget import (COSTS, Benchmark, load_latency, make_budget, nondominated_sort, pareto_rank,
                     with_latency)
 from configurator import at_least, configure, one_of
 from fused_ops import use_fused_ops
@@ -65,11 +65,18 @@ from train import (backward, calibrate, check_config, check_max_iters, check_res
 # the keys of train.py but two, and:
 del val_portion, early_stopping # noqa: F821 (a search splits by train_portion, and runs to its end)
 out_dir = 'out/search'
-# search space: lists of sizes
+# search space: lists of sizes, and of kinds of block
 n_layer = [2, 3, 4]
 n_head = [2, 4, 8]
 n_embd = [64, 96, 128]
 mlp_ratio = [1, 2, 4]
+head_size = 16
+norm = ['layernorm', 'rmsnorm']
+position = ['learned', 'rope']
+qk_norm = [False, True]
+activation = ['gelu', 'relu2', 'swiglu'] # one a layer, as are the next two
+n_kv_head = [1, 2, 0]
+window = [32, 0]
 # search
 optimizer = 'drnas' # 'darts', 'drnas', 'gdas' or 'spos'
 order = 1 # 2: darts with the unrolled step
@@ -81,7 +88,7 @@ regularizer = 'l2' # of drnas: or 'kl', to Dirichlet(1)
 tau_max = 10.0 # of gdas: the temperature falls linearly from this
 tau_min = 0.1 # to this
 arch_search = 'evolution' # of spos, over inherited weights: 'random'; 'pareto': small loss and cost
-pareto_cost = 'params' # 'flops', 'latency'
+pareto_cost = 'params' # 'flops', 'kv_cache', 'latency'
 arch_evals = 200 # architectures that it evaluates
 population = 50
 parents = 10
@@ -92,6 +99,7 @@ widen_to = 0 # its edges then compute 1 / widen_to of the channels, not 1 / part
 arch_warmup_iters = 0 # steps at the start (and after that half) in which the alphas rest
 target_params = 0 # a budget: never more, at most 5 % less if the space has such a network
 target_flops = 0 # of a forward pass of one sequence or image; 2 a multiply-add
+target_kv_cache = 0 # bytes of a GPT's keys and values of block_size tokens, in 16 bits
 target_latency = 0.0 # milliseconds, predicted from latency_table
 latency_table = '' # latency.json of `python bench.py latency`; reported with or without a target
 latency_of = 'prefill' # or 'decode', of one token
@@ -121,7 +129,7 @@ LIMITS = LIMITS | { # those of train.py, and
     **dict.fromkeys(("arch_learning_rate", "arch_weight_decay", "budget_penalty", "distill"),
                     at_least(0)),
     "optimizer": one_of(*METHODS), "arch_search": one_of("evolution", "random", "pareto"),
-    "pareto_cost": one_of("params", "flops", "latency"),
+    "pareto_cost": one_of(*COSTS),
     "latency_of": one_of("prefill", "decode")}
 RULES = [
     *RULES, # those of train.py, and
@@ -139,7 +147,7 @@ RULES = [
     (lambda c: (c.teacher or c.inplace_distill) and data_kind(c.space).metric == "psnr",
      "teacher and inplace_distill need classes or tokens, which super-resolution does not have: "
      "leave them out."),
-    (lambda c: c.prune_keep and (c.target_params or c.target_flops or c.target_latency),
+    (lambda c: c.prune_keep and any(getattr(c, f"target_{kind}") for kind in COSTS),
      "prune_keep={prune_keep} may take out what the budget needs: leave out prune_keep, or the "
      "targets."),
     (lambda c: (c.teacher or c.inherit) and not data_kind(c.space).metric,

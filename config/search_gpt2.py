@@ -4,6 +4,7 @@
 # --init_from=FOLDER takes a config.json and a model.safetensors from there.
 # python prepare.py --dataset=openwebtext
 # python train_search.py config/search_gpt2.py --target_params=80_000_000
+include('shared/gpt2_block.py')
 out_dir = 'out/search_gpt2'
 dataset = 'openwebtext'
 init_from = 'gpt2'

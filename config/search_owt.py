@@ -3,6 +3,7 @@
 # python prepare.py --dataset=openwebtext
 # torchrun --standalone --nproc_per_node=8 train_search.py config/search_owt.py config/drnas.py
 include('shared/owt.py')
+include('shared/gpt2_block.py')
 out_dir = 'out/search_owt'
 dataset = 'openwebtext'
 n_layer = [10, 11, 12]

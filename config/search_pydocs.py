@@ -4,6 +4,7 @@
 # Any other method: config/darts.py, darts2.py, gdas.py or spos.py in the place of drnas.py.
 # Retrain what it found:
 # python train_base.py config/base_pydocs.py --arch=out/search_pydocs_drnas/arch.json
+include('shared/gpt2_block.py')
 out_dir = 'out/search_pydocs'
 dataset = 'pydocs'
 n_layer = [2, 3, 4]

@@ -4,6 +4,7 @@
 # Published for this space and schedule (TangleNAS; test loss, retrained, mean of seeds):
 # DrNAS 1.4547, SPOS with random search 1.4540, GDAS 1.6643 (20,000 iterations), DARTS 1.7224.
 include('shared/shakespeare_char.py')
+include('shared/gpt2_block.py')
 out_dir = 'out/search_shakespeare_char'
 dataset = 'shakespeare_char'
 n_layer = [4, 5, 6]

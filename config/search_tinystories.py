@@ -3,6 +3,7 @@
 # python prepare.py --dataset=tinystories
 # torchrun --standalone --nproc_per_node=4 train_search.py config/search_tinystories.py config/drnas.py
 include('shared/tinystories.py')
+include('shared/gpt2_block.py')
 out_dir = 'out/search_tinystories'
 dataset = 'tinystories'
 n_layer = [5, 6, 7]

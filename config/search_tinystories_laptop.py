@@ -3,6 +3,7 @@
 # python train_search.py config/search_tinystories_laptop.py config/drnas.py
 # Retrain what it found:
 # python train_base.py config/base_tinystories_laptop.py --arch=out/search_tinystories_laptop_drnas/arch.json
+include('shared/gpt2_block.py')
 out_dir = 'out/search_tinystories_laptop'
 dataset = 'tinystories'
 n_layer = [2, 3, 4]

@@ -62,7 +62,7 @@ def network_keys(space):
 def recorded_keys(space):
     """The keys of the network that arch.json records under "model"."""
     if space_module(space) is model:
-        return [*SIZES, "head_size", "bias", "block_size", *model.OPTIONS]
+        return [*SIZES, "head_size", "bias", "block_size", *model.BLOCK_KEYS]
     return list(space_keys(space))
 
 
@@ -76,11 +76,11 @@ def check_recorded(found):
     if space_module(space) is model:
         sizes = {"n_layer": int, "n_embd": int, "n_head": list, "mlp_ratio": list}
         needed = {"head_size": int, "bias": bool, "block_size": int}
-        options = {key: type(getattr(model.GPTConfig, key)) for key in model.OPTIONS
-                   if key in found["model"]} # older searches had fewer
+        kinds = {key: type(getattr(model.GPTConfig, key)) for key in model.BLOCK_KEYS
+                 if key in found["model"]} # older searches had fewer
         wrong = [key for key, of in sizes.items() if not isinstance(found["arch"].get(key), of)]
-        wrong += [key for key, of in (needed | options).items()
-                  if not isinstance(found["model"].get(key), of)]
+        wrong += [key for key, of in (needed | kinds).items()
+                  if not isinstance(found["model"].get(key), (of, list))]
     else:
         wrong = [key for key, default in space_keys(space).items()
                  if key not in found["model"] or not check(found["model"][key], default)[0]]

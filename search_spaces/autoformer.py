@@ -27,7 +27,7 @@ from configurator import ConfigError, check_range
 from model import MLP
 from search_spaces.convs import Conv2d, ImageNetwork, drop_path as drop, settings, with_loss
 from supernet import (
-    ALL, LayerNorm, Linear, Size, options_of, prefix_masks, run_blocks, slice_dim, straight_through,
+    ALL, Linear, Norm, Size, options_of, prefix_masks, run_blocks, slice_dim, straight_through,
     times_weight, transformer_choices, transformer_sizes,
 )
 
@@ -154,10 +154,10 @@ class Block(nn.Module):
     def __init__(self, c, n_embd, n_head, mlp_ratio, side, drop_path):
         super().__init__()
         self.drop_path = drop_path
-        self.ln_1, self.attn = LayerNorm(n_embd[-1], bias=True), Attention(c, n_embd, n_head, side)
-        self.ln_2 = LayerNorm(n_embd[-1], bias=True)
-        of_mlp = SimpleNamespace(activation="exact_gelu", bias=True, dropout=c.dropout)
-        self.mlp = MLP(of_mlp, n_embd, mlp_ratio)
+        self.ln_1, self.attn = Norm(n_embd[-1], bias=True), Attention(c, n_embd, n_head, side)
+        self.ln_2 = Norm(n_embd[-1], bias=True)
+        of_mlp = SimpleNamespace(bias=True, dropout=c.dropout)
+        self.mlp = MLP(of_mlp, n_embd, mlp_ratio, ("exact_gelu",))
 
     def forward(self, x, e=None, n_head=ALL, mlp_ratio=ALL):
         p = self.drop_path if self.training else 0.0
@@ -176,15 +176,17 @@ class AutoFormer(ImageNetwork):
         if c.img_size % c.patch_size:
             raise ConfigError(f"patch_size={c.patch_size} does not divide img_size={c.img_size}: "
                               f"choose another, such as {c.img_size // 4}.")
-        self.n_layer, self.n_embd, layers = transformer_choices(self, c, arch)
+        self.n_layer, layers = transformer_choices(self, c, arch)
+        self.n_embd = layers[0]["n_embd"]
         E, side = self.n_embd[-1], c.img_size // c.patch_size
         # a layer has its own probability, whatever the depth of the network
         deepest = options_of(c.n_layer, "n_layer")[-1]
         drops = [c.drop_path * i / max(1, deepest - 1) for i in range(deepest)]
         self.embed, self.dropout = PatchEmbedding(c, E, side * side + 1), nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList([Block(c, self.n_embd, *layer, side, drops[i])
+        self.blocks = nn.ModuleList([Block(c, self.n_embd, layer["n_head"], layer["mlp_ratio"],
+                                           side, drops[i])
                                      for i, layer in enumerate(layers)])
-        self.ln_f, self.classifier = LayerNorm(E, bias=True), Linear(E, c.num_classes)
+        self.ln_f, self.classifier = Norm(E, bias=True), Linear(E, c.num_classes)
         self.register_buffer("mask", prefix_masks(self.n_embd, E), persistent=False) # (n_embd, E)
         self.register_buffer("last", torch.tensor(self.n_embd) - 1, persistent=False)
         for name, p in self.named_parameters():
@@ -199,7 +201,8 @@ class AutoFormer(ImageNetwork):
         """See ImageNetwork."""
         e, n_layer, layers = transformer_sizes(self, arch)
         x = self.dropout(self.embed(x, e)) # (B, N, n_embd)
-        x = run_blocks(self.blocks, x, n_layer, [(e, *layer) for layer in layers])
+        args = [(e, layer["n_head"], layer["mlp_ratio"]) for layer in layers]
+        x = run_blocks(self.blocks, x, n_layer, args)
         x = self.ln_f(x[:, 1:], e).mean(1) # (B, n_embd)
         return with_loss(self.classifier(x, e), targets)
 

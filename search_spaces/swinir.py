@@ -29,7 +29,7 @@ from fused_ops import window_attention
 from model import MLP, CausalSelfAttention
 from search_spaces.convs import Conv2d, ImageNetwork, drop_path as drop_samples, settings
 from supernet import (
-    ALL, Choice, Embedding, LayerNorm, Size, options_of, prefix_masks, run_blocks, sampled,
+    ALL, Choice, Embedding, Norm, Size, options_of, prefix_masks, run_blocks, sampled,
     set_choices, straight_through,
 )
 
@@ -53,7 +53,7 @@ EXAMPLE = ('{"n_embd": 36, "n_head": [[4, 6, 4, 4], [4, 4, 6, 4]], '
 OVERLAP = 32 # low-resolution pixels that a tile sees beyond its edges
 MEAN = (0.4488, 0.4371, 0.4040) # of DIV2K
 # the config of model.py's attention and MLP
-BLOCK = dict(head_size=0, dropout=0.0, bias=True, position="", activation="exact_gelu")
+BLOCK = dict(dropout=0.0, bias=True)
 
 
 def reflected(n, size):
@@ -126,8 +126,8 @@ class Layer(nn.Module):
     def __init__(self, c, shift, n_embd, n_head, mlp_ratio, drop):
         super().__init__()
         self.size, self.shift, self.drop = c.window_size, shift, drop
-        self.ln_1, self.ln_2 = LayerNorm(n_embd[-1], bias=True), LayerNorm(n_embd[-1], bias=True)
-        self.attn, self.mlp = WindowAttention(c, n_embd, n_head), MLP(c, n_embd, mlp_ratio)
+        self.ln_1, self.ln_2 = Norm(n_embd[-1], bias=True), Norm(n_embd[-1], bias=True)
+        self.attn, self.mlp = WindowAttention(c, n_embd, n_head), MLP(c, n_embd, mlp_ratio, ("exact_gelu",))
 
     def forward(self, x, e=None, n_head=ALL, mlp_ratio=ALL):
         """x: (B, H, W, n_embd) -> the same."""
@@ -174,7 +174,7 @@ class SwinIR(ImageNetwork):
         E, total = self.n_embd[-1], sum(n[-1] for n in depths)
         has_choices = any(len(choice.options) > 1 for choice in self.choices.values())
         drop = 0.0 if has_choices else c.drop_path
-        self.conv_first, self.ln_first = Conv2d(3, E, 3, bias=True), LayerNorm(E, bias=True)
+        self.conv_first, self.ln_first = Conv2d(3, E, 3, bias=True), Norm(E, bias=True)
         self.rstb = nn.ModuleList()
         for r, n_layer in enumerate(depths):
             before = sum(n[-1] for n in depths[:r])
@@ -183,7 +183,7 @@ class SwinIR(ImageNetwork):
                 shift, p = i % 2 * (c.window_size // 2), drop * (before + i) / max(1, total - 1)
                 layers.append(Layer(of_layers, shift, self.n_embd, *row, p))
             self.rstb.append(RSTB(layers, self.n_embd, n_layer))
-        self.ln_f, self.conv_last = LayerNorm(E, bias=True), Conv2d(E, E, 3, bias=True)
+        self.ln_f, self.conv_last = Norm(E, bias=True), Conv2d(E, E, 3, bias=True)
         self.up = Conv2d(E, 3 * c.scale ** 2, 3, bias=True)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("mask", prefix_masks(self.n_embd, E), persistent=False) # (n_embd, E)

@@ -1,0 +1,8 @@
+# GPT-2's block, which the published spaces of sizes have.
+head_size = 0
+norm = 'layernorm'
+position = 'learned'
+qk_norm = False
+activation = 'gelu'
+n_kv_head = 0
+window = 0
