@@ -83,7 +83,7 @@ def checked(key, value, first, where, is_file, list_hint):
         stop(f"{where}: {key} takes {wanted}, such as {default!r}{hint}")
     if type(value) in (list, tuple):
         return type(default)(value)
-    if is_str(value) and not is_str(default): # of a list of words, one
+    if is_str(value) and not is_str(default): # one word of a list of words
         return type(default)([value])
     return float(value) if type(default) is float else value
 
@@ -114,7 +114,7 @@ def check(value, default):
         return is_bool(value) or is_list(value, is_bool), "True, False or a list of them"
     if type(default) in (list, tuple):
         fits = is_str(value) or is_list(value, is_str)
-        return fits, "a quoted string or a non-empty list of them"
+        return fits, "a quoted string or a non-empty list of quoted strings"
     if type(default) is float:
         return is_number(value), "a finite number"
     if type(default) is int:

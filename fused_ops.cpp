@@ -790,9 +790,9 @@ std::tuple<Tensor, Tensor> activation_backward(const Tensor& g, const Tensor& x,
 //
 //   qkv: (B, L, (H + 2 G) d), H heads of queries, G of keys and of values -> (B, L, 3 H d)
 //
-//   u = s x, s = norm_0 + norm_1 / RMS(x)                a head of queries or keys; s = 1 without norm
-//   (a, b) -> (a cos - b sin, a sin + b cos)             channels 2i and 2i + 1, with cos and sin
-//   out_i = sum_j reads_ij head_j                        of keys and values; head i % G without reads
+//   u = s x, s = norm_0 + norm_1 / RMS(x)       a head of queries or keys; s = 1 without norm
+//   (a, b) -> (a cos - b sin, a sin + b cos)    its channels 2i and 2i + 1, with cos and sin
+//   out_i = sum_j reads_ij head_j               of keys and values; head i % G without reads
 //
 // All pieces but qkv may be missing: norm (2), cos and sin (L, d / 2), reads (H, G).
 //
@@ -826,7 +826,8 @@ struct HeadsInputs {
 
 // One head of a token: s, and the head normalized and turned to out.
 template <typename T, typename scalar_t>
-T prepare(const scalar_t* x, int64_t d, const T* norm, const T* cos, const T* sin, T* out, T* rrms) {
+T prepare(const scalar_t* x, int64_t d, const T* norm, const T* cos, const T* sin, T* out,
+          T* rrms) {
   T s = 1;
   if (norm) {
     T squares = 0;
@@ -875,7 +876,8 @@ Tensor heads(const Tensor& qkv, int64_t d, int64_t H, int64_t G, const OptTensor
       T unused;
       for (int64_t r = begin; r < end; r++) {
         const scalar_t* x = px + r * (H + 2 * G) * d;
-        const T *c = pc ? pc + r % in.L * (d / 2) : nullptr, *s = ps ? ps + r % in.L * (d / 2) : nullptr;
+        const int64_t angle = r % in.L * (d / 2);
+        const T *c = pc ? pc + angle : nullptr, *s = ps ? ps + angle : nullptr;
         for (int64_t i = 0; i < H; i++) prepare<T>(x + i * d, d, pn, c, s, all + i * d, &unused);
         for (int64_t j = 0; j < G; j++)
           prepare<T>(x + (H + j) * d, d, pn, c, s, kv + j * d, &unused);
@@ -946,7 +948,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> heads_backward(
       1, std::min<int64_t>(at::get_num_threads(), rows / grain(16 * H * d)));
   const auto options = acc_options(qkv);
   Tensor gc = g.to(qkv.scalar_type()).contiguous(), dx = at::empty_like(in.qkv);
-  Tensor dnorm = at::zeros({parts, 2}, options), dreads = at::zeros({parts, H, G}, options);
+  Tensor dnorm = at::zeros({parts, H + G, 2}, options); // short sums are more exact
+  Tensor dreads = at::zeros({parts, H, G}, options);
   Tensor dcos = at::zeros({parts, in.L, d / 2}, options), dsin = at::zeros_like(dcos);
   FOR_TYPE_OF(qkv, "nas::heads_backward", [&] {
     using T = acc<scalar_t>;
@@ -966,7 +969,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> heads_backward(
           scalar_t* to = pdx + r * (H + 2 * G) * d;
           const T *c = pc ? pc + angle : nullptr, *s = ps ? ps + angle : nullptr;
           T *dc = pdc + part * angles + angle, *ds = pds + part * angles + angle;
-          T *dn = pdn + part * 2, *dr = pdr + part * H * G;
+          T *dn = pdn + part * (H + G) * 2, *dr = pdr + part * H * G;
           for (int64_t i = 0; i < 3 * H * d; i++) all[i] = T(pg[r * 3 * H * d + i]);
           for (int64_t j = 0; j < G; j++)
             prepare<T>(x + (H + j) * d, d, pn, c, s, kv + j * d, &unused);
@@ -974,16 +977,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> heads_backward(
           read_backward<T>(kv + 0, all + H * d, pr, H, G, d, dkv + 0, dr);
           read_backward<T>(kv + G * d, all + 2 * H * d, pr, H, G, d, dkv + G * d, dr);
           for (int64_t i = 0; i < H; i++)
-            prepare_backward<T>(x + i * d, d, pn, c, s, all + i * d, to + i * d, dn, dc, ds);
-          for (int64_t j = 0; j < G; j++)
-            prepare_backward<T>(x + (H + j) * d, d, pn, c, s, dkv + j * d, to + (H + j) * d, dn, dc,
+            prepare_backward<T>(x + i * d, d, pn, c, s, all + i * d, to + i * d, dn + 2 * i, dc,
                                 ds);
+          for (int64_t j = 0; j < G; j++)
+            prepare_backward<T>(x + (H + j) * d, d, pn, c, s, dkv + j * d, to + (H + j) * d,
+                                dn + 2 * (H + j), dc, ds);
           for (int64_t i = 0; i < G * d; i++) to[(H + G) * d + i] = scalar_t(dkv[G * d + i]);
         }
       }
     });
   });
-  return {dx, dnorm.sum(0), dcos.sum(0), dsin.sum(0), dreads.sum(0)};
+  return {dx, dnorm.sum(at::IntArrayRef({0, 1})), dcos.sum(0), dsin.sum(0), dreads.sum(0)};
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -1193,10 +1197,11 @@ void unscale(const HeadInputs<scalar_t, T>& of, int64_t stride, int64_t L, int64
     }
 }
 
-// The gradients to qkv, q_scale, y_scale, the bias, if need_bias, and the distance. The scores are computed anew.
+// The gradients to qkv, q_scale, y_scale, the bias, if need_bias, and the distance. The scores are
+// computed anew.
 //
-// Threads: as forward. The scales have a sum for each sequence, bias and distance one for each part, so
-// that no thread waits for another; these are added at the end.
+// Threads: as forward. The scales have a sum for each sequence, bias and distance one for each
+// part, so that no thread waits for another; these are added at the end.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& g, const Tensor& qkv, const Tensor& q_scale, const Tensor& y_scale, Sizes n_head,
     const OptTensor& bias, const OptTensor& mask, const OptTensor& distance, bool need_bias) {

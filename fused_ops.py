@@ -165,8 +165,8 @@ def mixed_attention(qkv, q_scale, y_scale, n_head, dropout=0.0, distance=None):
 
 
 def rotation(size, position, weight=1.0):
-    """(cos, sin), (T, size / 2) each, of the angles by which RoPE (Su et al. 2021) turns channels 2i
-    and 2i + 1 of heads of `size` channels at these positions (T,): weight * position *
+    """(cos, sin), (T, size / 2) each, of the angles by which RoPE (Su et al. 2021) turns channels
+    2i and 2i + 1 of heads of `size` channels at these positions (T,): weight * position *
     10000^(-2i/size)."""
     frequency = 10000 ** (-torch.arange(0, size, 2, device=position.device) / size) # (size / 2,)
     angle = weight * torch.outer(position, frequency)
@@ -248,7 +248,7 @@ def biased_attention_cpu(q, k, v, bias, mask, dropout=0.0):
         scores = scores + bias
     else:
         scores = (scores.unflatten(0, (-1, len(mask))) + (bias + mask[:, None])).flatten(0, 1)
-    return F.dropout(scores.softmax(-1), dropout) @ v
+    return F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v
 
 
 def depthwise(x, weight, stride, padding, dilation):
@@ -404,7 +404,7 @@ def register_fakes():
         T = qkv.shape[1]
         dbias = sums(qkv, bias.shape if need_bias else (0, T, T))
         return (like(qkv), sums(qkv, q_scale.shape), sums(qkv, y_scale.shape), dbias,
-                sums(qkv, 0 if distance is None else T))
+                sums(qkv, T))
 
     @register("nas::depthwise")
     def depthwise(x, weight, stride, padding, dilation):

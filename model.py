@@ -155,7 +155,7 @@ class CausalSelfAttention(nn.Module):
         reads = torch.stack([F.one_hot(torch.arange(H) % (kv or H), KV) for kv in n_kv_head])
         # of each window: whether it reaches so many tokens back
         reach = torch.stack([torch.arange(config.block_size) < (w or config.block_size)
-                             for w in window]) if any(window) else torch.ones(1, 0)
+                             for w in window]) if any(window) else torch.ones(1, 1)
         for name, t in (("mask", mask), ("scale", scale), ("reads", reads), ("reach", reach)):
             self.register_buffer(name, t.float(), persistent=False)
 
@@ -213,7 +213,8 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y, None, e))
 
     def all_heads(self, qkv, now):
-        """Queries, keys and values, with as many heads of the latter as of queries: (B, T, 3 inner)."""
+        """Queries, keys and values, all with as many heads as there are of queries:
+        (B, T, 3 inner)."""
         H, G = (n // self.head_size for n in self.sizes[:2])
         norm = reads = None
         if any(self.qk_norm):
@@ -422,8 +423,8 @@ class GPT(nn.Module):
     def check_config(self):
         """Raises ConfigError if a key of the blocks has a value that it cannot have."""
         c = self.config
-        kinds_of(c.residual if isinstance(c.residual, str) else str(c.residual), "residual",
-                 RESIDUALS)
+        if c.residual not in RESIDUALS:
+            raise ConfigError(f"residual={c.residual!r} is not one of {', '.join(RESIDUALS)}.")
         check_range(c, 0, "head_size", "loss_chunk", "router_aux_loss_coef")
         check_range(c, 0, "dropout", below=1)
         if not 0 < c.prmsnorm_pct <= 1:
@@ -556,7 +557,7 @@ class GPT(nn.Module):
             inner = of_kv = e
             if self.head_size:
                 inner = self.head_size * n_head
-                of_kv = self.head_size * mean("n_kv_head", lambda n: n or n_head, i)
+                of_kv = self.head_size * mean("n_kv_head", lambda n, h=n_head: n or h, i)
             seen = mean("window", lambda w: w or T, i) # tokens that a token sees
             hidden = mean("mlp_ratio", lambda r: torch.tensor([int(r * n) for n in self.n_embd]), i)
             gated = mean("activation", lambda name: name in GATED, i)

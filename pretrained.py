@@ -182,12 +182,13 @@ def sort_by_importance(net, score):
     heads       those of a fixed head_size. With head_size=0 all head counts use all channels, and a
                 smaller n_embd cuts off the last channels of every head of the largest count. So the
                 channels within a head are ordered: those of its values, and apart from them those
-                of its queries and keys, but not under rope, where each has a frequency of its own
+                of its queries and keys
     channels    of n_embd, in all layers alike; but not where a channel's index has a meaning, as in
                 sinusoidal positions and in partial_rmsnorm
     """
     config = net.config
     assert not config.n_expert, "experts have fixed sizes, and nothing to order"
+    assert config.n_kv_head == 0, "heads that share keys and values are bound to their places"
 
     def order(units):
         importance = sum(t.reshape(len(t), -1).sum(1) for t in units(score))
@@ -206,7 +207,8 @@ def sort_by_importance(net, score):
 
 def neurons(mlp, of):
     """The hidden neurons of an MLP."""
-    rows = [of(p).unflatten(0, (1 + mlp.gated, -1)).transpose(0, 1) for p in mlp.c_fc.parameters()]
+    parts = 1 + mlp.has_gate
+    rows = [of(p).unflatten(0, (parts, -1)).transpose(0, 1) for p in mlp.c_fc.parameters()]
     return [*rows, of(mlp.c_proj.weight).T]
 
 
@@ -233,8 +235,7 @@ def parts_of_heads(attn):
 
     if attn.head_size:
         return [heads]
-    within = (values,) if attn.rope else (values, keys)
-    return [partial(units, i=i) for i in range(h) for units in within]
+    return [partial(units, i=i) for i in range(h) for units in (values, keys)]
 
 
 def channels(net, of):

@@ -75,7 +75,7 @@ def kinds_of(value, name, allowed):
     known = list(allowed)
     wrong = [o for o in options if o not in known]
     if wrong or len(set(options)) < len(options):
-        what = f"{wrong[0]!r}, which is not one of" if wrong else "one twice; choose different ones of"
+        what = f"{wrong[0]!r}, which is not one of" if wrong else "one twice: choose different"
         raise ConfigError(f"{name}={value!r} has {what} {', '.join(map(str, known))}.")
     return options
 
@@ -399,8 +399,8 @@ def layernorm(x, eps):
 
 
 def rmsnorm(x, eps, portion=1.0):
-    """x / RMS(x) (Zhang & Sennrich 2019). portion < 1 is their pRMSNorm: the RMS is that of the first
-    portion of the channels."""
+    """x / RMS(x) (Zhang & Sennrich 2019). portion < 1 is their pRMSNorm: the RMS is that of the
+    first portion of the channels."""
     x = x[..., :max(1, int(portion * x.shape[-1]))]
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), 0.0
 
@@ -440,7 +440,8 @@ class Norm(nn.Module):
             y = F.layer_norm(x, slices["weight"].shape, **slices, eps=self.eps)
         else:
             # at least in float32: in float16 small squares vanish, and gradients overflow
-            scale, shift = self.statistics(x.to(torch.promote_types(x.dtype, torch.float32)), chosen)
+            exact = x.to(torch.promote_types(x.dtype, torch.float32))
+            scale, shift = self.statistics(exact, chosen)
             y = (x * scale - shift) * slices["weight"]
         return straight_through(times_weight(y, e), kind.weight)
 
@@ -454,6 +455,7 @@ class Norm(nn.Module):
         if a.keys() <= {"layernorm", "rmsnorm"}: # one pass
             layer, rms = (p * a[name] if name in a else None for name in ("layernorm", "rmsnorm"))
             return mixed_norm(x, self.weight, bias, layer, rms, n, self.eps)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         scales, shifts = [], []
         for n_k, p_k in zip(n, p, strict=True):
             found = [(w * p_k, self.statistics(x[..., :n_k], name)) for name, w in a.items()]

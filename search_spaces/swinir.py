@@ -127,7 +127,8 @@ class Layer(nn.Module):
         super().__init__()
         self.size, self.shift, self.drop = c.window_size, shift, drop
         self.ln_1, self.ln_2 = Norm(n_embd[-1], bias=True), Norm(n_embd[-1], bias=True)
-        self.attn, self.mlp = WindowAttention(c, n_embd, n_head), MLP(c, n_embd, mlp_ratio, ("exact_gelu",))
+        self.attn = WindowAttention(c, n_embd, n_head)
+        self.mlp = MLP(c, n_embd, mlp_ratio, ("exact_gelu",))
 
     def forward(self, x, e=None, n_head=ALL, mlp_ratio=ALL):
         """x: (B, H, W, n_embd) -> the same."""

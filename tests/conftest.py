@@ -20,7 +20,12 @@ TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_a
             eval_iters=2, log_interval=1, warmup_iters=1)
 TINY_SPACE = dict(n_layer=[1, 2], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
 TINY_EVALS = dict(arch_evals=6, population=4, parents=2)
-TINY_SEARCH = TINY | TINY_SPACE | TINY_EVALS
+GPT2_BLOCK = dict(head_size=0, norm="layernorm", position="learned", qk_norm=False,
+                  activation="gelu", n_kv_head=0, window=0)
+TINY_KINDS = dict(head_size=4, norm=["layernorm", "rmsnorm"], position=["learned", "rope"],
+                  qk_norm=[False, True], activation=["gelu", "swiglu"], n_kv_head=[1, 0],
+                  window=[4, 0])
+TINY_SEARCH = TINY | TINY_SPACE | GPT2_BLOCK | TINY_EVALS
 TINY_IMAGES = {key: value for key, value in TINY.items()
                if key != "block_size"} | dict(dataset="digits", batch_size=8, bn_batches=2)
 NOT_OF_PAIRS = ("dataset", "bn_batches", "repeated_augmentation") # of images with classes alone

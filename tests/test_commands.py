@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (NOT_OF_PAIRS, ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH,
-                      TINY_SPACES, TINY_STAGES, flags, run, succeeds)
+                      TINY_KINDS, TINY_SPACES, TINY_STAGES, flags, run, succeeds)
 from test_pretrained import SPACE, save_gpt2
 from test_train import train_config
 from test_vision import FOUR, search_config, space_config
@@ -110,7 +110,8 @@ def shrink(command, data_dir, digits_dir, finished, out):
     if space != "gpt" and script != "analyze.py":
         words, extra = shrink_space(words, script, space, digits_dir, out)
     elif script == "train_search.py":
-        extra += ["--dataset=pydocs", *flags(TINY_SEARCH)]
+        has_kinds = "config/search" not in command or "kinds.py" in command
+        extra += ["--dataset=pydocs", *flags(TINY_SEARCH | (TINY_KINDS if has_kinds else {}))]
         # of tiny networks
         words = ["--target_params=3000" if word == "--target_params=400000" else word
                  for word in words]

@@ -11,7 +11,9 @@ from conftest import ROOT, TINY_SEARCH, flags, succeeds, turn_kernels_on
 
 import fused_ops
 import supernet
-from fused_ops import depthwise, mixed_attention, mixed_linear, mixed_norm
+from fused_ops import (ACTIVATION_KERNELS, depthwise, mixed_activation, mixed_attention,
+                       mixed_heads, mixed_linear, mixed_norm)
+from model import ACTIVATIONS, GATED
 from model import build
 from optim_nas import METHODS, discretize, uniform
 from search_spaces.convs import Conv2d
@@ -37,6 +39,24 @@ def prefix_sizes(g, N):
     return sorted({*smaller, N})
 
 
+# the references with the operators' arguments
+
+def attention_with_distance(qkv, q_scale, y_scale, n_head, bias, mask, distance):
+    return mixed_attention(qkv, q_scale, y_scale, n_head, 0.0, distance[:qkv.shape[1]])
+
+
+def heads_with_numbers(qkv, size, H, G, norm, cos, sin, reads):
+    T = qkv.shape[1]
+    rope = None if cos is None else (cos[:T], sin[:T])
+    return mixed_heads(qkv, size, H, G, norm, rope, reads)
+
+
+def activation_of_numbers(x, p, numbers):
+    names = {ACTIVATION_KERNELS[name] + 16 * (name in GATED): name for name in ACTIVATION_KERNELS}
+    kinds = [(names[n], ACTIVATIONS[names[n]], n >= 16) for n in numbers]
+    return mixed_activation(x, p, kinds)
+
+
 def cases(seed, dtype):
     """(reference, the kernel's operator, inputs) of each kernel on random sizes."""
     g = torch.Generator().manual_seed(seed)
@@ -51,8 +71,14 @@ def cases(seed, dtype):
     N, R, B, T = number(1, 40), number(2, 40), number(1, 3), number(1, 150)
     n, o, bias = prefix_sizes(g, N), prefix_sizes(g, R), number(0, 1)
     x = tensor(B, T, N)
-    w, b, p = (tensor(size, dtype=small) for size in (N, N, len(n)))
-    yield mixed_norm, torch.ops.nas.layer_norm, (x, w, b if bias else None, p, n, 1e-5)
+    w, b, p, q = (tensor(size, dtype=small) for size in (N, N, len(n), len(n)))
+    q = q if number(0, 1) else None
+    yield mixed_norm, torch.ops.nas.norm, (x, w, b if bias else None, p, q, n, 1e-5)
+
+    kinds = sorted({number(0, 5) for _ in range(3)}) + [16 + k for k in (0, 2, 4) if number(0, 1)]
+    gates = tensor(B, T, N * (1 + (kinds[-1] >= 16)))
+    inputs = gates, tensor(len(kinds), dtype=small), kinds
+    yield activation_of_numbers, torch.ops.nas.activation, inputs
 
     linear = torch.ops.nas.block_linear
     M = tensor(len(o), len(n), dtype=small, random=torch.rand)
@@ -68,8 +94,20 @@ def cases(seed, dtype):
     scales = [tensor(len(heads), E, dtype=small) for _ in range(2)]
     yield mixed_attention, torch.ops.nas.attention, (tensor(B, T, 3 * E), *scales, heads)
 
+    distance = tensor(T, dtype=small)
+    inputs = tensor(B, T, 3 * E), *scales, heads, None, None, distance
+    yield attention_with_distance, torch.ops.nas.attention, inputs
+
+    G, size = number(1, 3), 2 * number(1, 9)
+    H = G * number(1, 3)
+    norm, reads = (tensor(*shape, dtype=small) if number(0, 1) else None
+                   for shape in ((2,), (H, G)))
+    rope = [tensor(T, size // 2, dtype=small) for _ in range(2)] if number(0, 1) else [None, None]
+    x = tensor(B, T, (H + 2 * G) * size)
+    yield heads_with_numbers, torch.ops.nas.heads, (x, size, H, G, norm, *rope, reads)
+
     C, k, stride, dilation = number(1, 40), number(1, 7), number(1, 3), number(1, 3)
-    padding = dilation * (k - 1) // 2 + number(0, 1) # what an image of one pixel needs, or more
+    padding = (dilation * (k - 1) + 1) // 2 + number(0, 1) # what one pixel needs, or more
     for grad_x, grad_w in ((True, True), (True, False), (False, True)):
         x = tensor(B, C, number(1, 17), number(1, 17), grad=grad_x)
         w = tensor(C, 1, k, k, grad=grad_w)
@@ -145,7 +183,7 @@ def test_attention_backward_is_registered_right(need_bias):
     """Also the strides of the gradient to the bias, whose rows the kernel pads to whole vectors."""
     g, qkv = torch.randn(2, 3, 4), torch.randn(2, 3, 12)
     scale, bias = torch.randn(1, 4), torch.randn(2, 3, 3)
-    inputs = (g, qkv, scale, scale, [2], bias, None, need_bias)
+    inputs = (g, qkv, scale, scale, [2], bias, None, None, need_bias)
     torch.library.opcheck(torch.ops.nas.attention_backward, inputs, test_utils=FORWARD_TESTS)
 
 

@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import peak
 from configurator import ConfigError
-from model import MLP, build
+import model
+from fused_ops import rotation
+from model import MLP, PLAIN, Now, build
 from optim_nas import uniform
 import search_spaces
 from search_spaces import space_module
@@ -24,9 +26,8 @@ SPACES = { # lists of lengths 1 to 4 that differ between choices, and sizes of n
     "single": dict(n_layer=[2], n_embd=[40], n_head=[5], mlp_ratio=[3]),
     "numbers": dict(n_layer=2, n_embd=[20, 60], n_head=4, mlp_ratio=[1, 2, 3, 4]),
 }
-# every head has an even size, as rope asks
-EVEN = dict(n_layer=[1, 2], n_embd=[12, 24, 36], n_head=[1, 3], mlp_ratio=[1, 2.5])
-BLOCKS = { # every block option that may live in a supernet, a few at a time
+EVEN = dict(n_layer=[1, 2], n_embd=[12, 24, 36], n_head=[2, 4], mlp_ratio=[1, 2.5])
+BLOCKS = { # every kind of block that may live in a supernet, a few at a time
     "llama": dict(norm="rmsnorm", position="rope", activation="swiglu", bias=False),
     "gpt-j": dict(position="rope", activation="silu", residual="parallel"),
     "original": dict(position="sinusoidal", activation="relu", residual="post"),
@@ -34,7 +35,23 @@ BLOCKS = { # every block option that may live in a supernet, a few at a time
     "partial": dict(norm="partial_rmsnorm", prmsnorm_pct=0.3, activation="mish"),
     "post": dict(norm="partial_rmsnorm", prmsnorm_pct=0.5, position="rope", activation="reglu",
                  residual="post"),
+    "modern": dict(norm="rmsnorm", position="rope", qk_norm=True, activation="relu2", n_kv_head=1,
+                   window=5, bias=False),
+    # lists: choices
+    "kinds": dict(norm=["layernorm", "rmsnorm"], position=["learned", "sinusoidal", "rope", "none"],
+                  qk_norm=[False, True], activation=list(model.ACTIVATIONS), n_kv_head=[1, 2, 0],
+                  window=[3, 7, 0]),
+    "two": dict(norm=["rmsnorm", "layernorm"], position=["rope", "learned"], qk_norm=[True, False],
+                activation=["swiglu", "reglu"], n_kv_head=[1, 2], window=[2, 4], bias=False),
+    "any heads": dict(norm=["partial_rmsnorm", "layernorm"], prmsnorm_pct=0.5, window=[4, 0],
+                      position=["sinusoidal", "none"], activation=["gelu", "relu2"],
+                      residual="branch"),
 }
+FIXED_HEADS = [name for name, block in BLOCKS.items() # others have heads of any size, too
+               if "rope" in block.get("position", ()) or "n_kv_head" in block]
+BLOCKS_AND_HEADS = [(name, head_size) for name in BLOCKS for head_size in (0, 4)
+                    if head_size or name not in FIXED_HEADS]
+KINDS = [name for name, block in BLOCKS.items() if any(type(o) is list for o in block.values())]
 MOE = dict(n_expert=4, top_k=2, activation="swiglu")
 
 
@@ -79,8 +96,7 @@ def test_law_of_exactness(space, head_size, bias):
     check_law_of_exactness(supernet(space, head_size=head_size, bias=bias))
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("head_size", [0, 4])
+@pytest.mark.parametrize("block, head_size", BLOCKS_AND_HEADS)
 @pytest.mark.usefixtures("implementation")
 def test_law_of_exactness_of_every_block_option(block, head_size):
     check_law_of_exactness(supernet("even", head_size=head_size, **BLOCKS[block]))
@@ -108,6 +124,7 @@ def check_law_of_exactness(net):
             inside = sum(p.grad.abs().sum() for p in small.parameters())
             agree(outside, inside, f"{form} gradient outside the slices of {arch}")
             assert sum(p.numel() for p in shared.parameters()) == net.cost(arch)["params"]
+            assert small.cost() == net.cost(arch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -145,7 +162,7 @@ def test_mixed_depth_is_the_sum_over_depths():
     """With the (nonlinear) final norm replaced by the identity, the logits are the weighted sum of
     those of each depth."""
     net, (x, y) = supernet("three", n_embd=24, n_head=2, mlp_ratio=2), tokens()
-    net.transformer.ln_f.forward = lambda h, e: h
+    net.transformer.ln_f.forward = lambda h, e, norm: h
     weights = {name: torch.ones(c.shape) for name, c in net.choices.items()}
     weights |= {"n_layer": torch.tensor([0.5, 0.2, 0.3])}
     parts = [net(x, y, {"n_layer": d, "n_embd": 24, "n_head": [2] * d, "mlp_ratio": [2] * d})[0]
@@ -163,7 +180,8 @@ def test_attention_mixture_is_its_padded_sum(head_size):
     p = torch.tensor([0.2, 0.5, 0.3], requires_grad=True)
     a = torch.tensor([0.1, 0.6, 0.3], requires_grad=True)
     x = torch.randn(2, 5, E, requires_grad=True)
-    cheap = attn(x, Size(e_options, mask=net.mask, p=p, last=net.last), Sampled(weights=a))
+    e = Size(e_options, mask=net.mask, p=p, last=net.last)
+    cheap = attn(x, PLAIN._replace(e=e, n_head=Sampled(weights=a)))
 
     width = sum(pk * (torch.arange(E) < k) for pk, k in zip(p, e_options, strict=True))
     q, k, v = F.linear(x * width, attn.c_attn.weight, attn.c_attn.bias).chunk(3, -1)
@@ -236,15 +254,18 @@ def test_flops_are_those_that_run(head_size):
         assert counter.get_total_flops() == net.cost(arch)["flops"]
 
 
-@pytest.mark.parametrize("head_size", [0, 4])
-def test_expected_cost_is_the_mean_over_architectures(head_size):
+@pytest.mark.parametrize("options", [
+    dict(head_size=0), dict(head_size=4),
+    dict(head_size=4, n_embd=32, norm=["rmsnorm", "layernorm"], activation=["gelu", "swiglu"],
+         mlp_ratio=1, n_kv_head=[1, 0], window=[3, 0], position=["rope", "learned"])])
+def test_expected_cost_is_the_mean_over_architectures(options):
     """The sum over all architectures of probability times exact cost, and a gradient that finite
     differences confirm."""
-    net = supernet("ragged", head_size=head_size, n_layer=[1, 2], mlp_ratio=[1, 2])
+    net = supernet("ragged", **dict(n_layer=[1, 2], mlp_ratio=[1, 2]) | options)
     g = torch.Generator().manual_seed(0)
     weights = {name: torch.rand(c.shape, generator=g, dtype=torch.float64).softmax(-1)
                for name, c in net.choices.items()}
-    total = {"params": 0.0, "flops": 0.0}
+    total = {"params": 0.0, "flops": 0.0, "kv_cache": 0.0}
     options = {name: [c.options] * (c.repeat or 1) for name, c in net.choices.items()}
     for values in itertools.product(*(itertools.product(*rows) for rows in options.values())):
         arch, p = {}, 1.0
@@ -263,20 +284,22 @@ def test_expected_cost_is_the_mean_over_architectures(head_size):
         assert torch.autograd.gradcheck(cost_of, tuple(leaf.values()))
 
 
-@pytest.mark.parametrize("block", [*BLOCKS, "moe"])
+@pytest.mark.parametrize("block", [*(set(BLOCKS) - set(KINDS)), "moe"])
 def test_cost_of_every_block_option(block):
     """Parameters and matrix products as they are; the expectation over two equal choices is the
     mean."""
-    options = MOE if block == "moe" else BLOCKS[block]
+    options = (MOE if block == "moe" else BLOCKS[block]) | {"window": 0} # masked scores run, too
     net, (x, y) = supernet("single", head_size=8, mlp_ratio=2.5, block_size=16,
                            **options), tokens(B=1, T=16)
     with (FlopCounterMode(display=False) as counter,
           torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)):
         net(x, y)
+    # bytes, keys and values, layers, tokens, heads, channels
+    kv_cache = 2 * 2 * 2 * 16 * (options.get("n_kv_head") or 5) * 8
     assert net.cost() == {"params": sum(p.numel() for p in net.parameters()),
-                          "flops": counter.get_total_flops()}
+                          "flops": counter.get_total_flops(), "kv_cache": kv_cache}
     if block != "moe":
-        net = supernet("even", n_layer=1, n_head=1, mlp_ratio=2.5, **options)
+        net = supernet("even", n_layer=1, n_head=1, mlp_ratio=2.5, head_size=4, **options)
         half = {name: torch.full(c.shape, 1 / len(c.options)) for name, c in net.choices.items()}
         costs = [net.cost({"n_layer": 1, "n_embd": e, "n_head": [1], "mlp_ratio": [2.5]})
                  for e in (12, 24, 36)]
@@ -296,12 +319,12 @@ def test_state_dict_has_the_names_of_nanogpt():
                                 "lm_head.weight"}
 
 
-@pytest.mark.parametrize("block", [*BLOCKS, "moe"])
+@pytest.mark.parametrize("block", [*(set(BLOCKS) - set(KINDS)), "moe"])
 def test_every_block_option_is_causal(block):
     """A later token changes no earlier logits, and an earlier one changes all later ones: nothing
     is seen too soon or hidden."""
     net, (x, _) = supernet("single", **(MOE if block == "moe" else BLOCKS[block]) |
-                           {"loss_chunk": 0}).eval(), tokens()
+                           {"loss_chunk": 0, "window": 0}).eval(), tokens()
     logits, _ = net(x, x)
     for t in range(9):
         x2 = x.clone()
@@ -324,10 +347,10 @@ def test_plain_network_is_causal_and_ignores_minus_one():
           "masked loss")
 
 
-@pytest.mark.parametrize("options", [{}, BLOCKS["llama"], BLOCKS["original"], dict(position="rope"),
-                                     MOE])
-@pytest.mark.parametrize("head_size", [0, 4])
-def test_cached_generation_equals_recomputing(head_size, options):
+@pytest.mark.parametrize("options, head_size", [
+    ({}, 0), ({}, 4), (BLOCKS["llama"], 4), (BLOCKS["original"], 0), (BLOCKS["modern"], 4),
+    (BLOCKS["kinds"], 4), (MOE, 0)])
+def test_cached_generation_equals_recomputing(options, head_size):
     space = "single" if "n_expert" in options else "even" if options else "ragged"
     net, (x, _) = supernet(space, head_size=head_size, **options), tokens(T=3)
     net.eval()
@@ -388,6 +411,7 @@ def test_plain_network_is_gpt2_written_out():
 
 ACTIVATIONS = {"gelu": torch.nn.GELU("tanh"), "exact_gelu": torch.nn.GELU(),
                "relu": torch.nn.ReLU(), "silu": torch.nn.SiLU(),
+               "relu2": lambda x: torch.relu(x) ** 2,
                "mish": torch.nn.Mish(), "geglu": torch.nn.GELU("tanh"), "swiglu": torch.nn.SiLU(),
                "reglu": torch.nn.ReLU()}
 
@@ -448,7 +472,8 @@ def test_residuals(residual):
 def test_rope_attention_sees_distances_alone():
     """The scores of a whole attention, against scaled_dot_product_attention of tokens turned as
     complex numbers, at any offset."""
-    attn, x = supernet("single", position="rope").transformer.h[0].attn, torch.randn(2, 9, 40)
+    net, x = supernet("single", position="rope"), torch.randn(2, 9, 40)
+    attn, now = net.transformer.h[0].attn, Now(rope=rotation(8, torch.arange(9)))
     q, k, v = (t.unflatten(2, (5, 8)).transpose(1, 2) for t in attn.c_attn(x).chunk(3, 2))
     for offset in (0, 100):
         turn = torch.exp(1j * torch.outer(torch.arange(9.0) + offset,
@@ -456,7 +481,7 @@ def test_rope_attention_sees_distances_alone():
         pairs = [torch.view_as_complex(t.unflatten(3, (4, 2)).contiguous()) for t in (q, k)]
         q_k = [torch.view_as_real(pair * turn).flatten(3) for pair in pairs]
         y = F.scaled_dot_product_attention(*q_k, v, is_causal=True).transpose(1, 2).flatten(2)
-        torch.testing.assert_close(attn(x), attn.c_proj(y), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(attn(x, now), attn.c_proj(y), rtol=1e-4, atol=1e-4)
 
 
 def moe(**options):
@@ -596,15 +621,15 @@ def test_straight_through_options_have_the_gradients_of_the_mixture(space, head_
     check_straight_through_options(supernet(space, head_size=head_size, bias=bias))
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("head_size", [0, 4])
+@pytest.mark.parametrize("block, head_size", BLOCKS_AND_HEADS)
 def test_straight_through_options_of_every_block_option(block, head_size):
     check_straight_through_options(supernet("even", head_size=head_size, **BLOCKS[block]))
 
 
 def check_straight_through_options(net):
     """gdas slices: its loss is the mixture's, so are the gradients of the shared weights and those
-    to the weights of what was chosen; of all depths, whose own weight the final norm hides. (In
+    to the weights of what was chosen; of depths, whose own weight the final norm hides, positions
+    and windows those to all. (In
     float64, but for buffers rounded to float32: the norms all but cancel some of them.)"""
     net, (x, y) = net.double(), tokens()
     params = list(net.parameters())
@@ -625,7 +650,8 @@ def check_straight_through_options(net):
             agree(g, g0, "gradient")
         for name, g in grads.items():
             # layers that were not run get nothing from either
-            chosen = leaves[name] if name != "n_layer" else 1
+            to_all = name in ("n_layer", "position", "window")
+            chosen = 1 if to_all else leaves[name]
             worst = (g - mixed_grads[name] * chosen).abs().max().item()
             assert worst <= 1e-7, f"gradient to {name} of {arch}: differs by {worst:.2e}"
 
@@ -641,7 +667,7 @@ def test_mixture_mixes_the_width_once_in_every_operation():
     S = sum(pk * (torch.arange(36) < k) for pk, k in options)
     h, mixed = w["transformer.wte.weight"][x] * S + w["transformer.wpe.weight"][:9] * S, 0
     for i, block in enumerate(net.transformer.h):
-        h = block(h, e, *layers[i])
+        h = block(h, Now(e, **layers[i]))
         mixed = mixed + p[i] * h
     weight, bias = w["transformer.ln_f.weight"], w["transformer.ln_f.bias"]
     normed = sum(pk * F.pad(F.layer_norm(mixed[..., :k], (k,), weight[:k], bias[:k]), (0, 36 - k))
@@ -704,8 +730,18 @@ def test_residual_projections_start_smaller():
     (dict(mlp_ratio=[]), ["mlp_ratio=[]"]),
     (dict(norm="batchnorm"), ["norm='batchnorm'", "rmsnorm"]),
     (dict(residual=["pre"]), ["residual=['pre']", "parallel"]),
-    (dict(position="rope", n_head=[4]), ["rope", "n_head=4", "even"]),
-    (dict(position="rope", head_size=3), ["rope", "head_size=3"]),
+    (dict(position="rope"), ["rope", "n_embd=[12, 24, 36]", "--head_size=16"]),
+    (dict(position="rope", head_size=3), ["rope", "even size", "is 3"]),
+    (dict(n_kv_head=[1, 2]), ["n_kv_head", "--head_size=16"]),
+    (dict(qk_norm=[False, True]), ["qk_norm", "--head_size=16"]),
+    (dict(n_kv_head=[1, 2], head_size=4), ["n_head=3", "n_kv_head=2"]),
+    (dict(n_kv_head=[0, 1], head_size=4), ["n_kv_head=[0, 1]", "increasing", "last"]),
+    (dict(n_kv_head=[1, 1.5], head_size=4), ["n_kv_head=[1, 1.5]", "whole"]),
+    (dict(window=[4, 1025]), ["window=1025", "block_size=1024"]),
+    (dict(window=-1), ["window=-1"]),
+    (dict(activation=["gelu", 3]), ["activation=['gelu', 3]", "3", "relu2"]),
+    (dict(norm=["rmsnorm", "rmsnorm"]), ["norm=['rmsnorm', 'rmsnorm']", "twice", "layernorm"]),
+    (dict(qk_norm="yes"), ["qk_norm='yes'", "False, True"]),
     (dict(norm="partial_rmsnorm", prmsnorm_pct=6.25), ["prmsnorm_pct=6.25", "0.0625"]),
     (dict(n_expert=4), ["n_expert=4", "lists"]),
     (dict(n_expert=2, top_k=2), ["n_expert=2", "top_k=2"]),

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_ops import mixed_norm, mixed_rotary_attention, rotary
-from supernet import (Embedding, LayerNorm, Linear, RMSNorm, Sinusoidal, Size, prefix_masks,
+from fused_ops import mixed_norm, rotate, rotation
+from supernet import (NORMS, Embedding, Linear, Norm, Sampled, Sinusoidal, Size, prefix_masks,
                       slice_dim)
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -51,7 +51,7 @@ def same_with_gradients(cheap, padded, inputs):
 @pytest.mark.parametrize("n", [(8,), (3, 8), EMBD, (1, 2, 4, 8), (1, 3, 4, 6, 8)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_layer_norm(n, bias):
-    norm, x, e = LayerNorm(8, bias), (torch.randn(2, 4, 8) + 3).requires_grad_(), mixture(n, 8)
+    norm, x, e = Norm(8, bias), (torch.randn(2, 4, 8) + 3).requires_grad_(), mixture(n, 8)
     params = list(norm.parameters())
     torch.nn.init.normal_(norm.weight)
     if bias:
@@ -62,12 +62,16 @@ def test_layer_norm(n, bias):
     same_with_gradients(norm(x, e), padded, [x, e.p, *params])
 
 
+def rms_norm(portion=1.0):
+    return Norm(8, True, ("partial_rmsnorm",) if portion < 1 else ("rmsnorm",), portion)
+
+
 @pytest.mark.parametrize("n", [(8,), EMBD, (1, 3, 4, 6, 8)])
 @pytest.mark.parametrize("portion", [1.0, 0.5, 0.01])
 def test_rms_norm(n, portion):
     """Against torch.nn.RMSNorm; with a portion, the RMS is that of the first channels of each
     width, at least one."""
-    norm, x, e = RMSNorm(8, portion), (torch.randn(2, 4, 8) + 3).requires_grad_(), mixture(n, 8)
+    norm, x, e = rms_norm(portion), (torch.randn(2, 4, 8) + 3).requires_grad_(), mixture(n, 8)
     torch.nn.init.normal_(norm.weight)
     whole = torch.nn.RMSNorm(8, eps=norm.eps)
     whole.weight = norm.weight
@@ -79,6 +83,36 @@ def test_rms_norm(n, portion):
         ratio = F.rms_norm(x[..., :first], (first,), eps=norm.eps)[..., :1] / x[..., :1] # 1 / RMS
         padded = padded + p * pad(x[..., :k] * ratio * norm.weight[:k], 8)
     same_with_gradients(norm(x, e), padded, [x, e.p, norm.weight])
+
+
+@pytest.mark.parametrize("kinds", [("layernorm", "rmsnorm"), ("rmsnorm", "layernorm"),
+                                   ("partial_rmsnorm", "layernorm", "rmsnorm")])
+@pytest.mark.parametrize("n", [None, (8,), EMBD])
+def test_a_mixture_of_norms_is_their_sum(kinds, n):
+    """Of every width and kind, each a norm of its own with the shared weight."""
+    norm, x = Norm(8, True, kinds, 0.5), (torch.randn(2, 4, 8) + 3).requires_grad_()
+    for p in norm.parameters():
+        torch.nn.init.normal_(p)
+    e = n and mixture(n, 8)
+    a = torch.rand(len(kinds)).softmax(-1).requires_grad_()
+    padded = 0
+    for p, k in zip(e.p, e.n, strict=True) if e else [(1.0, 8)]:
+        for w, kind in zip(a, kinds, strict=True):
+            alone = Norm(k, True, (kind,), 0.5)
+            alone.weight = norm.weight # of more channels: cut by the Size
+            alone.bias = norm.bias if kind == "layernorm" else None
+            padded = padded + w * p * pad(alone(x[..., :k], Size(k)), 8)
+    inputs = [x, a, *norm.parameters(), *([e.p] if e else [])]
+    same_with_gradients(norm(x, e, Sampled(kinds, weights=a)), padded, inputs)
+
+
+def test_every_norm_is_its_formula():
+    x = torch.randn(5, 8) + 2
+    for kind, formula in (("layernorm", lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(
+            -1, correction=0, keepdim=True) + 1e-5).sqrt()),
+            ("rmsnorm", lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())):
+        scale, shift = NORMS[kind](x, 1e-5)
+        close(x * scale - shift, formula(x))
 
 
 def test_sinusoidal():
@@ -108,15 +142,12 @@ def turned(x, n_head, past=0):
 @pytest.mark.parametrize("n_head", [1, 3])
 def test_rotary(n_head):
     """Against complex numbers; and a score depends on the content and on the distance alone."""
-    qkv = torch.randn(2, 7, 72)
-    q, k, v = rotary(qkv, n_head, past=5).chunk(3, dim=2)
-    for x, x0 in ((q, qkv[..., :24]), (k, qkv[..., 24:48])):
-        heads = x.unflatten(2, (n_head, -1)).transpose(1, 2)
-        # angles are float32
-        assert (heads - turned(x0, n_head, 5)).abs().max() < 1e-5
-    assert torch.equal(v, qkv[..., 48:])
-    q, k, _ = (t.unflatten(2, (n_head, -1)).transpose(1, 2)
-               for t in rotary(qkv[:, :1].expand(2, 7, 72), n_head).chunk(3, dim=2))
+    x, size = torch.randn(2, 7, 24), 24 // n_head
+    heads = rotate(x, *rotation(size, torch.arange(5, 12))).unflatten(2, (n_head, -1))
+    # angles are float32
+    assert (heads.transpose(1, 2) - turned(x, n_head, 5)).abs().max() < 1e-5
+    q, k = (rotate(t[:, :1].expand(2, 7, 24), *rotation(size, torch.arange(7)))
+            .unflatten(2, (n_head, -1)).transpose(1, 2) for t in (x, torch.randn(2, 7, 24)))
     scores = q @ k.transpose(-1, -2) # of the same query and key everywhere
     for distance in range(-6, 7):
         on = scores.diagonal(distance, 2, 3)
@@ -124,30 +155,16 @@ def test_rotary(n_head):
     assert (scores[..., 0, 1:] - scores[..., 0, :1]).abs().max() > 0.1
 
 
-def test_mixed_rotary_attention():
-    """Scores sum_k p_k scores_k of widths that turn at frequencies of their own, for each head
-    count."""
-    E, widths, heads = 24, (12, 24), (1, 3)
-    qkv = torch.randn(2, 5, 3 * E, requires_grad=True)
-    p = torch.rand(2).softmax(-1).requires_grad_()
-    y_scale = torch.rand(2, E, requires_grad=True)
-    q, k, v = qkv.chunk(3, dim=2)
-    y = 0
-    for j, h in enumerate(heads):
-        # a width's part of a head is the beginning of its slot
-        slots = [t.unflatten(2, (h, -1)) for t in (q, k)]
-        scores = sum(pk * turned(slots[0][..., :e // h].flatten(2),
-                                 h) @ turned(slots[1][..., :e // h].flatten(2), h).transpose(-1, -2)
-                     * (e / h) ** -0.5 for pk, e in zip(p, widths, strict=True))
-        attention = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf).softmax(-1)
-        values = v.unflatten(2, (h, -1)).transpose(1, 2)
-        y = y + y_scale[j] * (attention @ values).transpose(1, 2).flatten(2)
-    out, inputs = mixed_rotary_attention(qkv, widths, p, y_scale, heads), [qkv, p, y_scale]
-    direction = torch.randn_like(y)
-    assert (out - y).abs().max() < 1e-5 * y.abs().max() # angles are float32
-    for a, b in zip(*(torch.autograd.grad((t * direction).sum(), inputs) for t in (out, y)),
-                    strict=True):
-        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+def test_a_weighted_rotation_turns_by_a_part_of_the_angle():
+    """By none with weight 0, and its weight has a gradient there too."""
+    x, weight = torch.randn(2, 7, 24), torch.zeros((), requires_grad=True)
+    still = rotate(x, *rotation(8, torch.arange(7), weight))
+    assert torch.equal(still, x)
+    still.square()[..., 0].sum().backward()
+    assert weight.grad.isfinite() and weight.grad != 0
+    half = rotate(x, *rotation(8, torch.arange(7), 0.5))
+    twice = rotate(half, *rotation(8, torch.arange(7), 0.5))
+    assert (twice - rotate(x, *rotation(8, torch.arange(7)))).abs().max() < 1e-5
 
 
 def test_layer_norm_far_from_zero():
@@ -155,7 +172,7 @@ def test_layer_norm_far_from_zero():
     x, n, p = (torch.randn(4, 64) + 1000).float(), (16, 48, 64), torch.tensor([0.2, 0.3, 0.5])
     exact = sum(pk * pad(F.layer_norm(x[..., :k].double(), (k,)), 64)
                 for pk, k in zip(p, n, strict=True))
-    found = mixed_norm(x, torch.ones(64).float(), None, p.float(), n, 1e-5)
+    found = mixed_norm(x, torch.ones(64).float(), None, p.float(), None, n, 1e-5)
     assert (found - exact).abs().max() < 2e-3
 
 
@@ -217,8 +234,8 @@ def test_one_hot_is_the_slice(k):
     n, x = Size(EMBD[k]), torch.randn(4, 8)
     idx = torch.randint(11, (4,))
     for layer, mixed, hard in (
-            (LayerNorm(8, True), lambda f: f(x, e), lambda f: f(x[:, :n.n], n)),
-            (RMSNorm(8, 0.5), lambda f: f(x, e), lambda f: f(x[:, :n.n], n)),
+            (Norm(8, True), lambda f: f(x, e), lambda f: f(x[:, :n.n], n)),
+            (rms_norm(0.5), lambda f: f(x, e), lambda f: f(x[:, :n.n], n)),
             (Sinusoidal(8), lambda f: f(torch.arange(4), e), lambda f: f(torch.arange(4), n)),
             (Linear(8, 8), lambda f: f(x, e, e), lambda f: f(x[:, :n.n], n, n)),
             (Embedding(11, 8), lambda f: f(idx, e), lambda f: f(idx, n))):
