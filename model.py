@@ -74,6 +74,12 @@ class GPTConfig:
     router_aux_loss_coef: float = 0.1 # weight of the loss for an uneven use of the experts
     loss_chunk: int = 0 # tokens whose logits the loss computes at a time, to save memory; 0: all
 
+    def __post_init__(self):
+        for name in (*KINDS, "n_kv_head", "window"): # a list of one is no choice
+            value = getattr(self, name)
+            if isinstance(value, list | tuple) and len(value) == 1:
+                setattr(self, name, value[0])
+
 
 POSITIONS = {
     "learned": Embedding, # GPT-2

@@ -406,7 +406,11 @@ def rmsnorm(x, eps, portion=1.0):
 
 
 # Each a function of x: (..., n) to (scale, shift), (..., 1) both; the norm is x * scale - shift.
-NORMS = {"layernorm": layernorm, "rmsnorm": rmsnorm, "partial_rmsnorm": rmsnorm}
+NORMS = {
+    "layernorm": layernorm,
+    "rmsnorm": rmsnorm,
+    "partial_rmsnorm": rmsnorm, # with Norm's portion
+}
 
 
 class Norm(nn.Module):

@@ -461,7 +461,7 @@ def record(net, cost, arch, found, mixture_loss, val, config, run, state, log, t
         values |= {f"table_{key}": value for key, value in table(arch).items()}
     line = {"space": config.space, "step": state.step, "arch": arch, "cost": cost, **values, **rest,
             "optimizer": config.optimizer, "seed": config.seed,
-            "model": {key: getattr(config, key) for key in recorded_keys(config.space)},
+            "model": {key: getattr(net.config, key) for key in recorded_keys(config.space)},
             "dataset": config.dataset, "data_dir": config.data_dir}
     if run.master:
         append(os.path.join(config.out_dir, "arch_traj.jsonl"), add_checksum(line))

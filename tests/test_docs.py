@@ -2,6 +2,7 @@
 import importlib.util
 import re
 import shutil
+import json
 import subprocess
 import sys
 
@@ -131,15 +132,16 @@ def test_a_new_space_is_searched_and_trained(name, choices, copy, data_dir, digi
 
 def test_a_new_norm_obeys_the_law(copy):
     path = f"import sys; sys.path[:0] = [{str(copy)!r}, {str(ROOT / 'tests')!r}]; "
-    law = "from test_model import *; check_law_of_exactness(supernet('even', norm='l1norm'))"
+    law = ("from test_model import *; check_law_of_exactness(supernet('even', norm='l1norm'));"
+           "check_law_of_exactness(supernet('even', norm=['layernorm', 'l1norm']))")
     subprocess.run([sys.executable, "-c", path + law], cwd=copy, check=True)
 
 
 def test_a_new_norm_and_a_new_method_search(copy, data_dir, tmp_path):
     options = [f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s", *flags(TINY_SEARCH)]
     new = ["--norm=l1norm", "--optimizer=snas", "--tau_max=5"]
-    assert "snas on cpu" in succeeds("train_search.py", *new, *options, cwd=copy)
-    assert '"norm": "l1norm"' in (tmp_path / "s/arch.json").read_text()
+    assert "snas on cpu" in succeeds("train_search.py", *options, *new, cwd=copy)
+    assert json.loads((tmp_path / "s/arch.json").read_text())["model"]["norm"] == "l1norm"
 
 
 def test_a_weight_average_is_evaluated_and_resumed(copy, data_dir, tmp_path):
