@@ -41,7 +41,8 @@ STAR = {"marker": "*", "color": RED, "mec": "black", "mew": 0.5, "ls": "none", "
 MANY_OPTIONS = 100 # above it, search.png shows only the last weights
 LOSSES = ("arch_loss", "mixture_loss", "gap", "val_arch_loss", "train_loss", "val_loss", "val_acc",
           "val_psnr") # the columns of the summary
-COSTS = {"params": "parameters", "flops": "FLOPs", "latency": "latency, ms"}
+COSTS = {"params": "parameters", "flops": "FLOPs", "kv_cache": "bytes of KV cache",
+         "latency": "latency, ms"}
 RL_QUANTITIES = {"reward": "reward", "loss": "loss", "ppl": "perplexity",
                  "time": "time, ms a sample", "value": "value (normalised)"}
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from optim_nas import arch_key, discretize, uniform
 from run import read_json, rng
-from supernet import SIZES, check_arch, one_hot
+from supernet import SIZES, check_arch, extremes, one_hot
 
 COSTS = ("params", "flops", "kv_cache", "latency") # kinds of cost, each with a key target_...
 MIN_UTILIZATION = 0.95 # an architecture in a budget uses at least so much of it
@@ -53,7 +53,7 @@ class Budget:
         generator = torch.Generator().manual_seed(0)
         start = self.with_all_layers(uniform(self.drawn, generator))
         for kind, target in targets.items():
-            low, high = (self.extreme_cost(start, kind, sign) for sign in (-1, 1))
+            low, high = (self.extreme_cost(kind, sign) for sign in (-1, 1))
             if not low <= target <= high / MIN_UTILIZATION:
                 raise SystemExit(f"target_{kind}={target:,} is out of reach: the {kind} of this "
                                  f"space's architectures are {low:,.10g} to {high:,.10g}.")
@@ -66,10 +66,12 @@ class Budget:
         used = max(self.utilization(self.cost_of(arch)) for arch in repaired)
         self.floor = min(MIN_UTILIZATION, used)
 
-    def extreme_cost(self, start, kind, sign):
-        """The highest cost of this kind that hill climbing finds; the lowest for sign=-1."""
-        end = self.hill_climb(start, lambda arch, cost: sign * cost[kind])
-        return self.cost_of(end)[kind]
+    def extreme_cost(self, kind, sign):
+        """The highest cost of this kind that hill climbing finds, from the first options of all
+        choices and from the last; the lowest for sign=-1."""
+        ends = [self.hill_climb(self.with_all_layers(start), lambda arch, cost: sign * cost[kind])
+                for start in extremes(self.drawn)]
+        return sign * max(sign * self.cost_of(end)[kind] for end in ends)
 
     def with_all_layers(self, arch, arch_weights=None):
         """The arch with entries for all layers: the likeliest options, or the first ones."""
@@ -163,10 +165,12 @@ class Budget:
     def repair(self, arch, generator):
         """An architecture in the budget near this one; the closest to the budget if none is found.
 
-        Climbs from arch towards the budget, and if that ends outside, from up to 10 random ones.
+        Climbs from arch towards the budget, and if that ends outside, from up to 10 random ones,
+        the smallest and the largest.
         """
         found = []
-        for start in itertools.chain([arch], (uniform(self.drawn, generator) for _ in range(10))):
+        random = (uniform(self.drawn, generator) for _ in range(10))
+        for start in itertools.chain([arch], random, extremes(self.drawn)):
             start = self.with_all_layers(start)
             end = self.hill_climb(start, lambda arch, cost: -self.violation(cost), generator)
             found.append(end)

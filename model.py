@@ -538,56 +538,56 @@ class GPT(nn.Module):
         with a window keeps only the last ones.
         """
         c, T = self.config, self.config.block_size
-        e = torch.tensor(self.n_embd, dtype=torch.float64) # (n_embd,)
-        bias, weights = int(c.bias), self.expectation(arch)
+        e, bias = torch.tensor(self.n_embd, dtype=torch.float64), int(c.bias) # (n_embd,)
+        weights, L = self.expectation(arch), len(self.transformer.h)
 
-        def mean(name, value, i=None):
-            """The expectation of value(option), of a layer's choice in layer i."""
-            options = self.options_in(name, i)
-            if name not in weights:
-                return value(options[0])
-            row = weights[name] if i is None else weights[name][i]
-            return sum(p * value(option) for p, option in zip(row, options, strict=True))
+        def mean(name, value):
+            """The expectation of value(option) over a choice: (), or (n_layer,) of every layer."""
+            is_shared = name in ("norm", "position")
+            options = [self.options_in(name, i) for i in range(1 if is_shared else L)]
+            values = torch.tensor([[value(o) for o in row] for row in options], dtype=e.dtype)
+            means = (values * weights[name]).sum(-1) if name in weights else values.sum(-1)
+            return means[0] if is_shared else means
 
-        norm = e + c.bias * mean("norm", lambda name: name == "layernorm") * e # parameters of one
+        # the chance that each layer runs
+        runs = torch.tensor([[n > i for n in self.n_layer] for i in range(L)]).double()
+        used = runs @ weights["n_layer"] # (n_layer,)
+        seen = mean("window", lambda w: w or T) # tokens that a token sees
+        gated = mean("activation", lambda name: name in GATED).unsqueeze(-1)
+        ratios = [[[int(r * n) for r in self.options_in("mlp_ratio", i)] for n in self.n_embd]
+                  for i in range(L)]
+        hidden = (torch.tensor(ratios).double() @ weights["mlp_ratio"].unsqueeze(-1)).squeeze(-1)
+        inner = of_kv = e.expand(L, -1) # (n_layer, n_embd)
+        if self.head_size:
+            n_head = mean("n_head", int)
+            n_kv_head = mean("n_kv_head", int) + mean("n_kv_head", lambda n: n == 0) * n_head
+            inner, of_kv = (self.head_size * n.unsqueeze(-1) for n in (n_head, n_kv_head))
+
+        norm = e + bias * mean("norm", lambda name: name == "layernorm") * e # parameters of one
         norms = 1 if c.residual == "parallel" else 2 # of a block
         n_expert, top_k = (c.n_expert, c.top_k) if c.n_expert else (1, 1)
+        router, attention = 2 * c.n_expert * e, 2 * (inner + of_kv) * e # entries of the matrices
+        mlp, mlp_bias = (2 + gated) * hidden * e, bias * ((1 + gated) * hidden + e)
+        of_layer = norms * norm + attention + bias * (inner + 2 * of_kv + e) + router
         learned = mean("position", lambda name: name == "learned")
         params = c.vocab_size * e + learned * T * e + norm # wte, wpe, ln_f
-        flops = 2 * T * c.vocab_size * e # lm_head
-        kv_cache = 0.0 * e
-        for i in range(len(self.transformer.h)):
-            # the chance that this layer runs
-            used = sum(weights["n_layer"][k] for k, n in enumerate(self.n_layer) if n > i)
-            n_head = mean("n_head", float, i)
-            inner = of_kv = e
-            if self.head_size:
-                inner = self.head_size * n_head
-                of_kv = self.head_size * mean("n_kv_head", lambda n, h=n_head: n or h, i)
-            seen = mean("window", lambda w: w or T, i) # tokens that a token sees
-            hidden = mean("mlp_ratio", lambda r: torch.tensor([int(r * n) for n in self.n_embd]), i)
-            gated = mean("activation", lambda name: name in GATED, i)
-            router = 2 * c.n_expert * e
-            attention = 2 * (inner + of_kv) * e # the entries of the matrices
-            mlp, mlp_bias = (2 + gated) * hidden * e, bias * ((1 + gated) * hidden + e)
-            of_layer = norms * norm + attention + bias * (inner + 2 * of_kv + e) + router
-            params = params + used * (of_layer + n_expert * (mlp + mlp_bias))
-            flops = flops + used * 2 * T * (attention + top_k * mlp + router + 2 * seen * inner)
-            kv_cache = kv_cache + used * 2 * 2 * of_kv * seen
+        params = params + used @ (of_layer + n_expert * (mlp + mlp_bias))
+        scores = 2 * seen.unsqueeze(-1) * inner
+        flops = 2 * T * (c.vocab_size * e + used @ (attention + top_k * mlp + router + scores))
+        kv_cache = (used * seen) @ (2 * 2 * of_kv + 0 * e)
         cost = {"params": params, "flops": flops, "kv_cache": kv_cache}
         cost = {name: weights["n_embd"] @ value for name, value in cost.items()}
         if arch and isinstance(arch["n_layer"], torch.Tensor):
             return cost
         return {name: round(value.item()) for name, value in cost.items()}
 
-    def options_in(self, name, i=None):
-        """The options of a choice, or of a key that is none: those of layer i."""
-        block = self.transformer.h[i or 0]
+    def options_in(self, name, i):
+        """The options in layer i of a choice, or of a key that is none."""
         if name in ("norm", "position"):
-            return self.position if name == "position" else self.transformer.ln_f.kinds
+            return self.transformer.ln_f.kinds if name == "norm" else self.position
+        block = self.transformer.h[i]
         if name in ("mlp_ratio", "activation"):
-            mlp = block.mlp.experts[0] if self.config.n_expert else block.mlp
-            return getattr(mlp, name)
+            return getattr(block.mlp.experts[0] if self.config.n_expert else block.mlp, name)
         return getattr(block.attn, name)
 
     def expectation(self, arch):

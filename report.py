@@ -82,10 +82,15 @@ NOT_OF_A_TRAINING = ("out_dir", "overwrite", "seed", "seeds", "latency_table", "
                      "n_rank") # keys of a report that change no training
 SIGNIFICANCE = 0.05 # two networks count as different if p is below it
 DESCRIPTIONS = {"found": "found by the search", "largest": "uses most of the budget",
-                "standard": "nanoGPT's proportions", "random": "drawn at random",
+                "standard": "nanoGPT's proportions, GPT-2's block",
+                "modern": "nanoGPT's proportions, the modern block", "random": "drawn at random",
                 "picked": "the best of {n_pick} random ones by inherited weights"}
 METRICS = {"loss": ("test loss", 1), "acc": ("test accuracy in %", -1),
            "psnr": ("test PSNR in dB", -1)} # name, and 1 where small is good
+# of the networks of nanoGPT's proportions: mlp_ratio, and the kinds of block
+STANDARD = {
+    "standard": (4, {"norm": "layernorm", "position": "learned", "activation": "gelu"}),
+    "modern": (8 / 3, {"norm": "rmsnorm", "position": "rope", "activation": "swiglu"})}
 CSS = """:root{color-scheme:light}
 body{max-width:60rem;margin:0 auto;padding:1rem 1rem 3rem;font:16px/1.55 system-ui,sans-serif;
 color:#222;background:#fff}
@@ -198,12 +203,17 @@ def largest_in_budget(choices, budget, generator, text=arch_key, other_than=None
     return max(allowed, key=lambda arch: used(arch, budget.cost_of(arch)), default=None)
 
 
-def standard_shape(choices, budget, head_size=0):
+def standard_shape(choices, budget, head_size=0, mlp_ratio=4, block=None):
     """nanoGPT's proportions, or the closest that the space has; None if none fits the budget.
 
-    All layers are alike, with heads of 64 channels and mlp_ratio 4. Of the depths and widths that
-    use at least nine tenths of what the largest uses, it has the width closest to 64 a layer.
+    All layers are alike, with heads of 64 channels. Of the depths and widths that use at least nine
+    tenths of what the largest uses, it has the width closest to 64 a layer. block: its kinds, where
+    the space chooses them; others are plain attention's. None if the space lacks one of them.
     """
+    kinds = {"qk_norm": False, "n_kv_head": 0, "window": 0} | (block or {})
+    kinds = {name: value for name, value in kinds.items() if name in choices}
+    if any(value not in choices[name].options for name, value in kinds.items()):
+        return None
     def closest(name, value): # by ratio
         return min(choices[name].options, key=lambda option: abs(math.log(option / value)))
 
@@ -211,7 +221,9 @@ def standard_shape(choices, budget, head_size=0):
     for depth, width in itertools.product(choices["n_layer"].options, choices["n_embd"].options):
         heads = closest("n_head", width / (head_size or 64))
         arch = {"n_layer": depth, "n_embd": width, "n_head": [heads] * depth,
-                "mlp_ratio": [closest("mlp_ratio", 4)] * depth}
+                "mlp_ratio": [closest("mlp_ratio", mlp_ratio)] * depth}
+        arch |= {name: [value] * depth if choices[name].repeat else value
+                 for name, value in kinds.items()}
         arch = {name: arch[name] for name in choices} # in the space's order
         used = budget.utilization(budget.cost_of(arch))
         if used <= 1:
@@ -236,7 +248,10 @@ def networks_of(net, found, budget, loss_of, config, own=False):
     archs["largest"] = largest_in_budget(budget.drawn, budget, rng(config["seed"], "largest"), text,
                                          found["arch"] if own else None)
     if has_standard(found["space"]):
-        archs["standard"] = standard_shape(net.choices, budget, found["model"]["head_size"])
+        for name, (mlp_ratio, block) in STANDARD.items():
+            if name == "standard" or block.keys() & net.choices.keys():
+                archs[name] = standard_shape(net.choices, budget, found["model"]["head_size"],
+                                             mlp_ratio, block)
     if config["n_pick"]:
         archs["picked"] = best_of(draw(loss_of, config["n_pick"], "pick"))[1]
     for i, (_, arch) in enumerate(draw(lambda arch: 0.0, config["n_random"], "random"), 1):
@@ -410,7 +425,7 @@ def verdict(networks, bought, sign, metric="test loss"):
     networks: {name: {"val": [a value a seed], "test": [...]}}.
     """
     draws = [name for name in networks if name.startswith("random")][:1 + int(bought)]
-    rivals = [name for name in networks if name in ("largest", "standard", *draws)]
+    rivals = [name for name in networks if name in ("largest", *STANDARD, *draws)]
     if not rivals:
         return "Nothing can be said: no other network of the space has the same budget.", None
     best = min(rivals, key=lambda name: sign * np.mean(networks[name]["val"]))
@@ -489,7 +504,8 @@ def rank_numbers(ranked, results, config):
 
 
 def budget_text(budget):
-    units = {"params": "{:,} parameters", "flops": "{:,} FLOPs", "latency": "{:.3g} ms"}
+    units = {"params": "{:,} parameters", "flops": "{:,} FLOPs",
+             "kv_cache": "{:,} bytes of KV cache", "latency": "{:.3g} ms"}
     return " and ".join(units[name].format(bound) for name, bound in budget.targets.items())
 
 

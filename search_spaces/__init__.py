@@ -10,7 +10,7 @@ A space is a module with these names; model.py is the one called "gpt":
     net.choices                    {"n_layer": Choice, ...}
     net(x, y, weights or arch)     -> logits, loss; a plain network takes no third argument
     net.extract(arch)              the stand-alone network with the inherited weights
-    net.cost(weights or arch)      {"params", "flops"}
+    net.cost(weights or arch)      {"params", "flops"}; the GPT has "kv_cache" too
     genotype(arch), arch_of(text)  optional: the published text form
     columns(arch)                  optional: what tells architectures apart in a benchmark table
 """

@@ -24,6 +24,12 @@ CHARS = build(dict(n_layer=[4, 5, 6], n_head=[2, 4, 6], n_embd=[96, 192, 384],
                    mlp_ratio=[2, 3, 4], bias=False, vocab_size=65, block_size=256))
 
 
+KINDS = build(dict(
+    n_layer=[2, 3, 4], n_head=[2, 4, 8], n_embd=[64, 96, 128], mlp_ratio=[1, 2, 4], head_size=16,
+    norm=["layernorm", "rmsnorm"], position=["learned", "rope"], activation=["gelu", "swiglu"],
+    qk_norm=[False, True], n_kv_head=[1, 2, 0], window=[32, 0], vocab_size=96, block_size=128))
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -39,16 +45,37 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name, targets", [("params", (0.6e6, 1.6e6, 2.5e6, 5.5e6, 9e6)),
-                                           ("flops", (0.5e9, 1.2e9, 1.7e9, 4e9, 6e9))])
-def test_five_targets_of_each_kind(name, targets):
+@pytest.mark.parametrize("net, name, targets", [
+    (CHARS, "params", (0.6e6, 1.6e6, 2.5e6, 5.5e6, 9e6)),
+    (CHARS, "flops", (0.5e9, 1.2e9, 1.7e9, 4e9, 6e9)),
+    (KINDS, "params", (0.06e6, 0.2e6, 0.4e6, 0.7e6, 1e6)),
+    (KINDS, "kv_cache", (4_200, 12_500, 33_000, 100_000, 230_000))])
+def test_five_targets_of_each_kind(net, name, targets):
     for target in targets:
-        budget = Budget(CHARS.choices, CHARS.cost, {name: target})
-        for seed in range(3):
-            random = uniform(CHARS.choices, generator(seed))
-            projected = budget.project(drawn(CHARS.choices, seed))
+        budget = Budget(net.choices, net.cost, {name: target})
+        for seed in range(3 if net is CHARS else 1):
+            random = uniform(net.choices, generator(seed))
+            projected = budget.project(drawn(net.choices, seed))
             for arch in (projected, budget.repair(random, generator(seed))):
-                assert 0.95 * target <= CHARS.cost(arch)[name] <= target, (target, arch)
+                assert 0.95 * target <= net.cost(arch)[name] <= target, (target, arch)
+
+
+def test_a_kv_cache_is_what_generation_keeps():
+    """Bytes of the cache of block_size tokens, which is in float32 here and counted in 16 bits."""
+    for seed in range(10):
+        arch, cache = uniform(KINDS.choices, generator(seed)), [{} for _ in range(4)]
+        tokens = torch.randint(96, (1, 128), generator=generator(seed))
+        for part in tokens.split(64, dim=1)[:1] + tokens[:, 64:].split(1, dim=1):
+            KINDS(part, arch=arch, cache=cache)
+        kept = sum(layer[name].nbytes for layer in cache if layer for name in "kv")
+        assert KINDS.cost(arch)["kv_cache"] == kept / 2
+
+
+def test_a_kv_cache_of_another_space_is_one_sentence(digits_dir, tmp_path):
+    options = TINY_IMAGES | TINY_SPACES["toy_cell"] | dict(target_kv_cache=1000)
+    said = fails("train_search.py", "--space=toy_cell", f"--data_dir={digits_dir}",
+                 f"--out_dir={tmp_path}/o", *flags(options))
+    assert "target_kv_cache=1000" in said and "params, flops" in said
 
 
 def test_the_projection_is_likely_among_all_that_fit():
