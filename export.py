@@ -22,12 +22,21 @@ model.safetensors holds every tensor once. Its metadata, in JSON, has "config", 
 with the architecture as "arch", so that search_spaces.build(config, config["arch"]) is the network;
 and "tied", {name: the name of the tensor that it shares}.
 
-nanoGPT and GPT-2 have one MLP width and one number of heads in all layers. A narrower layer gets
-zeros, which change nothing. Sinusoidal positions become a table of learned ones. nanoGPT's
+format=huggingface takes the first of these that holds the network; all need residual=pre and no
+experts:
+    GPT-2      layernorm, positions learned or sinusoidal, one activation without a gate
+    Llama      rmsnorm, rope and swiglu, the same heads in all layers
+    our code   the others. modeling_gpt_kinds.py comes with the weights, and
+               AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) loads both.
+GPT-2 and Llama have neither windows nor qk_norm, and Llama alone has n_kv_head. Llama turns
+channels i and i + d/2 of a head where we turn 2i and 2i + 1, and its query heads that read the same
+key stand side by side: the rows of c_attn and the columns of c_proj change places. Llama and our
+code have no dropout.
+
+nanoGPT, GPT-2 and Llama have one MLP width in all layers, and one number of heads. A narrower layer
+gets zeros, which change nothing. Sinusoidal positions become a table of learned ones. nanoGPT's
 nn.GELU() is activation=exact_gelu; GPT-2's, our gelu, approximates it by tanh, and how much that
-changes the logits is printed. Where GPT-2 cannot hold a network, as its layers have heads of
-different sizes, modeling_gpt2_heads.py comes with the weights, and
-AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True) loads both.
+changes the logits is printed.
 
 No format holds the tokenizer. Ids are those of the data set: GPT-2's with tokenizer=gpt2, positions
 in "chars" of its meta.json with char, those of its tokenizer.model with sentencepiece. Ids from
@@ -65,10 +74,16 @@ img_size = 0 # pixels a side of the images that it takes; 0: those it was traine
 # -----------------------------------------------------------------------------
 
 TOLERANCE = 1e-4 # the largest difference of an output, relative to the largest output
-NANOGPT = ("exact_gelu", "gelu") # nanoGPT's activations; for gelu see export_nanogpt()
-GPT2 = {"gelu": "gelu_new", "exact_gelu": "gelu", "relu": "relu", "silu": "silu",
-        "mish": "mish"} # our name -> the name in transformers
 EVERY_NETWORK = "take --format=safetensors, onnx or torch, which hold every network"
+IN_GPT2 = {"gelu": "gelu_new", "exact_gelu": "gelu", "relu": "relu", "silu": "silu",
+           "mish": "mish"} # our activation -> its name in transformers
+# what the blocks may be; in n_kv_head and window 0 stands for all
+CODE = {"residual": ("pre",), "n_expert": (0,)} # for modeling_gpt_kinds.py
+GPT2 = CODE | {"norm": ("layernorm",), "position": ("learned", "sinusoidal"), "qk_norm": (False,),
+               "n_kv_head": (0,), "window": (0,), "activation": tuple(IN_GPT2)}
+NANOGPT = GPT2 | {"activation": ("exact_gelu", "gelu")} # for gelu see export_nanogpt()
+LLAMA = CODE | {"norm": ("rmsnorm",), "position": ("rope",), "qk_norm": (False,), "window": (0,),
+                "activation": ("swiglu",)}
 
 
 class Outputs(nn.Module):
@@ -149,8 +164,8 @@ def export_safetensors(net, trained, x):
 
 def export_nanogpt(net, trained, x):
     net, c, E = net.net, net.net.config, net.net.n_embd[-1]
-    check_blocks(c, "nanogpt", NANOGPT)
-    n_head, widest = common_heads(net), widest_mlp(net)
+    check_blocks(net, "nanogpt", NANOGPT)
+    n_head, widest, activation = common_heads(net), widest_mlp(net), layers_of(net)[0]["activation"]
     if not n_head:
         raise SystemExit("nanoGPT has n_embd / n_head channels in every head, and no n_head for "
                          f"n_embd={E} holds the layers' heads, {heads_text(net)}: take "
@@ -160,7 +175,7 @@ def export_nanogpt(net, trained, x):
                          f"network has {widest}: take --format=huggingface, which holds any width.")
     args = dict(n_layer=len(net.transformer.h), n_head=n_head, n_embd=E, block_size=c.block_size,
                 bias=c.bias, vocab_size=c.vocab_size, dropout=c.dropout)
-    twin = build(args | {"space": "gpt", "mlp_ratio": 4, "activation": c.activation})
+    twin = build(args | {"space": "gpt", "mlp_ratio": 4, "activation": activation})
 
     # nanoGPT's train.py asks for an optimizer: one that has made no step
     settings = SimpleNamespace(**vars(trained) | dict(weight_optimizer="adamw", zero_stage=0))
@@ -172,7 +187,7 @@ def export_nanogpt(net, trained, x):
     data = file.getvalue()
     twin.load_state_dict(torch.load(io.BytesIO(data), weights_only=True)["model"])
     run = Outputs(twin, True).eval()
-    if c.activation == "gelu":
+    if activation == "gelu":
         exact = build(vars(twin.config) | {"space": "gpt", "activation": "exact_gelu"})
         exact.load_state_dict(twin.state_dict())
         off = difference([Outputs(exact, True).eval()(x)], [run(x)])
@@ -186,39 +201,26 @@ def export_huggingface(net, trained, x):
     need_packages("huggingface", "safetensors", "transformers")
     import transformers
     from safetensors.torch import save
-    net, c, heads = net.net, net.net.config, heads_of(net.net)
-    check_blocks(c, "huggingface", GPT2)
-    n_head, widest = common_heads(net), widest_mlp(net)
-    config = dict(
-        model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
-        n_positions=c.block_size, n_embd=net.n_embd[-1], n_layer=len(heads), n_head=n_head,
-        n_inner=widest, activation_function=GPT2[c.activation], resid_pdrop=c.dropout,
-        embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=None, eos_token_id=None)
-    if not n_head:
-        code = "modeling_gpt2_heads"
-        config |= dict(
-            model_type="gpt2_heads", architectures=["GPT2HeadsLMHeadModel"], n_head=1, heads=heads,
-            auto_map={"AutoConfig": f"{code}.GPT2HeadsConfig",
-                      "AutoModelForCausalLM": f"{code}.GPT2HeadsLMHeadModel"})
-
-    state = uniform_weights(net, n_head, widest)
-    del state["lm_head.weight"] # tied to wte
-    for name, w in list(state.items()):
-        if name.endswith(".weight") and "wte" not in name and "wpe" not in name:
-            state.setdefault(name.replace("weight", "bias"), torch.zeros(len(w)))
-            state[name] = w.T.contiguous() # GPT-2's Conv1D has the transpose; a norm stays
-
+    net = net.net
+    check_blocks(net, "huggingface", CODE)
+    if not unknown(net, GPT2) and common_heads(net):
+        config, state = as_gpt2(net)
+    else:
+        config, state = (as_llama if is_llama(net) else with_code)(net)
+    c, has_code = net.config, "auto_map" in config
+    config |= dict(vocab_size=c.vocab_size, bos_token_id=None, eos_token_id=None)
+    state = {name: w.contiguous() for name, w in state.items()}
     files = {"config.json": json.dumps(config, indent=2).encode(),
              "model.safetensors": save(state, {"format": "pt"})}
-    if not n_head:
-        path = Path(__file__).parent / "assets/modeling_gpt2_heads.py"
-        files["modeling_gpt2_heads.py"] = path.read_bytes()
+    if has_code:
+        path = Path(__file__).parent / "assets/modeling_gpt_kinds.py"
+        files["modeling_gpt_kinds.py"] = path.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files.items():
             Path(folder, name).write_bytes(data)
         transformers.utils.logging.disable_progress_bar()
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(folder, trust_remote_code=not n_head) # the code is the file above
+        model = load(folder, trust_remote_code=has_code) # the code is the file above
     return {f"huggingface/{name}": data for name, data in files.items()}, lambda x: model(x).logits
 
 
@@ -226,27 +228,58 @@ FORMATS = {"onnx": export_onnx, "torch": export_torch, "safetensors": export_saf
            "nanogpt": export_nanogpt, "huggingface": export_huggingface}
 
 # -----------------------------------------------------------------------------
-# a GPT in the architecture of GPT-2, whose layers are all alike
+# a GPT in the architectures of others: what they hold, and their config and weights
 
-def check_blocks(config, format, activations):
-    """SystemExit if a network's blocks are of a kind that a format does not know."""
-    known = {"norm": ["layernorm"], "position": ["learned", "sinusoidal"],
-             "activation": activations, "residual": ["pre"], "n_expert": [0]}
-    for name, values in known.items():
-        if (value := getattr(config, name)) not in values:
-            raise SystemExit(f"{name}={value!r} has no place in format={format}, which knows "
-                             f"{', '.join(map(repr, values))}: {EVERY_NETWORK}.")
+def layers_of(net):
+    """What every layer is: [{"n_head", "head_size", "n_kv_head", "window", "n_hidden",
+    "activation"}]. A window that reaches all tokens is 0."""
+    layers, c = [], net.config
+    for i, block in enumerate(net.transformer.h):
+        names = "n_head", "n_kv_head", "window", "activation"
+        layer = {name: net.options_in(name, i)[-1] for name in names}
+        n_head, mlp = layer["n_head"], block.mlp.experts[0] if c.n_expert else block.mlp
+        layers.append(layer | dict(
+            head_size=net.head_size or net.n_embd[-1] // n_head, n_hidden=mlp.n_hidden[-1],
+            n_kv_head=layer["n_kv_head"] or n_head, window=layer["window"] % c.block_size))
+    return layers
+
+
+def unknown(net, known):
+    """{key: [its values in the network's layers]} of those that a format does not know, or of which
+    it has only one."""
+    layers, c = layers_of(net), net.config
+    found = {name: [net.options_in(name)[-1]] for name in ("norm", "position", "qk_norm")}
+    found |= {"residual": [c.residual], "n_expert": [c.n_expert]}
+    found |= {name: [layer[name] for layer in layers] for name in ("activation", "window")}
+    found["n_kv_head"] = [layer["n_kv_head"] % layer["n_head"] for layer in layers]
+    found = {name: sorted(set(found[name])) for name in known}
+    return {name: values for name, values in found.items()
+            if len(values) > 1 or values[0] not in known[name]}
+
+
+def check_blocks(net, format, known):
+    """SystemExit if the network's blocks are of a kind that a format does not know."""
+    fix = "take --format=huggingface, safetensors, onnx or torch, which hold it"
+    for name, values in unknown(net, known).items():
+        raise SystemExit(f"{name}={' and '.join(map(repr, values))} has no place in "
+                         f"format={format}, which knows {', '.join(map(repr, known[name]))}"
+                         f"{', one in all layers' * (len(values) > 1)}: "
+                         f"{EVERY_NETWORK if unknown(net, CODE) else fix}.")
+
+
+def is_llama(net):
+    """Llama's heads are the same in all layers, and in transformers their number divides n_embd."""
+    heads = {(layer["n_head"], layer["n_kv_head"]) for layer in layers_of(net)}
+    return not unknown(net, LLAMA) and len(heads) == 1 and net.n_embd[-1] % min(heads)[0] == 0
 
 
 def widest_mlp(net):
-    return max(block.mlp.n_hidden[-1] for block in net.transformer.h)
+    return max(layer["n_hidden"] for layer in layers_of(net))
 
 
 def heads_of(net):
     """[(number of heads, channels of each)] of every layer."""
-    layers = [block.attn for block in net.transformer.h]
-    return [(attn.n_head[-1], attn.head_size or attn.n_embd[-1] // attn.n_head[-1])
-            for attn in layers]
+    return [(layer["n_head"], layer["head_size"]) for layer in layers_of(net)]
 
 
 def heads_text(net):
@@ -280,8 +313,7 @@ def uniform_weights(net, n_head, n_hidden):
     become larger.
     """
     E, state = net.n_embd[-1], net.state_dict()
-    positions = torch.arange(net.config.block_size)
-    state["transformer.wpe.weight"] = net.transformer.wpe(positions) # the table of sinusoidal ones
+    state["transformer.wpe.weight"] = positions_of(net)
     for name, w in state.items():
         if ".h." not in name:
             continue
@@ -298,6 +330,81 @@ def uniform_weights(net, n_head, n_hidden):
         elif name.endswith(".mlp.c_proj.weight"):
             state[name] = padded(w, E, n_hidden)
     return dict(state)
+
+
+def positions_of(net):
+    """The table of learned positions, or that of sinusoidal ones."""
+    table = net.transformer[net.tables[net.position[-1]]]
+    return table(torch.arange(net.config.block_size))
+
+
+def as_gpt2(net):
+    """(config, state_dict) of a GPT-2 in transformers."""
+    c, n_head, widest = net.config, common_heads(net), widest_mlp(net)
+    config = dict(
+        model_type="gpt2", architectures=["GPT2LMHeadModel"], n_positions=c.block_size,
+        n_embd=net.n_embd[-1], n_layer=len(net.transformer.h), n_head=n_head, n_inner=widest,
+        activation_function=IN_GPT2[layers_of(net)[0]["activation"]], resid_pdrop=c.dropout,
+        embd_pdrop=c.dropout, attn_pdrop=c.dropout)
+    state = uniform_weights(net, n_head, widest)
+    del state["lm_head.weight"] # tied to wte
+    for name, w in list(state.items()):
+        if name.endswith(".weight") and "wte" not in name and "wpe" not in name:
+            state.setdefault(name.replace("weight", "bias"), torch.zeros(len(w)))
+            state[name] = w.T # GPT-2's Conv1D has the transpose; a norm stays
+    return config, state
+
+
+def as_llama(net):
+    """(config, state_dict) of a Llama in transformers."""
+    c, E, N, layer = net.config, net.n_embd[-1], widest_mlp(net), layers_of(net)[0]
+    n, kv, size = (layer[name] for name in ("n_head", "n_kv_head", "head_size"))
+    config = dict(
+        model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=E, intermediate_size=N,
+        num_hidden_layers=len(net.transformer.h), num_attention_heads=n, num_key_value_heads=kv,
+        head_dim=size, max_position_embeddings=c.block_size, rms_norm_eps=1e-5, rope_theta=10000.0,
+        hidden_act="silu", attention_bias=c.bias, mlp_bias=c.bias, tie_word_embeddings=True)
+    heads = torch.arange(n).view(-1, kv).T.flatten() # those that read key head 0, then 1, ...
+    pairs = torch.arange(size).view(-1, 2).T.flatten() # the even channels, then the odd ones
+    state = {"model.embed_tokens.weight": net.transformer.wte.weight,
+             "model.norm.weight": net.transformer.ln_f.weight}
+    for i, block in enumerate(net.transformer.h):
+        found = {"input_layernorm.weight": block.ln_1.weight,
+                 "post_attention_layernorm.weight": block.ln_2.weight}
+        for kind, w in block.attn.c_attn.named_parameters(): # weight, bias
+            q, k, v = (t.unflatten(0, (-1, size)) for t in w.split(block.attn.sizes))
+            found |= {f"self_attn.q_proj.{kind}": q[heads][:, pairs].flatten(0, 1),
+                      f"self_attn.k_proj.{kind}": k[:, pairs].flatten(0, 1),
+                      f"self_attn.v_proj.{kind}": v.flatten(0, 1)}
+        for kind, w in block.mlp.c_fc.named_parameters():
+            gate, up = (padded(t, N) for t in w.chunk(2))
+            found |= {f"mlp.gate_proj.{kind}": gate, f"mlp.up_proj.{kind}": up}
+        by_head = block.attn.c_proj.weight.unflatten(1, (n, size))
+        found["self_attn.o_proj.weight"] = by_head[:, heads].flatten(1)
+        found["mlp.down_proj.weight"] = padded(block.mlp.c_proj.weight, E, N)
+        if c.bias:
+            found["self_attn.o_proj.bias"] = block.attn.c_proj.bias
+            found["mlp.down_proj.bias"] = block.mlp.c_proj.bias
+        state |= {f"model.layers.{i}.{name}": w for name, w in found.items()}
+    return config, state
+
+
+def with_code(net):
+    """(config, state_dict) for modeling_gpt_kinds.py, whose tensors have our names."""
+    c, code = net.config, "modeling_gpt_kinds"
+    norm, position, qk_norm = (net.options_in(name)[-1] for name in ("norm", "position", "qk_norm"))
+    E, state = net.n_embd[-1], dict(net.state_dict())
+    del state["lm_head.weight"] # tied to wte
+    if net.tables:
+        position, state["transformer.wpe.weight"] = "learned", positions_of(net)
+    config = dict(
+        model_type="gpt_kinds", architectures=["GPTKindsForCausalLM"],
+        auto_map={"AutoConfig": f"{code}.GPTKindsConfig",
+                  "AutoModelForCausalLM": f"{code}.GPTKindsForCausalLM"},
+        n_positions=c.block_size, n_embd=E, n_layer=len(net.transformer.h), blocks=layers_of(net),
+        norm=norm, position=position, qk_norm=qk_norm, bias=c.bias,
+        n_rms=max(1, int(c.prmsnorm_pct * E)) if norm == "partial_rmsnorm" else E)
+    return config, state
 
 # -----------------------------------------------------------------------------
 

@@ -134,7 +134,8 @@ def causal_attention(q, k, v, n_head, dropout=0.0, scale=None, is_causal=True, w
         attend = biased_attention_cpu if q.is_cpu else biased_attention
         return merge_heads(attend(q * scale, k, v, distance_bias(distance)[None], None, dropout))
     mask = None
-    if is_causal and 0 < window < T:
+    # traced, it is one graph for all lengths
+    if is_causal and window and (torch.compiler.is_compiling() or window < T):
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(1 - window)
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale,
                                        is_causal=is_causal and mask is None)

@@ -29,6 +29,13 @@ SPACES = ("gpt", *TINY_SPACES)
 # test_other_sizes_of_images and test_no_operation_of_ours_is_in_the_file trace the other two
 TRACED = [(space, "onnx") for space in SPACES if space not in ("nats_size", "toy_cell")]
 TRACED += [("gpt", "torch")]
+# a GPT whose layers are of kinds that neither GPT-2 nor Llama knows
+KINDS = dict(n_layer=2, n_embd=[8, 16], n_head=[2, 4], mlp_ratio=[1, 2], head_size=6,
+             norm=["layernorm", "rmsnorm"], position=["learned", "rope"], qk_norm=[False, True],
+             activation=["relu2", "swiglu"], n_kv_head=[1, 2, 0], window=[3, 0])
+KINDS_ARCH = dict(n_layer=2, n_embd=16, n_head=[4, 2], mlp_ratio=[1, 2], norm="rmsnorm",
+                  position="rope", qk_norm=True, activation=["swiglu", "relu2"], n_kv_head=[2, 1],
+                  window=[3, 0])
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +136,13 @@ def test_the_options_of_a_gpt_export(format, change, tmp_path):
     assert_same(load(path), net, config)
 
 
+@pytest.mark.parametrize("format", ["onnx", "torch", "safetensors"])
+def test_layers_of_other_kinds_export(format, tmp_path):
+    net, config = saved(tmp_path, KINDS_ARCH, **KINDS)
+    path, _ = export.export(options(tmp_path, format))
+    assert_same(load(path), net, config)
+
+
 def test_no_operation_of_ours_is_in_the_file(trained):
     """Where the kernels of fused_ops.cpp were in use before."""
     turn_kernels_on()
@@ -202,7 +216,9 @@ HELD = { # (architecture, keys) of networks that both programs can hold
     "larger heads": (HEADS, dict(head_size=3)),
     "more heads": (HEADS | dict(n_head=[3, 1, 3]), dict(head_size=4, n_head=[1, 3])),
     "exact gelu": (ARCH, dict(activation="exact_gelu")),
-    "one layer": (None, dict(n_layer=1, n_head=1, n_embd=6, mlp_ratio=0.5))}
+    "one layer": (None, dict(n_layer=1, n_head=1, n_embd=6, mlp_ratio=0.5)),
+    "kinds that change nothing": (None, dict(n_layer=1, n_kv_head=2, window=16))}
+LLAMA = dict(norm="rmsnorm", position="rope", activation="swiglu")
 
 
 class NanoGPT(nn.Module):
@@ -280,18 +296,53 @@ def test_transformers_loads_gpt2(case, tmp_path, transformers):
     assert_same(lambda x: model(x).logits.detach(), net, config)
 
 
-@pytest.mark.parametrize("arch, change", [(HEADS, dict(bias=False)), (HEADS, dict(head_size=6))])
-def test_transformers_loads_heads_that_differ(arch, change, tmp_path, transformers):
+@pytest.mark.parametrize("arch, change", [
+    (ARCH, LLAMA | FOUND | dict(n_head=[2, 4], head_size=6, n_kv_head=2)),
+    (None, LLAMA | dict(bias=False, n_head=4, n_kv_head=1, n_embd=24))])
+def test_transformers_loads_llama(arch, change, tmp_path, transformers):
+    """Without code of ours; with cached keys it generates the same."""
+    net, config = saved(tmp_path, arch, **change)
+    path, _ = export.export(options(tmp_path, "huggingface"))
+    model, info = transformers.LlamaForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(info.values()) and not list(Path(path).glob("*.py"))
+    assert_same(lambda x: model(x).logits.detach(), net, config)
+    assert_generates_the_same(model, net)
+
+
+def assert_generates_the_same(model, net):
+    """Up to block_size, and also behind a padding."""
+    x = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    expected = net.generate(x, 13, temperature=0)
+    keys = dict(do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(x, max_new_tokens=13, **keys), expected)
+    padding = torch.zeros(2, 2, dtype=torch.long)
+    mask = torch.cat((padding, torch.ones_like(x)), 1)
+    padded = model.generate(torch.cat((padding, x), 1), attention_mask=mask, max_new_tokens=11,
+                            **keys)
+    assert torch.equal(padded[:, 2:], expected[:, :14])
+
+
+@pytest.mark.parametrize("arch, change", [
+    (HEADS, FOUND | dict(bias=False)), (HEADS, FOUND | dict(head_size=6)), (KINDS_ARCH, KINDS),
+    (ARCH | dict(activation=["gelu", "relu", "gelu"]), FOUND | dict(activation=["gelu", "relu"])),
+    (None, LLAMA | dict(window=5)), (None, LLAMA | dict(qk_norm=True)),
+    (None, LLAMA | dict(n_head=3, head_size=4)), # transformers wants n_embd to be divisible
+    (None, dict(norm="partial_rmsnorm", prmsnorm_pct=0.3, position="sinusoidal", n_kv_head=1)),
+    (None, dict(position="none", activation="mish", head_size=5))])
+def test_transformers_loads_other_networks_with_code(arch, change, tmp_path, transformers):
     """By the code beside the weights, if one trusts it; with cached keys it generates the same."""
-    net, config = saved(tmp_path, arch, **FOUND | change)
+    net, config = saved(tmp_path, arch, **change)
     path, _ = export.export(options(tmp_path, "huggingface"))
     with pytest.raises(ValueError, match="trust_remote_code"):
         transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path, trust_remote_code=True, output_loading_info=True)
+    assert not any(info.values())
     assert_same(lambda x: model(x).logits.detach(), net, config)
-    x = torch.tensor([[1, 2, 3]])
-    generated = model.generate(x, max_new_tokens=9, do_sample=False)
-    assert generated.tolist() == net.generate(x, 9, temperature=0).tolist()
+    assert_generates_the_same(model, net)
+    x = torch.randint(17, (2, 9), generator=rng(2))
+    loss, expected = model(x, labels=x).loss, net(x[:, :-1], x[:, 1:])[1]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     path = tmp_path / "again"
     model.save_pretrained(path)
     again = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
@@ -305,11 +356,19 @@ def test_transformers_loads_heads_that_differ(arch, change, tmp_path, transforme
     ("nanogpt", dict(head_size=6), "no n_head for n_embd=8 holds the layers' heads, 2 of 6"),
     ("nanogpt", dict(mlp_ratio=5),
      "4 \\* n_embd = 32 channels, and one of this network has 40: take --format=huggingface"),
-    ("huggingface", dict(activation="swiglu"),
-     "activation='swiglu'.*'gelu', 'exact_gelu', 'relu', 'silu', 'mish'"),
-    *[("huggingface", change, "has no place in format=huggingface.*take --format=safetensors")
-      for change in (dict(norm="rmsnorm"), dict(position="rope"), dict(residual="parallel"),
-                     dict(residual="post"), dict(n_expert=3))]])
+    ("nanogpt", dict(arch=ARCH | dict(activation=["gelu", "exact_gelu", "gelu"]),
+                     **FOUND, activation=["gelu", "exact_gelu"]),
+     "'exact_gelu' and 'gelu' has no place.*'gelu', one in all layers: take --format=huggingface"),
+    *[("nanogpt", change, f"{word} has no place in format=nanogpt.*take --format=huggingface, safe")
+      for word, change in (("'rmsnorm'", dict(norm="rmsnorm")), ("'rope'", dict(position="rope")),
+                           ("window=4", dict(window=4)), ("n_kv_head=1", dict(n_kv_head=1)),
+                           ("qk_norm=True", dict(qk_norm=True)))],
+    ("nanogpt", dict(residual="post", norm="rmsnorm"), "'post'.*nanogpt.*take --format=safetens"),
+    *[("huggingface", change, f"{word} has no place in format=huggingface.*take --format=safetens")
+      for word, change in (("residual='parallel'", dict(residual="parallel")),
+                           ("residual='branch'", dict(residual="branch")),
+                           ("residual='post'", dict(residual="post")),
+                           ("n_expert=3", dict(n_expert=3)))]])
 def test_what_they_cannot_hold_is_one_sentence(format, change, words, tmp_path):
     saved(tmp_path, **change)
     with pytest.raises(SystemExit, match=words) as stopped:

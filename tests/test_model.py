@@ -767,3 +767,62 @@ def test_an_architecture_of_another_space_is_one_sentence(change):
     with pytest.raises(ConfigError) as e:
         net.extract(good | change)
     assert next(iter(change)) in str(e.value)
+
+
+@pytest.mark.parametrize("n_kv_head, window", [(2, 0), (1, 3), (2, 1), (0, 4)])
+def test_grouped_queries_and_windows_are_those_of_torch(n_kv_head, window):
+    """In torch the query heads that read the same key stand side by side, here they are n_kv_head
+    apart."""
+    net = supernet("single", n_head=4, n_kv_head=n_kv_head, window=window)
+    attn, x, n = net.transformer.h[0].attn, torch.randn(2, 9, 40), n_kv_head or 4
+    q, k, v = (t.view(2, 9, -1, 10).transpose(1, 2)
+               for t in attn.c_attn(x).split((40, 10 * n, 10 * n), -1))
+    order = {1: [0, 1, 2, 3], 2: [0, 2, 1, 3], 4: [0, 1, 2, 3]}[n]
+    t, s = torch.arange(9)[:, None], torch.arange(9)
+    seen = (s <= t) & (t - s < (window or 9))
+    y = torch.empty_like(q)
+    y[:, order] = F.scaled_dot_product_attention(q[:, order], k, v, seen, enable_gqa=True)
+    expected = attn.c_proj(y.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attn(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_modern_block_is_llama():
+    """Against transformers' Llama with the same weights. Its channels i and i + 4 of a head turn as
+    one pair, ours 2i and 2i + 1; its query heads 0 and 1 read key head 0, ours 0 and 2."""
+    transformers = pytest.importorskip("transformers")
+    net, (x, y) = supernet("single", n_embd=32, n_head=4, n_kv_head=2, **BLOCKS["llama"]), tokens()
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=29, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=True))
+    rows = [8 * head + channel for head in (0, 2, 1, 3) for channel in (0, 2, 4, 6, 1, 3, 5, 7)]
+    columns = [8 * head + channel for head in (0, 2, 1, 3) for channel in range(8)]
+    of_keys = [8 * head + channel for head in (0, 1) for channel in (0, 2, 4, 6, 1, 3, 5, 7)]
+    state = {"model.embed_tokens.weight": net.transformer.wte.weight,
+             "lm_head.weight": net.lm_head.weight, "model.norm.weight": net.transformer.ln_f.weight}
+    for i, block in enumerate(net.transformer.h):
+        qkv, fc = block.attn.c_attn.weight, block.mlp.c_fc.weight
+        state |= {f"model.layers.{i}.{name}.weight": w for name, w in {
+            "input_layernorm": block.ln_1.weight, "post_attention_layernorm": block.ln_2.weight,
+            "self_attn.q_proj": qkv[:32][rows], "self_attn.k_proj": qkv[32:48][of_keys],
+            "self_attn.v_proj": qkv[48:], "self_attn.o_proj": block.attn.c_proj.weight[:, columns],
+            "mlp.gate_proj": fc[:96], "mlp.up_proj": fc[96:],
+            "mlp.down_proj": block.mlp.c_proj.weight}.items()}
+    llama.load_state_dict(state)
+    logits = net(x, y)[0]
+    assert (llama.eval()(x).logits - logits).abs().max() < 1e-4 < logits.std()
+
+
+@pytest.mark.parametrize("options", [
+    dict(window=2), dict(window=7), dict(n_kv_head=2), dict(qk_norm=True),
+    BLOCKS["llama"] | dict(window=5, n_kv_head=1, qk_norm=True)])
+def test_cached_generation_of_kinds_equals_recomputing(options):
+    """With windows smaller and larger than the prompt of 5 tokens, and past block_size=12."""
+    net, (x, _) = supernet("single", n_head=4, n_embd=32, **options).eval(), tokens(T=12)
+    cache = [{} for _ in net.transformer.h]
+    for start, end in [(0, 5), *((t, t + 1) for t in range(5, 12))]:
+        cached, _ = net(x[:, start:end], cache=cache)
+        agree(cached, net(x[:, :end])[0], f"logits after {end} tokens")
+        assert cache[1]["k"].shape[1] == min(end, options.get("window", 12))
+    new = net.generate(x[:, :5], 12, temperature=0)
+    for t in range(5, 17):
+        assert torch.equal(net(new[:, max(0, t - 12):t])[0][:, -1].argmax(-1), new[:, t]), t
