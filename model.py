@@ -581,7 +581,7 @@ class GPT(nn.Module):
             return cost
         return {name: round(value.item()) for name, value in cost.items()}
 
-    def options_in(self, name, i):
+    def options_in(self, name, i=0):
         """The options in layer i of a choice, or of a key that is none."""
         if name in ("norm", "position"):
             return self.transformer.ln_f.kinds if name == "norm" else self.position

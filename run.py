@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -506,12 +507,22 @@ def silenced():
 
 
 def draw_figures(out_dir):
-    """Starts analyze.py on the run in out_dir, and prints the paths of its figures; on rank 0."""
+    """Runs analyze.py on the run in out_dir, and prints the paths of its figures; on rank 0.
+
+    In this process, which has imported PyTorch already. The run has ended well whatever happens.
+    """
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "analyze.py")
-    if os.environ.get("RANK", "0") == "0" and os.path.exists(script):
-        command = [sys.executable, script, f"--out_dir={out_dir}"]
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-        print("\n".join(line for line in done.stdout.splitlines() if line.startswith("figure: ")))
+    if os.environ.get("RANK", "0") != "0" or not os.path.exists(script):
+        return
+    said, argv, sys.argv = io.StringIO(), sys.argv, [script, f"--out_dir={out_dir}"]
+    try:
+        with contextlib.redirect_stdout(said):
+            runpy.run_path(script, run_name="__main__")
+    except (Exception, SystemExit) as e: # no matplotlib, no evaluation yet, a full disk
+        print(f"no figure of {out_dir}: {e}", file=sys.stderr)
+    finally:
+        sys.argv = argv
+    print("\n".join(line for line in said.getvalue().splitlines() if line.startswith("figure: ")))
 
 
 def main(function, config):

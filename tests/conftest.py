@@ -1,6 +1,7 @@
 import argparse
 import inspect
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -89,6 +90,24 @@ def fails(*command, **kwargs):
     said = f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert done.returncode == 1 and "Traceback" not in done.stderr, said
     return done.stderr.strip().splitlines()[-1]
+
+
+def script(name, *args):
+    """A script as it is run from the command line, in this process, which has imported PyTorch
+    already."""
+    argv, sys.argv = sys.argv, [name, *map(str, args)]
+    try:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    finally:
+        sys.argv = argv
+
+
+def stops(name, *args):
+    """The one sentence with which script() stops."""
+    with pytest.raises(SystemExit) as stopped:
+        script(name, *args)
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+    return stopped.value.code
 
 
 def killed_in(function, condition, *command, cwd=ROOT):

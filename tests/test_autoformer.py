@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY_IMAGES, TINY_SPACES, flags
-from test_vision import script, sentence
+from conftest import ROOT, TINY_IMAGES, TINY_SPACES, flags, script, stops
 
 import train_base
 import train_search
@@ -177,8 +176,8 @@ def test_mistakes_are_one_sentence(call, words):
 def test_a_genotype_is_trained(digits_dir, tmp_path):
     tiny = [*flags(TINY_IMAGES | TINY_SPACES["autoformer"]), f"--data_dir={digits_dir}",
             f"--out_dir={tmp_path}/b"]
-    assert "n_layer has 13" in sentence("train_base.py", "--space=autoformer",
-                                        "--genotype=autoformer_t", *tiny)
+    assert "n_layer has 13" in stops("train_base.py", "--space=autoformer",
+                                     "--genotype=autoformer_t", *tiny)
     script("train_base.py", "--space=autoformer", "--genotype=16: 1x2 2x1", *tiny)
     assert read_json(tmp_path / "b/result.json")["arch"] == {
         "n_embd": 16, "n_layer": 2, "n_head": [1, 2], "mlp_ratio": [2, 1]}

@@ -11,8 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY_IMAGES, TINY_SPACES, flags
-from test_vision import sentence
+from conftest import ROOT, TINY_IMAGES, TINY_SPACES, flags, stops
 
 from budget import Benchmark
 from search_spaces import nats_size, nb201, toy_cell, toy_conv_macro
@@ -177,9 +176,9 @@ def test_a_mistake_is_one_sentence_of_the_script(case, digits_dir, tmp_path):
         (tmp_path / name).mkdir()
     elif content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = sentence("train_search.py", "--space=nb201", f"--data_dir={digits_dir}",
-                       *flags(TINY_IMAGES | TINY_SPACES["nb201"]),
-                       f"--benchmark={tmp_path / name}", f"--out_dir={tmp_path}/o")
+    message = stops("train_search.py", "--space=nb201", f"--data_dir={digits_dir}",
+                    *flags(TINY_IMAGES | TINY_SPACES["nb201"]),
+                    f"--benchmark={tmp_path / name}", f"--out_dir={tmp_path}/o")
     assert all(word in message for word in words) and not (tmp_path / "o").exists(), message
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY_EVALS, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
+from conftest import TINY_EVALS, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, flags, script, stops
 
 import analyze
 import train_search
@@ -73,7 +73,7 @@ def test_a_kv_cache_is_what_generation_keeps():
 
 def test_a_kv_cache_of_another_space_is_one_sentence(digits_dir, tmp_path):
     options = TINY_IMAGES | TINY_SPACES["toy_cell"] | dict(target_kv_cache=1000)
-    said = fails("train_search.py", "--space=toy_cell", f"--data_dir={digits_dir}",
+    said = stops("train_search.py", "--space=toy_cell", f"--data_dir={digits_dir}",
                  f"--out_dir={tmp_path}/o", *flags(options))
     assert "target_kv_cache=1000" in said and "params, flops" in said
 
@@ -207,7 +207,7 @@ def test_a_search_ends_in_its_budget(optimizer, data_dir, tmp_path):
     options = TINY_SEARCH | dict(optimizer=optimizer, data_dir=data_dir, out_dir=tmp_path)
     vocab_size = json.loads((Path(data_dir) / "pydocs/meta.json").read_text())["vocab_size"]
     target += 2 * 16 * 16 * (vocab_size - 100)
-    succeeds("train_search.py", *flags(options), f"--target_flops={target}")
+    script("train_search.py", *flags(options), f"--target_flops={target}")
     for line in read_lines(tmp_path / "arch_traj.jsonl"):
         assert 0.9 * target <= line["cost"]["flops"] <= target
 
@@ -216,10 +216,10 @@ def test_a_finished_search_goes_on_within_a_budget(data_dir, tmp_path):
     """Its best architecture so far may cost more, and must not stay; nor may its losses, which are
     those of other weights."""
     options = TINY_SEARCH | dict(optimizer="spos", data_dir=data_dir, out_dir=tmp_path)
-    succeeds("train_search.py", *flags(options))
+    script("train_search.py", *flags(options))
     costs = sorted(line["cost"]["params"] for line in read_lines(tmp_path / "arch_traj.jsonl"))
-    succeeds("train_search.py", *flags(options | dict(max_iters=6)), "--init_from=resume",
-             f"--target_params={costs[0] - 1}")
+    script("train_search.py", *flags(options | dict(max_iters=6)), "--init_from=resume",
+           f"--target_params={costs[0] - 1}")
     assert json.loads((tmp_path / "arch.json").read_text())["cost"]["params"] < costs[0]
     assert {line["step"] for line in read_lines(tmp_path / "arch_search.jsonl")} == {6}
 
@@ -227,7 +227,7 @@ def test_a_finished_search_goes_on_within_a_budget(data_dir, tmp_path):
 def test_evolution_towards_small_loss_and_small_cost(data_dir, tmp_path):
     options = TINY_SEARCH | TINY_EVALS | dict(optimizer="spos", arch_search="pareto", arch_evals=12,
                                               data_dir=data_dir, out_dir=tmp_path)
-    succeeds("train_search.py", *flags(options))
+    script("train_search.py", *flags(options))
     tried = read_lines(tmp_path / "arch_search.jsonl")
     front = json.loads((tmp_path / "pareto.json").read_text())["front"]
     assert len(tried) == 12 and min(line["loss"] for line in tried) == front[0]["loss"]
@@ -260,7 +260,7 @@ def test_a_front_needs_spos(data_dir, tmp_path):
 
 def test_a_budget_out_of_reach_stops_a_search(data_dir, tmp_path):
     options = TINY_SEARCH | dict(data_dir=data_dir, out_dir=tmp_path, target_params=10)
-    said = fails("train_search.py", *flags(options))
+    said = stops("train_search.py", *flags(options))
     assert "target_params=10 is out of reach" in said
 
 

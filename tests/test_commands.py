@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import (NOT_OF_PAIRS, ROOT, TINY, TINY_EVALS, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH,
                       TINY_KINDS, TINY_SPACES, TINY_STAGES, flags, run, succeeds)
+from conftest import script as run_here
 from test_pretrained import SPACE, save_gpt2
 from test_train import train_config
 from test_vision import FOUR, search_config, space_config
@@ -118,7 +119,7 @@ def shrink(command, data_dir, digits_dir, finished, out):
         if "--latency_table" in command:
             small = [*extra, *flags(dict(out_dir=out.parent / "latency", rounds=2, warmup=1,
                                          latency_heldout=2))]
-            succeeds("bench.py", "latency", *(word for word in words
+            run_here("bench.py", "latency", *(word for word in words
                                               if word.startswith("config/search")), *small)
             table = json.loads((out.parent / "latency/latency.json").read_text())
             reached = next(iter(table["latencies"].values()))["heldout"][0]["predicted"]
@@ -156,7 +157,7 @@ def shrink(command, data_dir, digits_dir, finished, out):
     elif script == "analyze.py" and "--images" in command:
         train_search.search(search_config("swinir", digits_dir, out.parent / "s"))
         sizes = {key: value for key, value in TINY_IMAGES.items() if key not in NOT_OF_PAIRS}
-        succeeds("train_base.py", f"--arch={out.parent}/s/arch.json", f"--out_dir={out}",
+        run_here("train_base.py", f"--arch={out.parent}/s/arch.json", f"--out_dir={out}",
                  *flags(sizes))
         words, extra = ["python", "analyze.py"], [f"--out_dir={out}", "--images=sr_samples"]
     elif script == "report.py":
@@ -183,41 +184,45 @@ def finished(data_dir, tmp_path_factory):
     """A search, a training from its architecture, a policy, and a pretrained GPT-2, which later
     commands start from."""
     out = tmp_path_factory.mktemp("finished")
-    succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={out}/s", *flags(TINY_SEARCH))
-    succeeds("train_base.py", f"--arch={out}/s/arch.json", f"--out_dir={out}/b", *flags(TINY))
-    succeeds("train_rl.py", f"--out_dir={out}/r", *flags(TINY_RL))
+    run_here("train_search.py", f"--data_dir={data_dir}", f"--out_dir={out}/s", *flags(TINY_SEARCH))
+    run_here("train_base.py", f"--arch={out}/s/arch.json", f"--out_dir={out}/b", *flags(TINY))
+    run_here("train_rl.py", f"--out_dir={out}/r", *flags(TINY_RL))
     save_gpt2(out / "gpt2", load_meta(data_dir, "pydocs")["vocab_size"])
     return out
 
 
-# the first two have tests of their own
-LOCAL = [(where, c) for where, c in shown() if not re.search("prepare.py|env.py|--nnodes", c)]
+# these have tests of their own; that of --n_envs is in test_rl.py
+LOCAL = [(where, c) for where, c in shown()
+         if not re.search("prepare.py|env.py|--nnodes|--n_envs", c)]
 TWO_NODES = [(where, c) for where, c in shown() if "--node_rank=0" in c]
 
 
 def distinct_runs(cases):
     """One case for each script and way of starting it: configs are all checked below, and take the
-    same road."""
+    same road. test_train.py runs every method's config, test_vision.py every method in every
+    space."""
     roads = {}
     for where, command in cases:
         words = shlex.split(command)
+        # what the options do, the commands of one process show
         options = tuple(sorted(word.split("=")[0] for word in words if word.startswith("--")
-                               and not word.startswith("--seed=")))
-        optimizer = next((word for word in words if Path(word).stem in OPTIMIZERS), "")
+                               and not word.startswith("--seed=") and words[0] == "python"))
         script = next(word for word in words if word.endswith(".py")
                       and not word.startswith("config"))
         images = space_of(words) != "gpt" and script != "analyze.py"
         kind = re.search("table|progressive|shrink|format=[a-z]+", command)
-        # test_vision.py has every method in every space
-        optimizer = optimizer if words[0] == "python" and not images else ""
-        roads.setdefault((script, words[0], options, optimizer, images, kind and kind[0]),
-                         (where, command))
+        roads.setdefault((script, words[0], options, images, kind and kind[0]), (where, command))
     return list(roads.values())
 
 
 @pytest.mark.parametrize("where, command", distinct_runs(LOCAL))
 def test_shown_command_runs(where, command, data_dir, digits_dir, finished, tmp_path):
-    succeeds(*shrink(command, data_dir, digits_dir, finished, tmp_path / "out"))
+    """Those of one process in this one: --help below starts every script as its own."""
+    words = shrink(command, data_dir, digits_dir, finished, tmp_path / "out")
+    if words[0] == "torchrun":
+        succeeds(*words)
+    else:
+        run_here(*words)
 
 
 @pytest.mark.parametrize("where, command", TWO_NODES)

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
+from conftest import (TINY, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, flags, script, stops,
+                      succeeds)
 from test_budget import CHARS, drawn, generator
 
 import bench
@@ -142,7 +143,7 @@ def test_a_search_ends_in_its_latency(data_dir, tmp_path):
     target, path = held[2] + 1e-9, tmp_path / "l/latency.json"
     within = dict(out_dir=tmp_path / "s", latency_table=path, latency_of="decode",
                   target_latency=target)
-    succeeds("train_search.py", *flags(tiny | within))
+    script("train_search.py", *flags(tiny | within))
     for line in (tmp_path / "s/arch_traj.jsonl").read_text().splitlines():
         assert 0 < json.loads(line)["cost"]["latency"] <= target
     result, arch = (json.loads((tmp_path / f"s/{name}.json").read_text())
@@ -150,15 +151,15 @@ def test_a_search_ends_in_its_latency(data_dir, tmp_path):
     assert result["latency"] == arch["cost"]["latency"] and {"params", "flops"} < set(arch["cost"])
     front = dict(out_dir=tmp_path / "p", latency_table=path, optimizer="spos",
                  arch_search="pareto", pareto_cost="latency")
-    succeeds("train_search.py", *flags(tiny | front))
+    script("train_search.py", *flags(tiny | front))
     found = json.loads((tmp_path / "p/pareto.json").read_text())
     assert found["cost"] == "latency" and all(point["latency"] > 0 for point in found["front"])
 
     path.rename(tmp_path / "moved.json") # a report without the search's table is told where it is
     few = dict(n_rank=0, n_pick=0, n_random=1, seeds=[1, 2], data_dir=data_dir)
     report = ["report.py", str(tmp_path / "s"), *flags(TINY | few)]
-    assert "l/latency.json" in fails(*report)
-    succeeds(*report, f"--latency_table={tmp_path}/moved.json")
+    assert "l/latency.json" in stops(*report)
+    script(*report, f"--latency_table={tmp_path}/moved.json")
     page, told = ((tmp_path / f"s/report/report.{kind}").read_text() for kind in ("md", "json"))
     assert f"at most {target:.3g} ms" in page
     assert all(0 < network["used"] <= 1 for network in json.loads(told)["networks"].values())
@@ -178,7 +179,7 @@ def test_the_vocabulary_is_that_of_the_search(data_dir, tmp_path):
 def test_data_that_nothing_is_known_of_is_one_sentence(tmp_path):
     keys = TINY_SEARCH | dict(dataset="mine", data_dir=tmp_path, out_dir=tmp_path / "o")
     for mode in (["latency"], []):
-        said = fails("bench.py", *mode, *flags(keys))
+        said = stops("bench.py", *mode, *flags(keys))
         assert "mine is not prepared: run python prepare.py --dataset=text" in said
 
 
@@ -221,6 +222,6 @@ def test_a_table_that_does_not_fit_is_one_sentence(measured, data_dir, tmp_path)
     with pytest.raises(SystemExit, match="is of another space"):
         load_latency(CHARS, config)
     tiny = flags(TINY_SEARCH | dict(data_dir=data_dir, out_dir=tmp_path / "o"))
-    assert "needs a --latency_table" in fails("train_search.py", *tiny, "--target_latency=1.0")
-    said = fails("bench.py", "latency", *tiny, "--dataset=pydocs", "--latency_length=17")
+    assert "needs a --latency_table" in stops("train_search.py", *tiny, "--target_latency=1.0")
+    said = stops("bench.py", "latency", *tiny, "--dataset=pydocs", "--latency_length=17")
     assert "latency_length=17 is above block_size=16" in said

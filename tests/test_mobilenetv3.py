@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_IMAGES, TINY_LARGEST, TINY_SPACES, flags
+from conftest import TINY_IMAGES, TINY_LARGEST, TINY_SPACES, flags, stops
 from test_survival import killed_early, state_of
-from test_vision import search_config, sentence, signalled, space_config
+from test_vision import search_config, signalled, space_config
 
 from configurator import ConfigError
 import train
@@ -447,7 +447,7 @@ def test_mistakes_are_one_sentence(options, message, digits_dir, tmp_path, large
     options = dict(space="mobilenetv3", optimizer="spos") | options
     sizes = TINY_IMAGES | TINY_SPACES[options["space"]]
     options |= {key: largest for key in ("inherit", "teacher") if options.get(key) == "LARGEST"}
-    assert message in sentence("train_search.py", *flags({"data_dir": digits_dir,
-                                                          "out_dir": tmp_path / "s"} | sizes),
-                               *(f"--{key}={value}" for key, value in options.items()))
+    assert message in stops("train_search.py", *flags({"data_dir": digits_dir,
+                                                       "out_dir": tmp_path / "s"} | sizes),
+                            *(f"--{key}={value}" for key, value in options.items()))
     assert not os.path.exists(tmp_path / "s")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, TINY_SEARCH, TINY_SPACES, fails, flags, succeeds
+from conftest import TINY, TINY_SEARCH, TINY_SPACES, flags, script, stops
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import peak
@@ -591,10 +591,10 @@ def test_options_go_from_search_to_training(data_dir, tmp_path):
     """A search with the options of a block hands them on; the network that is trained is the one
     that was found."""
     options = dict(norm="rmsnorm", position="rope", activation="swiglu", residual="parallel")
-    succeeds("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s",
-             *flags(TINY_SEARCH | options))
-    succeeds("train_base.py", f"--arch={tmp_path}/s/arch.json", f"--out_dir={tmp_path}/b",
-             *flags(TINY), "--loss_chunk=10")
+    script("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s",
+           *flags(TINY_SEARCH | options))
+    script("train_base.py", f"--arch={tmp_path}/s/arch.json", f"--out_dir={tmp_path}/b",
+           *flags(TINY), "--loss_chunk=10")
     found, trained = (json.loads((tmp_path / out / "result.json").read_text()) for out in "sb")
     checkpoint = torch.load(tmp_path / "b/best.pt", weights_only=True)
     net = build(checkpoint["config"], found["arch"])
@@ -607,10 +607,10 @@ def test_options_go_from_search_to_training(data_dir, tmp_path):
 def test_a_mixture_of_experts_trains(data_dir, tmp_path):
     options = TINY | dict(n_layer=2, n_head=2, n_embd=16, n_expert=3, norm="partial_rmsnorm",
                           position="sinusoidal", residual="post")
-    succeeds("train.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o",
-             *flags(options | dict(loss_chunk=10)))
+    script("train.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o",
+           *flags(options | dict(loss_chunk=10)))
     search = flags(TINY_SEARCH | dict(n_expert=3))
-    assert "n_expert=3" in fails("train_search.py", f"--data_dir={data_dir}",
+    assert "n_expert=3" in stops("train_search.py", f"--data_dir={data_dir}",
                                  f"--out_dir={tmp_path}/s", *search)
 
 

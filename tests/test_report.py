@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, fails, flags, killed_in, succeeds
+from conftest import (TINY, TINY_IMAGES, TINY_SEARCH, TINY_SPACES, flags, killed_in, script, stops,
+                      succeeds)
 from test_pretrained import SPACE, save_gpt2
 
 import report
@@ -30,7 +31,7 @@ def searched(data_dir, tmp_path_factory):
     """A search with a budget."""
     out = tmp_path_factory.mktemp("searched") / "s"
     options = dict(data_dir=data_dir, out_dir=out, target_params=4000)
-    succeeds("train_search.py", *flags(TINY_SEARCH | options))
+    script("train_search.py", *flags(TINY_SEARCH | options))
     return out
 
 
@@ -115,11 +116,11 @@ def test_a_progressive_search_can_be_reported(digits_dir, tmp_path):
     """Its supernet has lost operations that its rivals have."""
     options = dict(space="nb201", init_channels=8, optimizer="drnas", partial_channels=4,
                    widen_to=2, prune_keep=2, data_dir=digits_dir, out_dir=tmp_path / "s")
-    succeeds("train_search.py", *flags(TINY_IMAGES | TINY_SPACES["nb201"] | options))
+    script("train_search.py", *flags(TINY_IMAGES | TINY_SPACES["nb201"] | options))
     options = TINY_IMAGES | dict(n_random=2, seeds=[1, 2], data_dir=digits_dir)
     report = ["report.py", str(tmp_path / "s"), *flags(options)]
-    assert "give --n_pick=0 --n_rank=0" in fails(*report)
-    succeeds(*report, "--n_pick=0", "--n_rank=0")
+    assert "give --n_pick=0 --n_rank=0" in stops(*report)
+    script(*report, "--n_pick=0", "--n_rank=0")
     told = read_json(tmp_path / "s/report/report.json")
     assert {"found", "random 1", "random 2"} <= set(told["networks"])
     assert told["cost"]["search_flops"] > 0
@@ -298,9 +299,9 @@ def test_more_networks_are_added(searched, reported, data_dir):
 
 def test_accuracies_of_an_image_space(digits_dir, tmp_path):
     options = dict(space="toy_conv_macro", data_dir=digits_dir, out_dir=tmp_path)
-    succeeds("train_search.py", *flags(TINY_IMAGES | TINY_SPACES["toy_conv_macro"] | options))
+    script("train_search.py", *flags(TINY_IMAGES | TINY_SPACES["toy_conv_macro"] | options))
     sizes = TINY_IMAGES | dict(n_pick=0, n_rank=3, n_random=1, seeds=[1, 2], data_dir=digits_dir)
-    succeeds("report.py", str(tmp_path), *flags(sizes))
+    script("report.py", str(tmp_path), *flags(sizes))
     numbers = json.loads((tmp_path / "report/report.json").read_text())
     assert "test accuracy" in numbers["metric"] and "standard" not in numbers["networks"]
     assert all(0 <= value <= 100 for n in numbers["networks"].values() for value in n["test"])
@@ -315,34 +316,34 @@ def test_a_search_from_a_gpt2_has_its_vocabulary(data_dir, tmp_path):
     save_gpt2(tmp_path / "gpt2", 1001)
     options = dict(data_dir=tmp_path / "data", out_dir=tmp_path / "s", init_from=tmp_path / "gpt2",
                    target_params=60_000)
-    succeeds("train_search.py", *flags(TINY_SEARCH | SPACE | options))
+    script("train_search.py", *flags(TINY_SEARCH | SPACE | options))
     moved = tmp_path / "moved"
     (tmp_path / "s").rename(moved)
-    succeeds("report.py", str(moved), *flags(SMALL | dict(n_pick=2, n_rank=3, n_random=1)))
+    script("report.py", str(moved), *flags(SMALL | dict(n_pick=2, n_rank=3, n_random=1)))
     page = (moved / "report/report.md").read_text()
     assert "Did the search pay?" in page
     assert f"had been trained before, {tmp_path / 'gpt2'}, is not" in page
     still = dict(n_pick=0, n_rank=0, n_random=1, max_iters=1, learning_rate=0.0, min_lr=0.0)
     for origin, start, same in (("scratch", "scratch", False), # the seeds end as they start
                                 (moved, f"the weights in {moved}", True)):
-        succeeds("report.py", str(moved), *flags(SMALL | still | dict(init_from=origin)))
+        script("report.py", str(moved), *flags(SMALL | still | dict(init_from=origin)))
         assert f"alike, from {start}, for" in (moved / "report/report.md").read_text()
         numbers = read_json(moved / "report/report.json")
         assert all((len(set(n["test"])) == 1) == same for n in numbers["networks"].values())
 
 
 def test_what_cannot_be_reported_is_one_sentence(searched, tmp_path):
-    assert "two or more different" in fails("report.py", str(searched), "--seeds=[1,1]")
-    said = fails("report.py", str(searched), "--seeds=[1.5,2]")
+    assert "two or more different" in stops("report.py", str(searched), "--seeds=[1,1]")
+    said = stops("report.py", str(searched), "--seeds=[1.5,2]")
     assert "seeds=[1.5, 2] must be whole numbers" in said
-    assert "n_random=-1 must be 0 or more" in fails("report.py", str(searched), "--n_random=-1")
-    assert "max_iters=0 must be 1 or more" in fails("report.py", str(searched), "--max_iters=0")
-    assert "val_portion" in fails("report.py", str(searched), "--val_portion=0.0")
-    assert "leave it out" in fails("report.py", str(searched), "--init_from=resume")
-    assert "n_rank=2 networks have no order" in fails("report.py", str(searched), "--n_rank=2")
-    assert "cannot be read" in fails("report.py", str(tmp_path))
+    assert "n_random=-1 must be 0 or more" in stops("report.py", str(searched), "--n_random=-1")
+    assert "max_iters=0 must be 1 or more" in stops("report.py", str(searched), "--max_iters=0")
+    assert "val_portion" in stops("report.py", str(searched), "--val_portion=0.0")
+    assert "leave it out" in stops("report.py", str(searched), "--init_from=resume")
+    assert "n_rank=2 networks have no order" in stops("report.py", str(searched), "--n_rank=2")
+    assert "cannot be read" in stops("report.py", str(tmp_path))
     shutil.copy(searched / "arch.json", tmp_path)
-    assert "no finished search" in fails("report.py", str(tmp_path))
+    assert "no finished search" in stops("report.py", str(tmp_path))
 
 
 def test_help_lists_the_keys_of_a_report():

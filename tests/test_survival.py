@@ -107,8 +107,8 @@ torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
 def go(out, init_from):
     sys.stdout = open(os.devnull, "w")
-    train_search.search(search_config({data!r}, out, optimizer={optimizer!r}, max_iters=60,
-                                      lr_decay_iters=60, eval_interval=10, save_interval=1,
+    train_search.search(search_config({data!r}, out, optimizer={optimizer!r}, max_iters=30,
+                                      lr_decay_iters=30, eval_interval=10, save_interval=1,
                                       dropout=0.1, arch_evals=30, population=8,
                                       init_from=init_from))
 def attempt(out, calls=0):

@@ -3,7 +3,6 @@ splits, BatchNorms, resuming and tables."""
 import contextlib
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (NOT_OF_PAIRS, ROOT, TINY_EVALS, TINY_IMAGES, TINY_SPACES, TINY_STAGES, flags,
-                      succeeds)
+                      script, stops, succeeds)
 from test_survival import state_of
 from test_train import OPTIMIZERS
 
@@ -49,23 +48,6 @@ def space_config(module, space, data_dir, out_dir, **rest):
 
 def search_config(space, *places, **rest):
     return space_config(train_search, space, *places, **rest)
-
-
-def script(name, *args):
-    """A script as it is run from the command line, in this process."""
-    argv, sys.argv = sys.argv, [name, *map(str, args)]
-    try:
-        runpy.run_path(str(ROOT / name), run_name="__main__")
-    finally:
-        sys.argv = argv
-
-
-def sentence(name, *args):
-    """The one with which a script stops."""
-    with pytest.raises(SystemExit) as e:
-        script(name, *args)
-    assert isinstance(e.value.code, str) and "\n" not in e.value.code, e.value.code
-    return e.value.code
 
 
 def parts(config):
@@ -144,7 +126,7 @@ def test_a_key_of_the_space_overrides_the_search(digits_dir, tmp_path):
 def test_a_network_of_images_writes_no_text(digits_dir, tmp_path):
     train_base.train_found(space_config(train_base, "nb201", digits_dir, tmp_path,
                                         genotype=GENOTYPE.replace("none", "skip_connect")))
-    said = sentence("sample.py", f"--out_dir={tmp_path}")
+    said = stops("sample.py", f"--out_dir={tmp_path}")
     assert "holds a network of nb201, which writes no text" in said
 
 
@@ -673,8 +655,8 @@ def test_a_mistake_is_one_sentence_and_leaves_no_run(case, both_kinds, tmp_path,
             if f"--{key}" not in " ".join(args)}
     if not space:
         tiny = dict(device="cpu", max_iters=2)
-    message = sentence(name, f"--data_dir={both_kinds}", f"--out_dir={tmp_path}/o", *flags(tiny),
-                       *args)
+    message = stops(name, f"--data_dir={both_kinds}", f"--out_dir={tmp_path}/o", *flags(tiny),
+                    *args)
     assert all(word in message for word in words), message
     assert not (tmp_path / "o").exists() and sorted(both_kinds.rglob("*")) == files
 
@@ -697,18 +679,18 @@ def test_a_damaged_architecture_is_one_sentence(change, words, digits_dir, tmp_p
     whole = {"space": "nb201", "arch": {"cell": ["none"] * 6}, "model": keys, "dataset": "digits",
              "data_dir": digits_dir}
     (tmp_path / "arch.json").write_text(json.dumps(change(whole)))
-    message = sentence("train_base.py", f"--arch={tmp_path}/arch.json", f"--out_dir={tmp_path}/o")
+    message = stops("train_base.py", f"--arch={tmp_path}/arch.json", f"--out_dir={tmp_path}/o")
     assert all(word in message for word in words) and not (tmp_path / "o").exists(), message
     # a change after the fact is seen, too
     (tmp_path / "arch.json").write_text(json.dumps(add_checksum(whole) | change(whole)))
-    assert "damaged" in sentence("train_base.py", f"--arch={tmp_path}/arch.json",
-                                 f"--out_dir={tmp_path}/o")
+    assert "damaged" in stops("train_base.py", f"--arch={tmp_path}/arch.json",
+                              f"--out_dir={tmp_path}/o")
 
 
 def test_an_architecture_of_another_space_is_one_sentence(digits_dir, tmp_path):
     train_search.search(search_config("nb201", digits_dir, tmp_path / "s", max_iters=1))
     found = f"--arch={tmp_path}/s/arch.json"
     for space in ("darts", "gpt"):
-        message = sentence("train_base.py", found, f"--space={space}", f"--out_dir={tmp_path}/o",
-                           *flags(TINY_IMAGES))
+        message = stops("train_base.py", found, f"--space={space}", f"--out_dir={tmp_path}/o",
+                        *flags(TINY_IMAGES))
         assert f"space='{space}'" in message and "nb201" in message
