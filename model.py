@@ -473,8 +473,9 @@ class GPT(nn.Module):
         if position.weights is not None:
             weights = dict(zip(self.position, position.weights, strict=True))
         pos = torch.arange(past, past + T, device=idx.device)
-        for name in self.tables.keys() & weights.keys():
-            x = x + weights[name] * self.transformer[self.tables[name]](pos, e)
+        for name, of in self.tables.items():
+            if name in weights:
+                x = x + weights[name] * self.transformer[of](pos, e)
         if "rope" in weights:
             rope = rotation(self.head_size, pos, weights["rope"])
             layers = [now._replace(rope=rope) for now in layers]

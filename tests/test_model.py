@@ -209,6 +209,60 @@ def test_attention_mixture_is_its_padded_sum(head_size):
         agree(g, g0, "gradient")
 
 
+@pytest.mark.usefixtures("implementation")
+def test_a_mixture_of_kinds_is_its_formula():
+    """Attention and MLP written out: heads normed and turned in part, heads of keys and values
+    mixed, the softmax's terms times the share of the windows, activations summed."""
+    net = supernet("even", head_size=4, position=["learned", "rope"], qk_norm=[False, True],
+                   n_kv_head=[1, 2, 0], window=[2, 4, 0], activation=["gelu", "swiglu", "relu2"])
+    g = torch.Generator().manual_seed(0)
+    weights = {name: torch.rand(c.shape, generator=g).softmax(-1).requires_grad_()
+               for name, c in net.choices.items()}
+    e, _, (now, *_) = transformer_sizes(net, weights)
+    block, x, T = net.transformer.h[0], torch.randn(2, 7, 36, requires_grad=True), 7
+    p_rope, (p_plain, p_norm) = weights["position"][1], weights["qk_norm"]
+    now = Now(e, **now, rope=rotation(4, torch.arange(T), p_rope))
+    attn, mlp, S = block.attn, block.mlp, e.coverage
+
+    qkv = F.linear(x * S, attn.c_attn.weight, attn.c_attn.bias).unflatten(2, (12, 4))
+    q, k, v = qkv.transpose(1, 2).split(4, dim=1) # (2, 4, T, 4)
+    angle = torch.outer(torch.arange(T), torch.tensor([1.0, 0.01])) * p_rope
+
+    def prepared(t):
+        t = t * (p_plain + p_norm / (t.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+        z = torch.view_as_complex(t.unflatten(3, (2, 2)).contiguous())
+        return torch.view_as_real(z * torch.polar(torch.ones_like(angle), angle)).flatten(3)
+
+    def mixed(t): # 1, 2 or all of the 4 heads
+        a = weights["n_kv_head"][0]
+        return a[0] * t[:, [0, 0, 0, 0]] + a[1] * t[:, [0, 1, 0, 1]] + a[2] * t
+    q, k, v = prepared(q), mixed(prepared(k)), mixed(v)
+    back = torch.arange(T)[:, None] - torch.arange(T)
+    share = sum(w * ((back >= 0) & (back < n)) for w, n in
+                zip(weights["window"][0], (2, 4, 7), strict=True))
+    terms = (q @ k.transpose(2, 3) / 2).exp() * share
+    y = (terms / terms.sum(-1, keepdim=True) @ v).transpose(1, 2) # (2, T, 4, 4)
+    h = weights["n_head"][0]
+    y = y * torch.stack([h.sum(), h.sum(), h[1], h[1]])[:, None] # of 2 or 4 heads
+    expected = F.linear(y.flatten(2), attn.c_proj.weight, attn.c_proj.bias) * S
+
+    hidden = mlp.hidden(e, Sampled(weights=weights["mlp_ratio"][0]))
+    gate, up = mlp.c_fc(x, e, hidden.doubled).chunk(2, -1)
+    b = weights["activation"][0]
+    acted = (b[0] * F.gelu(gate, approximate="tanh") + b[1] * F.silu(gate) * up
+             + b[2] * F.relu(gate) ** 2)
+    pairs = [(attn(x, now), expected),
+             (mlp(x, e, now.mlp_ratio, now.activation), mlp.c_proj(acted, hidden, e))]
+    inputs = [x, *weights.values(), *block.parameters()]
+    for found, wanted in pairs:
+        agree(found, wanted, "output")
+        direction = torch.randn_like(found)
+        grads = [torch.autograd.grad((y * direction).sum(), inputs, retain_graph=True,
+                                     materialize_grads=True) for y in (found, wanted)]
+        for a, b in zip(*grads, strict=True):
+            agree(a, b, "gradient")
+
+
 @pytest.mark.parametrize("config, params", [
     (dict(vocab_size=50257), 124_439_808), # GPT-2 small
     (dict(bias=False), 124_373_760),
