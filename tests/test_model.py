@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, TINY_SEARCH, TINY_SPACES, flags, script, stops
+from conftest import TINY, TINY_KINDS, TINY_SEARCH, TINY_SPACES, flags, script, stops
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import peak
@@ -15,7 +15,7 @@ from configurator import ConfigError
 import model
 from fused_ops import rotation
 from model import MLP, PLAIN, Now, build
-from optim_nas import uniform
+from optim_nas import METHODS, uniform
 import search_spaces
 from search_spaces import space_module
 from supernet import Sampled, Size, extremes, one_hot, straight_through_arch, transformer_sizes
@@ -656,6 +656,24 @@ def test_options_go_from_search_to_training(data_dir, tmp_path):
     assert "wpe" not in dict(net.transformer.named_children())
     assert not hasattr(net.transformer.h[0], "ln_2")
     assert found["params"] == trained["params"] == sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("optimizer", [*METHODS, "darts2"])
+def test_every_method_finds_kinds_that_train_and_speak(optimizer, data_dir, tmp_path, capsys):
+    method = dict(optimizer="darts", order=2, fused=False) if optimizer == "darts2" else dict(
+        optimizer=optimizer)
+    script("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s",
+           *flags(TINY_SEARCH | TINY_KINDS | method))
+    script("train_base.py", f"--arch={tmp_path}/s/arch.json", f"--out_dir={tmp_path}/b",
+           *flags(TINY))
+    found, trained = (json.loads((tmp_path / out / "result.json").read_text()) for out in "sb")
+    arch = found["arch"]
+    assert all(arch[name] in TINY_KINDS[name] for name in ("norm", "position", "qk_norm"))
+    assert all(set(arch[name]) <= set(TINY_KINDS[name]) and len(arch[name]) == arch["n_layer"]
+               for name in ("activation", "n_kv_head", "window"))
+    assert found["params"] == trained["params"]
+    script("sample.py", f"--out_dir={tmp_path}/b", "--device=cpu", "--max_new_tokens=20")
+    assert "Traceback" not in capsys.readouterr().out
 
 
 def test_a_mixture_of_experts_trains(data_dir, tmp_path):
