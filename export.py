@@ -249,7 +249,7 @@ def unknown(net, known):
     it has only one."""
     layers, c = layers_of(net), net.config
     found = {name: [net.options_in(name)[-1]] for name in ("norm", "position", "qk_norm")}
-    found |= {"residual": [c.residual], "n_expert": [c.n_expert]}
+    found |= {"residual": [net.options_in("residual")[-1]], "n_expert": [c.n_expert]}
     found |= {name: [layer[name] for layer in layers] for name in ("activation", "window")}
     found["n_kv_head"] = [layer["n_kv_head"] % layer["n_head"] for layer in layers]
     found = {name: sorted(set(found[name])) for name in known}

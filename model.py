@@ -22,6 +22,7 @@ What a mixture of kinds computes, p the weight of the option named; each is one 
     norm          sum_k p_k norm_k(x)
     position      the embedding times its weight; queries and keys turn by p_rope * angle
     qk_norm       q * (1 - p + p / RMS(q)), k alike
+    residual      sums of what the options send into attention and MLP, and make of their outputs
     activation    sum_k p_k act_k(gate); a gated option's term is multiplied by the up-projection
     n_kv_head     query head i reads sum_k p_k K[i mod n_k], V alike: the heads are mixed
     window        the softmax's terms times the share of the windows that reach so far
@@ -68,7 +69,7 @@ class GPTConfig:
     position: str | list = "learned" # a key of POSITIONS
     qk_norm: bool | list = False # queries and keys over their RMS in every head
     activation: str | list = "gelu" # a key of ACTIVATIONS
-    residual: str = "pre" # one of RESIDUALS
+    residual: str | list = "pre" # one of RESIDUALS
     n_expert: int = 0 # MLPs a layer; each token goes through top_k of them
     top_k: int = 2
     router_aux_loss_coef: float = 0.1 # weight of the loss for an uneven use of the experts
@@ -94,9 +95,10 @@ ACTIVATIONS = {"gelu": GELU, "exact_gelu": F.gelu, "relu": F.relu,
                "silu": F.silu, "mish": F.mish, **GATED} # Elfwing et al. 2017, Misra 2019
 RESIDUALS = ("pre", "post", "branch", "parallel") # where the norms stand, see Block
 # what a block is made of, beside its sizes: {key: the words that it may be}
-KINDS = {"norm": NORMS, "position": POSITIONS, "qk_norm": (False, True), "activation": ACTIVATIONS}
+KINDS = {"norm": NORMS, "position": POSITIONS, "qk_norm": (False, True), "residual": RESIDUALS,
+         "activation": ACTIVATIONS}
 PER_LAYER = ("activation", "n_kv_head", "window") # the others are one for the network
-BLOCK_KEYS = (*KINDS, "n_kv_head", "window", "residual", "prmsnorm_pct")
+BLOCK_KEYS = (*KINDS, "n_kv_head", "window", "prmsnorm_pct")
 TINY = 1e-30 # in the place of 0 in a logarithm
 
 
@@ -118,6 +120,7 @@ class Now(NamedTuple):
     norm: Sampled = ALL
     position: Sampled = ALL
     qk_norm: Sampled = ALL
+    residual: Sampled = ALL
     activation: Sampled = ALL
     n_kv_head: Sampled = ALL
     window: Sampled = ALL
@@ -335,28 +338,54 @@ class Block(nn.Module):
     def __init__(self, config, layer, head_size):
         """layer: {choice: its options in this layer}."""
         super().__init__()
-        self.residual = config.residual
+        self.residual = layer["residual"]
         self.ln_1 = make_norm(config, layer)
         names = "n_embd", "n_head", "n_kv_head", "window", "qk_norm"
         self.attn = CausalSelfAttention(config, *(layer[name] for name in names), head_size)
-        if config.residual != "parallel":
+        if self.residual != ("parallel",):
             self.ln_2 = make_norm(config, layer)
         of_mlp = layer["n_embd"], layer["mlp_ratio"], layer["activation"]
         self.mlp = (MoE if config.n_expert else MLP)(config, *of_mlp)
 
     def forward(self, x, now=PLAIN, cache=None):
+        if now.residual.weights is not None:
+            return self.mixture(x, now)
         e, norm, of_mlp = now.e, now.norm, (now.e, now.mlp_ratio, now.activation)
-        if self.residual == "pre": # GPT-2
+        residual = now.residual.of(self.residual)
+        if residual == "pre": # GPT-2
             x = x + self.attn(self.ln_1(x, e, norm), now, cache)
             return x + self.mlp(self.ln_2(x, e, norm), *of_mlp)
-        if self.residual == "post": # Vaswani et al. 2017
+        if residual == "post": # Vaswani et al. 2017
             x = self.ln_1(x + self.attn(x, now, cache), e, norm)
             return self.ln_2(x + self.mlp(x, *of_mlp), e, norm)
-        if self.residual == "branch": # Swin V2 (Liu et al. 2022)
+        if residual == "branch": # Swin V2 (Liu et al. 2022)
             x = x + self.ln_1(self.attn(x, now, cache), e, norm)
             return x + self.ln_2(self.mlp(x, *of_mlp), e, norm)
         y = self.ln_1(x, e, norm) # parallel: GPT-J (Wang & Komatsuzaki 2021)
         return x + self.attn(y, now, cache) + self.mlp(y, *of_mlp)
+
+    def mixture(self, x, now):
+        """One attention and one MLP for all options: each gets the sum of what the options would
+        send in, and the residual stream the sum of what they would make of its output."""
+        p = dict(zip(self.residual, now.residual.weights, strict=True))
+
+        def ln_1(x):
+            return self.ln_1(x, now.e, now.norm)
+
+        def ln_2(x):
+            return self.ln_2(x, now.e, now.norm)
+
+        def mixed(**values):
+            """The sum of each option's value, a function, times its weight."""
+            return sum(p[name] * value() for name, value in values.items() if name in p)
+        a = self.attn(mixed(pre=lambda: ln_1(x), post=lambda: x, branch=lambda: x,
+                            parallel=lambda: ln_1(x)), now)
+        y = mixed(pre=lambda: x + a, post=lambda: ln_1(x + a), branch=lambda: x + ln_1(a),
+                  parallel=lambda: x + a)
+        m = self.mlp(mixed(pre=lambda: ln_2(y), post=lambda: y, branch=lambda: y,
+                           parallel=lambda: ln_1(x)), now.e, now.mlp_ratio, now.activation)
+        return mixed(pre=lambda: y + m, post=lambda: ln_2(y + m), branch=lambda: y + ln_2(m),
+                     parallel=lambda: y + m)
 
 
 def compiled(function):
@@ -429,8 +458,6 @@ class GPT(nn.Module):
     def check_config(self):
         """Raises ConfigError if a key of the blocks has a value that it cannot have."""
         c = self.config
-        if c.residual not in RESIDUALS:
-            raise ConfigError(f"residual={c.residual!r} is not one of {', '.join(RESIDUALS)}.")
         check_range(c, 0, "head_size", "loss_chunk", "router_aux_loss_coef")
         check_range(c, 0, "dropout", below=1)
         if not 0 < c.prmsnorm_pct <= 1:
@@ -544,7 +571,7 @@ class GPT(nn.Module):
 
         def mean(name, value):
             """The expectation of value(option) over a choice: (), or (n_layer,) of every layer."""
-            is_shared = name in ("norm", "position")
+            is_shared = name in ("norm", "position", "residual")
             options = [self.options_in(name, i) for i in range(1 if is_shared else L)]
             values = torch.tensor([[value(o) for o in row] for row in options], dtype=e.dtype)
             means = (values * weights[name]).sum(-1) if name in weights else values.sum(-1)
@@ -565,7 +592,7 @@ class GPT(nn.Module):
             inner, of_kv = (self.head_size * n.unsqueeze(-1) for n in (n_head, n_kv_head))
 
         norm = e + bias * mean("norm", lambda name: name == "layernorm") * e # parameters of one
-        norms = 1 if c.residual == "parallel" else 2 # of a block
+        norms = mean("residual", lambda name: 1 if name == "parallel" else 2) # of a block
         n_expert, top_k = (c.n_expert, c.top_k) if c.n_expert else (1, 1)
         router, attention = 2 * c.n_expert * e, 2 * (inner + of_kv) * e # entries of the matrices
         mlp, mlp_bias = (2 + gated) * hidden * e, bias * ((1 + gated) * hidden + e)
@@ -587,6 +614,8 @@ class GPT(nn.Module):
         if name in ("norm", "position"):
             return self.transformer.ln_f.kinds if name == "norm" else self.position
         block = self.transformer.h[i]
+        if name == "residual":
+            return block.residual
         if name in ("mlp_ratio", "activation"):
             return getattr(block.mlp.experts[0] if self.config.n_expert else block.mlp, name)
         return getattr(block.attn, name)

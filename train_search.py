@@ -74,6 +74,7 @@ head_size = 16
 norm = ['layernorm', 'rmsnorm']
 position = ['learned', 'rope']
 qk_norm = [False, True]
+residual = ['pre']
 activation = ['gelu', 'relu2', 'swiglu'] # one a layer, as are the next two
 n_kv_head = [1, 2, 0]
 window = [32, 0]

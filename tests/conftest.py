@@ -22,7 +22,7 @@ TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_a
 TINY_SPACE = dict(n_layer=[1, 2], n_head=[1, 2], n_embd=[8, 16], mlp_ratio=[1, 2])
 TINY_EVALS = dict(arch_evals=6, population=4, parents=2)
 GPT2_BLOCK = dict(head_size=0, norm="layernorm", position="learned", qk_norm=False,
-                  activation="gelu", n_kv_head=0, window=0)
+                  residual="pre", activation="gelu", n_kv_head=0, window=0)
 TINY_KINDS = dict(head_size=4, norm=["layernorm", "rmsnorm"], position=["learned", "rope"],
                   qk_norm=[False, True], activation=["gelu", "swiglu"], n_kv_head=[1, 0],
                   window=[4, 0])

@@ -41,6 +41,8 @@ BLOCKS = { # every kind of block that may live in a supernet, a few at a time
     "kinds": dict(norm=["layernorm", "rmsnorm"], position=["learned", "sinusoidal", "rope", "none"],
                   qk_norm=[False, True], activation=list(model.ACTIVATIONS), n_kv_head=[1, 2, 0],
                   window=[3, 7, 0]),
+    "residuals": dict(residual=list(model.RESIDUALS), norm=["rmsnorm", "layernorm"]),
+    "two residuals": dict(residual=["parallel", "pre"]),
     "two": dict(norm=["rmsnorm", "layernorm"], position=["rope", "learned"], qk_norm=[True, False],
                 activation=["swiglu", "reglu"], n_kv_head=[1, 2], window=[2, 4], bias=False),
     "any heads": dict(norm=["partial_rmsnorm", "layernorm"], prmsnorm_pct=0.5, window=[4, 0],
@@ -644,7 +646,8 @@ def test_chunked_loss_never_holds_all_logits():
 def test_options_go_from_search_to_training(data_dir, tmp_path):
     """A search with the options of a block hands them on; the network that is trained is the one
     that was found."""
-    options = dict(norm="rmsnorm", position="rope", activation="swiglu", residual="parallel")
+    options = dict(norm="rmsnorm", position="rope", activation="swiglu", residual="parallel",
+                   head_size=8)
     script("train_search.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/s",
            *flags(TINY_SEARCH | options))
     script("train_base.py", f"--arch={tmp_path}/s/arch.json", f"--out_dir={tmp_path}/b",
@@ -700,8 +703,8 @@ def test_straight_through_options_of_every_block_option(block, head_size):
 
 def check_straight_through_options(net):
     """gdas slices: its loss is the mixture's, so are the gradients of the shared weights and those
-    to the weights of what was chosen; of depths, whose own weight the final norm hides, positions
-    and windows those to all. (In
+    to the weights of what was chosen; of depths, whose own weight the final norm hides, positions,
+    windows and residuals those to all. (In
     float64, but for buffers rounded to float32: the norms all but cancel some of them.)"""
     net, (x, y) = net.double(), tokens()
     params = list(net.parameters())
@@ -722,7 +725,7 @@ def check_straight_through_options(net):
             agree(g, g0, "gradient")
         for name, g in grads.items():
             # layers that were not run get nothing from either
-            to_all = name in ("n_layer", "position", "window")
+            to_all = name in ("n_layer", "position", "window", "residual")
             chosen = 1 if to_all else leaves[name]
             worst = (g - mixed_grads[name] * chosen).abs().max().item()
             assert worst <= 1e-7, f"gradient to {name} of {arch}: differs by {worst:.2e}"
@@ -801,7 +804,7 @@ def test_residual_projections_start_smaller():
     (dict(n_embd=[24.5]), ["n_embd=[24.5]", "whole"]),
     (dict(mlp_ratio=[]), ["mlp_ratio=[]"]),
     (dict(norm="batchnorm"), ["norm='batchnorm'", "rmsnorm"]),
-    (dict(residual=["pre"]), ["residual=['pre']", "parallel"]),
+    (dict(residual=["pre", "front"]), ["residual=['pre', 'front']", "'front'", "parallel"]),
     (dict(position="rope"), ["rope", "n_embd=[12, 24, 36]", "--head_size=16"]),
     (dict(position="rope", head_size=3), ["rope", "even size", "is 3"]),
     (dict(n_kv_head=[1, 2]), ["n_kv_head", "--head_size=16"]),
