@@ -77,6 +77,13 @@ n_layer = [5, 6, 7]
 n_head = [6, 8, 12]
 n_embd = [384, 576, 768]
 mlp_ratio = [2, 3, 4]
+head_size = 0
+norm = ['layernorm']
+position = ['learned']
+qk_norm = [False]
+activation = ['gelu']
+n_kv_head = 0
+window = 0
 batch_size = 4
 block_size = 224
 # -----------------------------------------------------------------------------

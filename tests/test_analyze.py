@@ -298,7 +298,8 @@ def test_the_script_redraws_real_runs(tmp_path):
     tiny = ["--dataset=own", data, "--max_iters=3", "--eval_interval=2", "--eval_iters=1",
             "--log_interval=1", "--batch_size=2", "--block_size=16", "--device=cpu"]
     search, base = tmp_path / "search", tmp_path / "train"
-    space = ["--n_layer=[1,2]", "--n_embd=[8,16]", "--n_head=[2,4]", "--mlp_ratio=2"]
+    space = ["--n_layer=[1,2]", "--n_embd=[8,16]", "--n_head=[2,4]", "--mlp_ratio=2",
+             "--window=[4,0]"]
     for command in (["prepare.py", "--dataset=text", f"--path={text}", "--name=own", data],
                     ["train.py", *tiny, "--n_layer=1", "--n_embd=8", "--n_head=2",
                      f"--out_dir={base}"],
