@@ -114,8 +114,9 @@ def shrink(command, data_dir, digits_dir, finished, out):
         has_kinds = "config/search" not in command or "kinds.py" in command
         extra += ["--dataset=pydocs", *flags(TINY_SEARCH | (TINY_KINDS if has_kinds else {}))]
         # of tiny networks
-        words = ["--target_params=3000" if word == "--target_params=400000" else word
-                 for word in words]
+        small = {"--target_params=400000": "--target_params=3000",
+                 "--target_kv_cache=12000": "--target_kv_cache=400"}
+        words = [small.get(word, word) for word in words]
         if "--latency_table" in command:
             small = [*extra, *flags(dict(out_dir=out.parent / "latency", rounds=2, warmup=1,
                                          latency_heldout=2))]
@@ -261,6 +262,15 @@ def test_config_keys_are_real_and_its_network_builds(path):
                                         ["config/search_pydocs.py", str(path)])
         assert config["out_dir"] == f"out/search_pydocs_{stem}"
         assert config["optimizer"] == stem.rstrip("2")
+        return
+    if stem == "kinds": # behind every search of a GPT's sizes from scratch
+        for task in ("pydocs", "shakespeare_char", "tinystories", "tinystories_laptop", "owt"):
+            config = configurator.configure(dict(vars(train_search)),
+                                            [f"config/search_{task}.py", str(path)])
+            with torch.device("meta"):
+                net = build(config | {"vocab_size": 50304})
+            assert {"norm", "position", "activation", "window"} < net.choices.keys()
+            assert net.head_size == max(config["n_embd"]) // max(config["n_head"])
         return
     kind, name = stem.split("_", 1)
     module = {"search": train_search, "shrink": train_search, "base": train_base,
