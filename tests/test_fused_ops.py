@@ -8,7 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, TINY_SEARCH, flags, succeeds, turn_kernels_on
+from conftest import ROOT, TINY_KINDS, TINY_SEARCH, flags, succeeds, turn_kernels_on
+from torch._dynamo.utils import counters
 
 import fused_ops
 import supernet
@@ -380,11 +381,11 @@ def test_a_killed_compilation_does_not_hold_up_the_next(tmp_path):
         assert out.splitlines()[-1] == "True" and ("compiled" in out) == compiles, out
 
 
-def compiled_and_eager():
+def compiled_and_eager(**kinds):
     """A net with compiled parts, and one of the same weights without."""
     torch._dynamo.reset()
     net = build(dict(block_size=16, vocab_size=29, n_layer=[1, 2], n_embd=[24, 48, 96],
-                     n_head=[2, 4, 6], mlp_ratio=[2, 4], bias=False))
+                     n_head=[2, 4, 6], mlp_ratio=[2, 4], bias=False) | kinds)
     eager = build(vars(net.config))
     eager.load_state_dict(net.state_dict())
     return net.compile_parts(), eager
@@ -405,7 +406,6 @@ def check_compiled(net, eager, x, third):
 def test_compiled_parts_do_not_recompile(monkeypatch):
     """After a few architectures, 50 more, hard, mixed and straight-through, use the graphs that
     there are, and are right; no graph has a break. The graphs are not made into machine code."""
-    from torch._dynamo.utils import counters
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counters.clear()
     (net, eager), x = compiled_and_eager(), torch.randint(29, (3, 16))
@@ -427,6 +427,17 @@ def test_compiled_parts_do_not_recompile(monkeypatch):
             check_compiled(net, eager, x, third)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == graphs, dict(counters["stats"])
+
+
+def test_a_mixture_of_kinds_is_one_graph_of_a_block_and_one_of_the_head(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    counters.clear()
+    (net, eager), x = compiled_and_eager(**TINY_KINDS), torch.randint(29, (3, 16))
+    drnas = METHODS["drnas"](net.choices, torch.Generator().manual_seed(0))
+    for seed in range(3):
+        sample = drnas.sample(0.0, torch.Generator().manual_seed(seed))
+        check_compiled(net, eager, x, {name: w.detach() for name, w in sample.items()})
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
 
 
 def test_compiled_parts_are_right():
