@@ -226,7 +226,9 @@ class Budget:
 
 def make_budget(net, config, cost, drawn=None):
     """The Budget of config's targets, or None without targets. drawn: as in Budget."""
-    targets = {kind: target for kind in COSTS if (target := getattr(config, f"target_{kind}"))}
+    # the searches of older versions lack some of these keys
+    targets = {kind: getattr(config, f"target_{kind}", 0) for kind in COSTS}
+    targets = {kind: target for kind, target in targets.items() if target}
     if not targets:
         return None
     known = cost({name: torch.full(c.shape, 1 / len(c.options))
