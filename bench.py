@@ -82,8 +82,8 @@ norm = ['layernorm']
 position = ['learned']
 qk_norm = [False]
 activation = ['gelu']
-n_kv_head = 0
-window = 0
+n_kv_head = [0]
+window = [0]
 batch_size = 4
 block_size = 224
 # -----------------------------------------------------------------------------
