@@ -16,7 +16,7 @@ Attention heads follow one of two conventions:
     head_size=0   GPT-2's: every head has n_embd / n_head channels. With h heads, head j owns the
                   channels from j*E/h on (E the largest n_embd), and a width e uses the first e/h.
     head_size=64  fixed: n_head heads of 64 channels, whatever n_embd is; fewer are the first ones.
-                  Lists of sizes need it beside rope, n_kv_head and qk_norm.
+                  Where n_embd or n_head is a list, rope, n_kv_head and qk_norm need it.
 
 What a mixture of kinds computes, p the weight of the option named; each is one pass:
     norm          sum_k p_k norm_k(x)
@@ -43,8 +43,8 @@ from fused_ops import (
     causal_attention, mixed_activation, mixed_attention, mixed_heads, norm_heads, rotate, rotation,
 )
 from supernet import (
-    ALL, NORMS, Embedding, Linear, Norm, Sampled, Sinusoidal, Size, check_arch, extract, kinds_of,
-    one_hot, options_of, prefix_masks, run_blocks, straight_through, transformer_choices,
+    ALL, NORMS, Embedding, Linear, Norm, Sampled, Sinusoidal, Size, check_arch, counts_of, extract,
+    kinds_of, one_hot, options_of, prefix_masks, run_blocks, straight_through, transformer_choices,
     transformer_sizes,
 )
 
@@ -100,16 +100,6 @@ KINDS = {"norm": NORMS, "position": POSITIONS, "qk_norm": (False, True), "residu
 PER_LAYER = ("activation", "n_kv_head", "window") # the others are one for the network
 BLOCK_KEYS = (*KINDS, "n_kv_head", "window", "prmsnorm_pct")
 TINY = 1e-30 # in the place of 0 in a logarithm
-
-
-def counts_of(value, name):
-    """The options of n_kv_head or window, increasing; 0, all, is the largest and stands last."""
-    options = tuple(value) if isinstance(value, list | tuple) else (value,)
-    whole = all(type(o) is int and o >= 0 for o in options)
-    if not whole or list(options) != sorted(set(options), key=lambda o: o or math.inf):
-        raise ConfigError(f"{name}={value!r} must be whole numbers in increasing order, where 0 "
-                          f"stands for all and comes last, such as {name}=[2, 4, 0].")
-    return options
 
 
 class Now(NamedTuple):
@@ -287,9 +277,8 @@ class MLP(nn.Module):
         elif name in GATED:
             gate, up = self.c_fc(x, e, hidden and hidden.doubled).chunk(2, dim=-1)
             x = straight_through(ACTIVATIONS[name](gate) * up, activation.weight)
-        else: # of a layer that other activations give a gate, the first half
-            gate = Size(self.n_hidden[-1]) if self.has_gate else None
-            x = ACTIVATIONS[name](self.c_fc(x, e, hidden or gate))
+        else: # of a layer that could be gated, the first half of c_fc
+            x = ACTIVATIONS[name](self.c_fc(x, e, hidden))
             x = straight_through(x, activation.weight)
         return self.dropout(self.c_proj(x, hidden, e))
 
@@ -330,7 +319,7 @@ class MoE(nn.Module):
 
 
 def make_norm(config, layer):
-    """layer: {choice: its options in this layer}."""
+    """A norm over n_embd, of the layer's kinds. layer: {choice: its options in this layer}."""
     return Norm(layer["n_embd"][-1], config.bias, layer["norm"], config.prmsnorm_pct)
 
 
@@ -494,7 +483,7 @@ class GPT(nn.Module):
         e, n_layer, layers = transformer_sizes(self, arch)
         layers = [Now(e, **layer) for layer in layers]
         x = self.transformer.wte(idx, e) # (B, T, n_embd)
-        # one position for the network: its weights, of all options unless it is one
+        # the weight of each kind of position: 1 of the only one, or those of a choice
         position, rope = layers[0].position, None
         weights = {position.of(self.position): 1.0}
         if position.weights is not None:

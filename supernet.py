@@ -13,6 +13,7 @@ For option sizes s_k, S(i) = sum of p_k with s_k > i is the total weight of the 
 channel i, here called the coverage. Most of these sums become a product with S.
 """
 import itertools
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,6 +78,17 @@ def kinds_of(value, name, allowed):
     if wrong or len(set(options)) < len(options):
         what = f"{wrong[0]!r}, which is not one of" if wrong else "one twice: choose different"
         raise ConfigError(f"{name}={value!r} has {what} {', '.join(map(str, known))}.")
+    return options
+
+
+def counts_of(value, name):
+    """The options of a count where 0 stands for all, such as n_kv_head and window. Raises
+    ConfigError unless they increase; 0 is the largest and stands last."""
+    options = tuple(value) if isinstance(value, list | tuple) else (value,)
+    whole = all(type(o) is int and o >= 0 for o in options)
+    if not whole or list(options) != sorted(set(options), key=lambda o: o or math.inf):
+        raise ConfigError(f"{name}={value!r} must be whole numbers in increasing order, where 0 "
+                          f"stands for all and comes last, such as {name}=[2, 4, 0].")
     return options
 
 
