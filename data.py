@@ -19,6 +19,8 @@ Each kind offers the same names:
 """
 import hashlib
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -37,6 +39,8 @@ TOKENIZER = {"pydocs": "char", "this_python": "char", "shakespeare_char": "char"
 IMAGE_SETS = {"digits": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100,
               "imagenet16_120": 120, "imagenet": 1000, "images": 0}
 PAIR_SETS = ("sr_samples", "div2k", "set5", "set14", "pairs")
+# what tokenizers of Hugging Face call the token that ends a document; the first that one has counts
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|im_end|>")
 
 # -----------------------------------------------------------------------------
 # the folder data_dir/dataset
@@ -69,6 +73,20 @@ def load_meta(data_dir, dataset, kind=""):
     SystemExit if it is not prepared, or not whole, or not of the kind "text", "images" or "pairs"
     where one is asked for.
     """
+    folder, meta = Path(data_dir) / dataset, read_meta(data_dir, dataset, kind)
+    if "kind" not in meta:
+        check_token_files(folder, meta, prepare_command(data_dir, dataset, kind))
+        return meta
+    try:
+        (check_image_files if meta["kind"] == "images" else check_pair_files)(folder, meta)
+    except (AssertionError, KeyError, OSError, TypeError, ValueError):
+        raise SystemExit(f"{folder} is damaged, its files are not those of its meta.json: delete "
+                         "it and prepare it again") from None
+    return meta
+
+
+def read_meta(data_dir, dataset, kind=""):
+    """load_meta() without a look at the data themselves."""
     folder, command = Path(data_dir) / dataset, prepare_command(data_dir, dataset, kind)
     if not (folder / "meta.json").exists():
         raise SystemExit(f"{folder} is not prepared: run {command}")
@@ -77,14 +95,6 @@ def load_meta(data_dir, dataset, kind=""):
     if kind and found != kind:
         raise SystemExit(f"{folder} holds {found}, where {kind} should be: choose another "
                          "--dataset")
-    if found == "text":
-        check_token_files(folder, meta, command)
-        return meta
-    try:
-        (check_image_files if found == "images" else check_pair_files)(folder, meta)
-    except (AssertionError, KeyError, OSError, TypeError, ValueError):
-        raise SystemExit(f"{folder} is damaged, its files are not those of its meta.json: delete "
-                         "it and prepare it again") from None
     return meta
 
 
@@ -130,47 +140,105 @@ def check_hash(data, file, sha256):
 # -----------------------------------------------------------------------------
 # text
 
-def codec(tokenizer, chars, model, num_proc=1):
-    """-> encode (texts -> lists of ids), decode (ids -> text), the vocabulary's size, the ids
-    between two documents."""
+@dataclass(frozen=True)
+class Codec:
+    """A tokenizer. encode: list of texts -> list of arrays of ids; decode: ids -> text.
+
+    joint: the ids between two documents. eot: the id that ends a document, or None. joins: whether
+    the tokens of a text are those of its parts, where it is cut before a space.
+    """
+    encode: Callable
+    decode: Callable
+    vocab_size: int
+    joint: list
+    eot: int | None = None
+    joins: bool = True
+
+
+def codec(tokenizer, chars, folder, num_proc=1):
+    """The Codec of a tokenizer. folder: where its file tokenizer.model or tokenizer.json lies.
+    chars: the characters of 'char'. num_proc: threads that encode."""
     if tokenizer == "gpt2":
-        import tiktoken
-        try:
-            bpe = tiktoken.get_encoding("gpt2")
-        except OSError as error:
-            raise SystemExit("tiktoken could not fetch GPT-2's vocabulary "
-                             f"({type(error).__name__}): connect to the network once, or set "
-                             "TIKTOKEN_CACHE_DIR to a folder that holds it, or use another "
-                             "--tokenizer") from None
-        encode = partial(bpe.encode_ordinary_batch, num_threads=num_proc)
-        return encode, bpe.decode, bpe.n_vocab, [bpe.eot_token]
+        return gpt2_codec(num_proc)
     if tokenizer == "sentencepiece":
         import sentencepiece
-        bpe = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
+        model = (Path(folder) / "tokenizer.model").read_bytes()
+        bpe = sentencepiece.SentencePieceProcessor(model_proto=model)
         encode = partial(bpe.encode, num_threads=num_proc)
-        return encode, bpe.decode, bpe.vocab_size(), [bpe.eos_id()]
-    ids = {c: i for i, c in enumerate(chars)}
+        return Codec(encode, bpe.decode, bpe.vocab_size(), [bpe.eos_id()], bpe.eos_id())
+    if tokenizer.startswith("hf:"):
+        return hf_codec(Path(folder) / "tokenizer.json")
+    return char_codec(chars)
+
+
+def gpt2_codec(num_proc):
+    import tiktoken
+    try:
+        bpe = tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise SystemExit("tiktoken could not fetch GPT-2's vocabulary "
+                         f"({type(error).__name__}): connect to the network once, or set "
+                         "TIKTOKEN_CACHE_DIR to a folder that holds it, or use another "
+                         "--tokenizer") from None
+    encode_one = partial(bpe.encode_to_numpy, disallowed_special=()) # <|endoftext|> is plain text
 
     def encode(texts):
-        try:
-            return [[ids[c] for c in text] for text in texts]
-        except KeyError as error:
-            raise SystemExit(f"the character {error} is not among the {len(chars)} of this data "
-                             "set: leave it out, or prepare the data with "
-                             "--tokenizer=gpt2") from None
+        with ThreadPoolExecutor(num_proc) as pool:
+            return list(pool.map(encode_one, texts))
+
+    return Codec(encode, bpe.decode, bpe.n_vocab, [bpe.eot_token], bpe.eot_token)
+
+
+def hf_codec(file):
+    """A tokenizer.json of Hugging Face's tokenizers. Its own <|endoftext|> in a text is plain."""
+    from tokenizers import Tokenizer
+    bpe = Tokenizer.from_file(str(file))
+    bpe.encode_special_tokens = True
+    eot = next((i for i in map(bpe.token_to_id, END_TOKENS) if i is not None), None)
+    if eot is None:
+        raise SystemExit(f"{file} has no token that ends a document (one of "
+                         f"{', '.join(END_TOKENS)}): add one to it, or use another --tokenizer")
+
+    def encode(texts):
+        return [found.ids for found in bpe.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(ids):
+        return bpe.decode(list(ids), skip_special_tokens=False)
+
+    whole, first, second = encode(["a sea", "a", " sea"])
+    return Codec(encode, decode, bpe.get_vocab_size(), [eot], eot, whole == first + second)
+
+
+def char_codec(chars):
+    ids = np.full(0x110000, -1, np.int32) # of every code point
+    ids[[ord(c) for c in chars]] = np.arange(len(chars))
+
+    def encode(texts):
+        found = [ids[code_points(text)] for text in texts]
+        for text, tokens in zip(texts, found, strict=True):
+            if (tokens < 0).any():
+                character = text[int((tokens < 0).argmax())]
+                raise SystemExit(f"the character {character!r} is not among the {len(chars)} of "
+                                 "this data set: leave it out, or prepare the data with "
+                                 "--tokenizer=gpt2")
+        return found
 
     def decode(tokens):
         return "".join(chars[i] for i in tokens)
 
-    return encode, decode, len(chars), [ids[c] for c in "\n\n" if c in ids]
+    return Codec(encode, decode, len(chars), [int(ids[ord(c)]) for c in "\n\n" if c in chars])
 
 
-def load_tokenizer(data_dir, dataset):
-    """-> encode (text -> ids), decode (ids -> text), which skips ids beyond the vocabulary."""
-    meta = load_meta(data_dir, dataset, "text")
-    model = Path(data_dir) / dataset / "tokenizer.model"
-    encode, decode, n, _ = codec(meta["tokenizer"], meta["chars"], model)
-    return lambda text: encode([text])[0], lambda ids: decode([i for i in ids if i < n])
+def code_points(text):
+    """The characters of a text as numbers: uint32 (n,)."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def load_codec(data_dir, dataset):
+    """The Codec of a data set of text; of its files, meta.json and the tokenizer are enough."""
+    folder = Path(data_dir) / dataset
+    meta = read_meta(data_dir, dataset, "text")
+    return codec(meta["tokenizer"], meta["chars"], folder)
 
 
 def load_tokens(data_dir, dataset, split):

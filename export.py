@@ -38,9 +38,10 @@ gets zeros, which change nothing. Sinusoidal positions become a table of learned
 nn.GELU() is activation=exact_gelu; GPT-2's, our gelu, approximates it by tanh, and how much that
 changes the logits is printed.
 
-No format holds the tokenizer. Ids are those of the data set: GPT-2's with tokenizer=gpt2, positions
-in "chars" of its meta.json with char, those of its tokenizer.model with sentencepiece. Ids from
-meta.json's vocab_size on are padding.
+A tokenizer.json of Hugging Face's tokenizers comes beside every language model, and for
+format=huggingface lies in the folder, so that AutoTokenizer.from_pretrained(path) finds it; for
+tokenizer=sentencepiece it is a tokenizer.model, which sentencepiece reads. Ids behind those of the
+tokenizer are padding.
 
 A .pt2 file contains pickles, which may run code when they are loaded: load only files that you made
 yourself. The others contain none, or only what torch.load(path, weights_only=True) reads.
@@ -60,7 +61,7 @@ import torch
 import torch.nn as nn
 
 from configurator import at_least, check_limits, configure, one_of
-from data import Tokens
+from data import Tokens, load_codec, read_meta
 from fused_ops import use_fused_ops
 from run import atomic_write, rng
 from sample import load_run
@@ -408,6 +409,53 @@ def with_code(net):
 
 # -----------------------------------------------------------------------------
 
+GPT2_FILES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/" # tiktoken's cache
+
+
+def gpt2_json():
+    """GPT-2's vocabulary as a Tokenizer of tokenizers, from the files that tiktoken keeps."""
+    from tiktoken.load import read_file_cached
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    merges = read_file_cached(GPT2_FILES + "vocab.bpe").decode().split("\n")[1:-1]
+    vocab = json.loads(read_file_cached(GPT2_FILES + "encoder.json"))
+    found = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    found.add_special_tokens(["<|endoftext|>"])
+    return found
+
+
+def char_json(chars):
+    """A vocabulary of characters as a Tokenizer of tokenizers."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    found = Tokenizer(models.WordLevel({c: i for i, c in enumerate(chars)}))
+    found.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s:.)"), "isolated")
+    found.decoder = decoders.Fuse()
+    return found
+
+
+def tokenizer_files(trained):
+    """{name: bytes} of the tokenizer of a network's data set. SystemExit if it cannot be had, or is
+    not the one of the data set."""
+    meta, folder = read_meta(trained.data_dir, trained.dataset, "text"), Path(trained.data_dir)
+    if meta["tokenizer"] == "sentencepiece":
+        return {"tokenizer.model": (folder / trained.dataset / "tokenizer.model").read_bytes()}
+    if meta["tokenizer"] in ("char", "gpt2"):
+        found = char_json(meta["chars"]) if meta["chars"] else gpt2_json()
+        text = meta["chars"] or Path(__file__).read_text(encoding="utf-8")
+        own = load_codec(trained.data_dir, trained.dataset).encode([text])[0].tolist()
+        assert found.encode(text, add_special_tokens=False).ids == own, "another tokenizer"
+        tokenizer = found.to_str().encode()
+    else:
+        tokenizer = (folder / trained.dataset / "tokenizer.json").read_bytes()
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if meta["eot"] is not None:
+        from tokenizers import Tokenizer
+        config["eos_token"] = Tokenizer.from_str(tokenizer.decode()).id_to_token(meta["eot"])
+    return {"tokenizer.json": tokenizer,
+            "tokenizer_config.json": json.dumps(config, indent=2).encode()}
+
+
 def example(trained, batch_size, time, img_size, generator):
     """A random batch of what the network takes. time: the length as a share of block_size."""
     if data_kind(trained.space) is Tokens:
@@ -473,6 +521,12 @@ def export(config):
         raise SystemExit(f"{path} was not written: its outputs would differ from the network's by "
                          f"{off:.1e} of the largest, and {TOLERANCE} is allowed: "
                          "try another --format.")
+    if tokens:
+        try:
+            inside = "huggingface/" if config.format == "huggingface" else ""
+            files |= {inside + name: data for name, data in tokenizer_files(trained).items()}
+        except SystemExit as e: # the data set is gone, the network is not
+            print(f"without a tokenizer: {e}")
     for name, data in files.items():
         save(os.path.join(config.out_dir, name), data)
     size = sum(map(len, files.values())) / 1e6

@@ -628,10 +628,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, arch=None, generator=None,
-                 vocab_size=None):
-        """idx: (B, T) -> (B, T + max_new_tokens). temperature=0 takes the likeliest token; ids from
-        vocab_size on are never drawn. Keys and values are cached until block_size is full; from
-        then on, and for a mixture always, the whole window is computed for every token."""
+                 vocab_size=None, until=None):
+        """idx: (B, T) -> (B, T + max_new_tokens), or shorter once until(idx) holds. temperature=0
+        takes the likeliest token; ids from vocab_size on are never drawn. Keys and values are
+        cached until block_size is full; from then on, and for a mixture always, the whole window is
+        computed for every token."""
         cache, mixed = None, bool(arch) and isinstance(arch["n_layer"], torch.Tensor)
         for _ in range(max_new_tokens):
             if idx.size(1) <= self.config.block_size and not mixed:
@@ -650,6 +651,8 @@ class GPT(nn.Module):
                 probs = F.softmax(logits / temperature, dim=-1)
                 idx_next = torch.multinomial(probs, 1, generator=generator)
             idx = torch.cat((idx, idx_next), dim=1)
+            if until is not None and until(idx):
+                break
         return idx
 
 

@@ -7,6 +7,7 @@ Turns text or images, once, into a folder data/<name> that data.py reads.
     python prepare.py --dataset=tinystories     # or openwebtext; from Hugging Face
     python prepare.py --dataset=tinystories --path=train.txt.gz --val_path=valid.txt.gz  # your copy
     python prepare.py --dataset=text --path=my_folder --tokenizer=sentencepiece --vocab_size=1024
+    python prepare.py --dataset=text --path=hf:OWNER/NAME --text_column=content --name=mine
     python prepare.py --shards=50               # also 50 shards of different sizes, for train_rl.py
 
     python prepare.py --dataset=digits          # 1,797 images of 8x8 in scikit-learn, no network
@@ -19,50 +20,59 @@ Turns text or images, once, into a folder data/<name> that data.py reads.
     python prepare.py --dataset=set5 --path=FOLDER --scale=4     # or set14; for tests only
     python prepare.py --dataset=pairs --path=FOLDER --name=bsd   # yours
 
-Text: writes train.bin, val.bin, meta.json, and tokenizer.model for sentencepiece.
-    --path is a file or a folder of plain text (.txt, .md, .py, ...), text in .gz, .jsonl or
-    .parquet (column "text"). In a folder, the files whose paths start with train and with val are
-    the two splits. Otherwise the last val_fraction of the characters is the validation split.
-    A document ends at a line <|endoftext|> of a text file, at the end of a row, and at the end of
-    a file. Between two documents, and after the last row, stands the end-of-text token (gpt2,
-    sentencepiece) or a blank line (char).
-    A .bin is a flat array of token ids, uint16 or uint32 (dtype in meta.json). A killed run
-    continues where it stopped: until both splits are whole, progress.json takes the place of
-    meta.json. Each document has to fit into memory, the whole text does not.
+It prints what it understood: the files of each split, those left out and why, the column, the
+classes. It stops where a file would be used by nothing and where a split or a column is open.
 
-Images: writes train.npy and val.npy, uint8 (N, img_size, img_size, in_channels);
-    train_labels.npy and val_labels.npy, int64 (N,); and meta.json. --img_size=N crops images to
-    the largest square around the centre and resizes them. --path is one of
+--path is a file, a folder, or hf:OWNER/NAME of the Hugging Face hub. Everywhere in a folder,
+symbolic links are followed, and hidden files and __MACOSX are left out. A word in the name of a
+folder, else of a file, makes a split, as in Hugging Face's datasets: train or training; validation,
+valid, val or dev; test, testing, eval or evaluation. The train split trains, and the validation
+split, else the test split, validates. Without a train split, all is one and val_fraction cuts it.
+--split=A,B names other splits, --split=A one that val_fraction cuts, --split=all takes all files.
+
+Text: plain text (.txt, .md, .py, ...), also .gz, .bz2 or .xz; rows in .jsonl, .ndjson, .json, .csv,
+    .tsv, .parquet or .arrow; a folder of datasets' save_to_disk(). A document ends at a line
+    <|endoftext|> of plain text, at the end of a row, and at the end of a file. Between two
+    documents, and after the last row, stands the end-of-text token (char: a blank line).
+    Writes train.bin and val.bin, flat arrays of token ids, uint16 or uint32 (dtype in meta.json);
+    meta.json; and the file of the tokenizer: tokenizer.model of sentencepiece, tokenizer.json of
+    --tokenizer=hf:OWNER/NAME, hf:FOLDER or hf:FILE. Documents may be of any length.
+
+Images: a folder, whose folders are the classes, or whose metadata.csv or .jsonl has the columns
+    file_name and label (Hugging Face's imagefolder); rows in .parquet or .arrow; save_to_disk();
     four IDX files       train-images-idx3-ubyte, train-labels-idx1-ubyte,
                          t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte, or .gz, in a folder
     .npz of pixels       x_train, x_test: uint8 (N, H, W) or (N, H, W, 1 or 3);
-                         y_train, y_test: integers (N,)
+                         y_train, y_test: integers (N,); names of classes: strings (classes,)
     .npz of files        train_jpeg, test_jpeg: uint8, encoded images end to end;
                          train_offsets, test_offsets: (N + 1,), the start of each image and the
                          end of the last; y_train, y_test
-    a folder of files    train/<class>/* and val/<class>/* or test/<class>/*;
-                         or <class>/*, split by val_fraction
-    An .npz may name the classes: strings (classes,). An official test set is the validation split.
-    The training images are shuffled by the seed, so that every part start:stop is a random sample.
-    A killed run starts again. The decoded images need not fit into memory.
+    Writes train.npy and val.npy, uint8 (N, img_size, img_size, in_channels); train_labels.npy and
+    val_labels.npy, int64 (N,); and meta.json. --img_size=N crops images to the largest square
+    around the centre and resizes them. Both splits are shuffled by the seed, so that every part
+    start:stop is a random sample. The order before that is that of the source; in a folder, by the
+    names of the files and then of the classes.
 
-Pairs: writes data/<name>_x<scale> with train.bin, val.bin and meta.json, for super-resolution.
-    --path holds images in high resolution, of any sizes. Images in a folder that has the word LR
-    in its name (LR_bicubic) are low resolutions: <name>x<scale> there belongs to <name>. Missing
-    ones are made by bicubic interpolation (a = -0.5, antialiased, as in MATLAB).
-    Folders with train or val in their names are the splits. Otherwise val_fraction of the images,
-    and all images of set5 and set14, are the validation split.
-    Training images are cut into regions of at most img_size pixels a side. A .bin is uint8: for
-    each pair the low resolution (h, w, 3), then the high one (scale h, scale w, 3). meta.json
-    holds their shapes and offsets.
+Pairs, for super-resolution: a folder or .zip of images in high resolution, of any sizes. Images in
+    a folder that has the word LR or low in its name are low resolutions: <name>x<scale> there, or
+    <name>, belongs to <name>. Missing ones are made by bicubic interpolation (a = -0.5,
+    antialiased, as in MATLAB). All images of set5 and set14 are the validation split.
+    Writes data/<name>_x<scale> with train.bin, val.bin and meta.json. Training images are cut into
+    regions of at most img_size pixels a side. A .bin is uint8: for each pair the low resolution
+    (h, w, 3), then the high one (scale h, scale w, 3). meta.json holds shapes and offsets.
 
 Shards: --shards also writes data/<name>/<shards>/<number>, each a data set of text.
     Each train.bin is a part of the whole train.bin that no other shard has. All shards have the
     same val.bin: the first test_entries of the whole one. The shards' modes are 1 and 2 in turn.
+
+The folder is made under the name data/.<name>.part and then renamed. Of two processes that want the
+same one, the second waits for the first.
 """
 import ast
-import gzip
+import contextlib
+import glob
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -70,35 +80,47 @@ import os
 import platform
 import random
 import re
+import shlex
+import shutil
 import sysconfig
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, islice, pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data import (IMAGE_SETS, KINDS, PAIR_SETS, TOKENIZER, bytes_hash, codec, data_dir_option,
-                  load_meta, load_tokens)
+from configurator import configure, defaults
+from data import (IMAGE_SETS, KINDS, PAIR_SETS, TOKENIZER, bytes_hash, code_points, codec,
+                  data_dir_option, load_meta, load_tokens)
 from run import atomic_write, read_json, rng, write_json
 
 # -----------------------------------------------------------------------------
 dataset = "pydocs" # a data set of the commands above; your own: text, images or pairs
-path = "" # a local file or folder instead of a download; text, images and imagenet16_120 need it
+path = "" # a local file or folder, or hf:OWNER/NAME of the hub, instead of the usual download
 val_path = "" # the same for the validation split of text
+subset = "" # of a data set of the hub that has several
+split = "" # which splits train and validate: 'A,B'; 'A': cut by val_fraction; 'all'; '': as above
+text_column = "" # '': text, or the only column of texts
+label_column = "" # of images; '': the only one of labels
+split_by = "" # where val_fraction cuts text: 'end', or 'document': random ones; '': the usual one
 img_size = 0 # pixels a side: of images, 0: unchanged; of regions of pairs, 0: 480, sr_samples 160
+skip_damaged = False # leave out images that cannot be read
 scale = 2 # of pairs: 2, 3 or 4
 make_low = False # of pairs: make every low resolution, also where path has one
-tokenizer = "" # char, gpt2, sentencepiece; '': the data set's usual one
+tokenizer = "" # char, gpt2, sentencepiece, or hf:NAME_OR_FOLDER; '': the data set's usual one
 vocab_size = 0 # of sentencepiece; 0: 4096
 val_fraction = 0.0 # share of the validation split; 0: 0.1, for digits 0.2, for openwebtext 0.0005
-seed = 1337 # of the split of pydocs, this_python and openwebtext, and of the order of images
+seed = 1337 # of every random split, and of the order of images
 num_proc = 8 # threads that tokenize (gpt2, sentencepiece) or decode images
 data_dir = "data"
 name = "" # folder in data_dir; '': the data set's name
@@ -106,6 +128,7 @@ shards = 0 # parts to cut train.bin into; 0: none
 entries = [20, 2000] # of the smallest and the largest shard; the sizes grow by a constant factor
 test_entries = 256 # entries of the validation split that all shards share
 block_size = 64 # tokens an entry, which is one training sequence
+DEFAULTS = defaults(globals())
 # -----------------------------------------------------------------------------
 
 PYDOCS = Path(__file__).resolve().parent / "assets/pydocs.txt.xz" # see read_pydocs()
@@ -116,18 +139,190 @@ HUB = {"shakespeare_char": "karpathy/tiny_shakespeare", "tinystories": "roneneld
        "openwebtext": "Skylion007/openwebtext", "fashion_mnist": "zalando-datasets/fashion_mnist",
        "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100",
        "imagenet": "ILSVRC/imagenet-1k"}
-# columns of images and labels; of the others: image, label
-COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label")}
+LABELS = {"cifar100": "fine_label"} # the column, where there are several
 VAL_FRACTION = {"digits": 0.2, "openwebtext": 0.0005} # of the others: 0.1
 TEST_SETS = ("set5", "set14") # pairs that are all of the validation split
 # trainers make these at first use: they need no network
 OFFLINE = {"this_python", *(kind.default_dataset for kind in KINDS.values())}
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif",
+               ".tiff", ".ppm", ".pgm")
+ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
+        ".parquet": "parquet", ".arrow": "arrow"} # and the builder of datasets that reads them
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"} # and the module that opens them
+SPLIT_WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
+               "test": ("test", "testing", "eval", "evaluation")}
+ABOUT = re.compile(r"(readme|licen[cs]e|copying|citation|notice|dataset_infos?\.json)", re.I)
+JUNK = {"__macosx", "thumbs.db", "desktop.ini"}
 END = "<|endoftext|>"
+PIECE = 2**20 # characters: longer documents are read and tokenized in pieces
 SHORT = 60 # characters: python_docs() drops shorter documents, and repeated paragraphs from here on
 
 # -----------------------------------------------------------------------------
-# text: a split is (docs, n_docs); docs() yields its documents, so that they can be read twice
+# what --path holds
+
+def list_files(path):
+    """-> the files of a folder, or the file itself; {why: what is left out}.
+
+    SystemExit: nothing is there, or a link leads nowhere.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path], {}
+    files, left_out = [], {}
+    for root, folders, names in os.walk(path, followlinks=True):
+        if not folders and not names and Path(root) != path:
+            left_out.setdefault("empty folder", []).append(Path(root))
+        for name in (*folders, *names):
+            file = Path(root, name)
+            if why := why_left_out(file):
+                left_out.setdefault(why, []).append(file)
+                folders[:] = [folder for folder in folders if folder != name]
+            elif name in names:
+                files.append(file)
+    if not files:
+        raise SystemExit(f"{path} is no file and no folder with files in it: give one that holds "
+                         "the data")
+    return sorted(files), left_out
+
+
+def why_left_out(file):
+    if file.name[0] == ".":
+        return "hidden"
+    if file.name.lower() in JUNK:
+        return "not data"
+    if not file.exists():
+        raise SystemExit(f"{file} is a link that leads nowhere, or cannot be read: mend or delete "
+                         "it")
+    if file.is_dir():
+        above = file.parent.resolve().is_relative_to(file.resolve())
+        return "a link to a folder around it" if above else ""
+    return "" if file.is_file() else "no plain file"
+
+
+def leave_out(files, left_out, why, condition):
+    """The files without those of the condition, which are noted in left_out."""
+    found = [file for file in files if condition(file)]
+    if found:
+        left_out.setdefault(why, []).extend(found)
+    return [file for file in files if file not in set(found)]
+
+
+def is_about(file):
+    """Whether a file is about data, such as a README."""
+    return bool(ABOUT.match(file.name))
+
+
+def split_word(name):
+    """The split that a word in a name stands for, or ''."""
+    words = set(re.split(r"[-._ 0-9]+", name.lower()))
+    return next((split for split, known in SPLIT_WORDS.items() if words & set(known)), "")
+
+
+def find_splits(path, files, left_out, split):
+    """{split: files} by the words in the names of folders, else of files; {"all": files} without a
+    train split. SystemExit: some files are in a split and some in none."""
+    words = {}
+    for file in files:
+        parts = file.relative_to(path).parts if Path(path) != file else ()
+        words[file] = next(filter(None, map(split_word, parts)), "")
+    if split == "all" or "train" not in words.values():
+        return {"all": files}
+    kept = leave_out(files, left_out, "about the data",
+                     lambda file: is_about(file) and not words[file])
+    if outside := [file for file in kept if not words[file]]:
+        raise SystemExit(f"{path} has a split train, and {some(outside)} in no split: move them, "
+                         "or take all files as one by --split=all")
+    return {name: [file for file in kept if words[file] == name]
+            for name in SPLIT_WORDS if name in words.values()}
+
+
+def use_splits(found, ask, left_out, where):
+    """{"train": ..., "val": ...}, or {"all": ...} where val_fraction is to cut it, of {split: ...}.
+    What is not used is noted in left_out. SystemExit lists the candidates if the choice is open."""
+    names = list(found)
+    wanted = ask.split.replace(" ", "").split(",") if ask.split else names
+    if not ask.split and len(names) > 1:
+        wanted = [name for name in names if name == "train"]
+        wanted += [name for name in ("validation", "test") if name in names][:1]
+    if (len(wanted) > 2 or len(set(wanted) & set(names)) < max(1, len(wanted))
+            or (not ask.split and len(wanted) < min(2, len(names)))):
+        raise SystemExit(f"{where} has the splits {', '.join(names)}, and --split={ask.split} "
+                         f"leaves open which train and validate: give two, such as --split="
+                         f"{','.join(names[:2])}, or one, which val_fraction cuts")
+    for name in names:
+        if name not in wanted:
+            left_out.setdefault("another --split", []).append(name)
+    keys = ("train", "val") if len(wanted) == 2 else ("all",)
+    return {key: found[name] for key, name in zip(keys, wanted, strict=True)}
+
+
+def some(names, n=3):
+    """The first names of many, in words."""
+    rest = f" and {len(names) - n:,} more" if len(names) > n else ""
+    return ", ".join(map(str, names[:n])) + rest
+
+
+def show(source, rows, left_out, notes=()):
+    """Prints what was understood of a source: a table, what is left out and why, and notes."""
+    print(source)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for name, *cells in rows:
+        cells = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        print("  " + "  ".join([name.ljust(widths[0]), *cells]))
+    for why, files in left_out.items():
+        print(f"  left out ({why}): {some(files)}")
+    for note in notes:
+        print(f"  {note}")
+
+# -----------------------------------------------------------------------------
+# rows, by Hugging Face's datasets
+
+def import_datasets():
+    import datasets
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL) # what fails is said in one sentence
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def first_line(error):
+    """An error in words, without its later lines."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".:")
+
+
+def load_rows(form, files, **options):
+    """The rows of local files, streamed. form: a builder of datasets. files: {split: files}."""
+    files = {split: [glob.escape(str(file.absolute())) for file in of_split]
+             for split, of_split in files.items()}
+    return import_datasets().load_dataset(form, data_files=files, streaming=True, **options)
+
+
+def is_saved(path):
+    """Whether a folder is one of datasets' save_to_disk()."""
+    return any((Path(path) / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
+def load_whole(path, subset, revision=None):
+    """{split: Dataset} of hf:OWNER/NAME of the hub, or of a folder of save_to_disk()."""
+    datasets = import_datasets()
+    try:
+        if path.startswith("hf:"):
+            datasets.enable_progress_bars()
+            found = datasets.load_dataset(path[3:], subset or None, revision=revision)
+        else:
+            found = datasets.load_from_disk(path)
+    except Exception as error: # the hub, the network, damaged files: errors of every kind
+        fix = "take an undamaged copy"
+        if path.startswith("hf:"):
+            fix = "check the name and the network, give a --subset, or a local copy as --path"
+        what = f"Hugging Face did not deliver {path[3:]}" if path[:3] == "hf:" else (
+            f"{path} is no whole folder of save_to_disk()")
+        raise SystemExit(f"{what} ({first_line(error)}): {fix}") from None
+    return dict(found) if hasattr(found, "keys") else {"all": found}
+
+# -----------------------------------------------------------------------------
+# text: a split is read(), which yields (begins, piece). begins: True where the piece begins a
+# document, False where it goes on, None for an empty row, which is left out
 
 def python_docs():
     """Topics and docstrings of the running Python's standard library.
@@ -170,7 +365,7 @@ def read_pydocs():
     Lines <|endoftext|> separate them; no document has such a line, many have blank ones. For a new
     PYDOCS_PYTHON, make the file again, and set PYDOCS_SHA256 to what this prints:
         import lzma, prepare
-        text = f"\\n{prepare.END}\\n".join(prepare.python_docs()).encode()
+        text = f"\n{prepare.END}\n".join(prepare.python_docs()).encode()
         prepare.PYDOCS.write_bytes(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
         print(prepare.bytes_hash(text))
     """
@@ -189,149 +384,389 @@ def read_pydocs():
     return text.decode().split(f"\n{END}\n")
 
 
+def form_of(file):
+    """The builder of datasets that reads a file of rows, or "text"."""
+    name = file.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    return ROWS.get(Path(name).suffix, "text")
+
+
 def open_any(file, mode, encoding=None):
-    return (gzip.open if file.suffix == ".gz" else open)(file, mode, encoding=encoding)
+    module = PACKED.get(file.suffix.lower())
+    opened = importlib.import_module(module).open if module else open
+    return opened(file, mode, encoding=encoding)
 
 
-def open_text(file):
-    return open_any(file, "rt", "utf-8-sig")
+def pieces(text):
+    """A document in pieces of at most PIECE characters."""
+    begins = True
+    while begins or text:
+        stop = len(text) if len(text) <= PIECE else boundary(text, PIECE)
+        yield begins, text[:stop]
+        text, begins = text[stop:], False
+
+
+def boundary(text, stop):
+    """Where to cut a text, at stop or before it, so that no token is cut: before a space behind a
+    word, else before a line break behind one, else at stop."""
+    for space in " \n":
+        i = text.rfind(space, 0, stop)
+        while i > 0:
+            if not text[i - 1].isspace():
+                return i
+            i = text.rfind(space, 0, i)
+    return stop
 
 
 def read_text(file):
-    """Documents of a text file: exactly what is between two lines END."""
-    lines = []
-    with open_text(file) as f:
-        for line in f:
-            if line.strip() == END:
-                yield "".join(lines)
-                lines = [line.replace(END, "")]
-            else:
-                lines.append(line)
-    yield "".join(lines)
+    """The documents of a plain text: what is between two lines END, without the line breaks around
+    these lines. Of the file, only about PIECE characters are in memory."""
+    mark = rf"\n[ \t]*{re.escape(END)}[ \t]*"
+    with open_any(file, "rt", "utf-8-sig") as f:
+        # begins: nothing of the document has been given yet. skip: the line break before it, which
+        # belongs to the line END, is still to come; the first document gets one for this
+        block = rest = "\n"
+        begins = skip = True
+        while block:
+            block = f.read(PIECE)
+            *ended, rest = re.split(mark + (r"(?=\n)" if block else r"(?=\n|\Z)"), rest + block)
+            stop = len(rest)
+            if block: # the last line waits for its end, unless it is long
+                line = max(0, rest.rfind("\n"))
+                stop = boundary(rest, line if line > len(rest) - PIECE else len(rest))
+            for i, part in enumerate([*ended, rest[:stop]]):
+                begins, skip = begins or i > 0, skip or i > 0
+                if skip and part:
+                    part, skip = part[1:], False
+                if part:
+                    yield begins, part
+                    begins = False
+            rest = rest[stop:]
+        if begins: # behind the last line END, or in an empty file
+            yield True, ""
 
 
-def read_rows(file):
-    """Column text of a .parquet or .jsonl (.gz) file."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet
-        parquet = pyarrow.parquet.ParquetFile(file)
-        for batch in parquet.iter_batches(batch_size=1024, columns=["text"]):
-            yield from filter(None, batch["text"].to_pylist())
-    else:
-        with open_text(file) as f:
-            yield from filter(None, (json.loads(line)["text"] for line in f if line.strip()))
+def read_rows(tables, column, where):
+    """The documents in a column of tables of pyarrow."""
+    for table in tables:
+        names = table.column_names
+        texts = [field.name for field in table.schema if str(field.type).endswith("string")]
+        chosen = column or ("text" if "text" in names else texts[0] if len(texts) == 1 else "")
+        if chosen not in names:
+            raise SystemExit(f"{where} has no column '{chosen or 'text'}' but "
+                             f"{', '.join(names)}: name the texts by --text_column, such as "
+                             f"--text_column={[*texts, *names][0]}")
+        if chosen not in texts:
+            raise SystemExit(f"{where} has {table.schema.field(chosen).type} and not texts in its "
+                             f"column '{chosen}': correct the rows, or name another column of "
+                             f"{', '.join(names)} as --text_column")
+        for text in table[chosen].to_pylist():
+            yield from pieces(text) if text else [(None, "")]
 
 
-def read_files(files):
-    """Documents of the files, one after the other. SystemExit names a file that is not text."""
-    of_rows = False
+def read_dataset(rows, column, where):
+    """The documents of a Dataset, and an empty one after the last."""
+    yield from read_rows(rows.to_iterable_dataset().with_format("arrow").iter(256), column, where)
+    yield True, ""
+
+
+def row_tables(file, form):
+    """The rows of a file as tables of pyarrow."""
+    options = {}
+    if form == "csv": # texts such as NA stay; a row of more fields than the head is an error
+        options = {"keep_default_na": False, "index_col": False}
+        options["sep"] = "\t" if ".tsv" in file.name.lower() else ","
+        warnings.filterwarnings("error", message="Length of header")
+    return load_rows(form, {"all": [file]}, **options)["all"].with_format("arrow").iter(256)
+
+
+def read_files(files, column):
+    """The documents of files, one after the other. SystemExit names a file that is damaged."""
+    form = "text"
     for file in files:
-        of_rows = file.name.endswith((".parquet", ".jsonl", ".jsonl.gz"))
+        form = form_of(file)
         try:
-            for doc in (read_rows if of_rows else read_text)(file):
-                if "\0" in doc:
+            found = read_text(file)
+            if form != "text":
+                found = read_rows(row_tables(file, form), column, file)
+            for begins, piece in found:
+                if "\0" in piece:
                     raise ValueError("it has NUL bytes")
-                yield doc
-        except (OSError, EOFError, KeyError, TypeError, ValueError, zlib.error) as error:
-            what = f"UTF-8 text ({error})"
-            if of_rows:
-                what = f"rows with a text in the column 'text' ({error!r})"
-            raise SystemExit(f"{file} does not hold {what}: convert it or leave it out") from None
-    if of_rows:
-        yield "" # so that what separates documents also follows the last row
+                yield begins, piece
+        except Exception as error: # the readers of datasets raise errors of every kind
+            what = "UTF-8 text" if form == "text" else f"whole rows of {form}"
+            why = bad_row(file) or first_line(error)
+            raise SystemExit(f"{file} does not hold {what} ({why}): correct it or leave it "
+                             "out") from None
+    if form != "text":
+        yield True, "" # so that what separates documents also follows the last row
 
 
-def list_files(path):
-    """The file, or all files in the folder that are not hidden."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    files = [f for f in sorted(path.rglob("*"))
-             if f.is_file() and not any(part[0] == "." for part in f.relative_to(path).parts)]
-    if not files:
-        raise SystemExit(f"{path} is no file and no folder with files in it: give one that holds "
-                         "the data")
-    return files
+def bad_row(file):
+    """The first line of a .jsonl that is no row, and why; '' if that is not known."""
+    if not re.search(r"\.(jsonl|ndjson)(\.|$)", file.name.lower()):
+        return ""
+    with contextlib.suppress(OSError, EOFError, zlib.error), open_any(file, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                if line.strip():
+                    json.dumps(json.loads(line.strip()), ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                return f"line {number} has half of a surrogate pair, which is no character"
+            except json.JSONDecodeError as error:
+                return f"line {number}, column {error.colno}: {error.msg}"
+            except (ValueError, RecursionError) as error:
+                return f"line {number}: {first_line(error)}"
+    return ""
 
 
-def split_files(path, val_path):
-    """-> files of train, files of val; no files of val where val_fraction splits the text."""
-    files = list_files(path)
-    if val_path:
-        return files, list_files(val_path)
-    train, val = ([f for f in files if str(f.relative_to(path)).startswith(split)]
-                  for split in ("train", "val"))
-    return (train, val) if train and val else (files, [])
+def local_files(path, ask, left_out):
+    """{split: files} of local text."""
+    files, why = list_files(path)
+    if any(form_of(file) != "text" for file in files):
+        files = leave_out(files, why, "about the data", is_about)
+    of_form = {form_of(file): file for file in files}
+    if len(of_form) != 1:
+        found = [f"{form} ({file})" for form, file in of_form.items()]
+        raise SystemExit(f"{path} holds files of {' and of '.join(found) or 'no data'}: give those "
+                         "of one kind, and convert or move away the others")
+    found = find_splits(path, files, why, ask.split)
+    for reason, names in why.items():
+        left_out.setdefault(reason, []).extend(names)
+    return found
 
 
-def cut(docs, start, stop):
-    """The characters start to stop, counted over all documents, as parts of documents."""
+def read_docs(docs):
+    """The documents of a list, and an empty one after the last."""
+    yield from chain(*map(pieces, filter(None, docs)), [(True, "")])
+
+
+def text_source(ask):
+    """-> {"train": read, "val": read} or {"all": read}; {split: where from}; left_out."""
+    left_out, path = {}, ask.path
+    if ask.dataset in OFFLINE:
+        docs = read_pydocs() if ask.dataset == "pydocs" else python_docs()
+        random.Random(ask.seed).shuffle(docs)
+        n = int((1 - ask.val_fraction) * len(docs))
+        reads = {"train": partial(read_docs, docs[:n]), "val": partial(read_docs, docs[n:])}
+        return reads, dict.fromkeys(reads, "Python"), left_out
+    if ask.dataset == "shakespeare_char" and not path: # one text that comes in three pieces
+        # its main branch needs a script, which datasets no longer runs
+        found = load_whole(f"hf:{HUB[ask.dataset]}", "", "refs/convert/parquet")
+        text = "".join(chain(*(found[split]["text"] for split in ("train", "validation", "test"))))
+        return {"all": partial(pieces, text)}, {"all": "1 text"}, left_out
+    if not path or path.startswith("hf:") or is_saved(path):
+        where = path or f"hf:{HUB[ask.dataset]}"
+        found = use_splits(load_whole(where, ask.subset), ask, left_out, where)
+        reads = {split: partial(read_dataset, rows, ask.text_column, where)
+                 for split, rows in found.items()}
+        return reads, {split: f"{len(rows):,} rows" for split, rows in found.items()}, left_out
+    if ask.val_path:
+        found = {"train": chain(*local_files(path, ask, left_out).values()),
+                 "val": chain(*local_files(ask.val_path, ask, left_out).values())}
+        found = {split: list(files) for split, files in found.items()}
+    else:
+        found = use_splits(local_files(path, ask, left_out), ask, left_out, path)
+    reads = {split: partial(read_files, files, ask.text_column) for split, files in found.items()}
+    return reads, {split: count(len(files), "file") for split, files in found.items()}, left_out
+
+
+def count(n, what):
+    return f"{n:,} {what}" + ("s" if n != 1 else "")
+
+
+def survey(read, what, seen):
+    """-> the characters of each document, (n,); how many rows are empty. Notes in seen, (0x110000,)
+    bool, which characters there are."""
+    sizes, empty = [], 0
+    with tqdm(desc=f"reading {what}", unit=" characters", unit_scale=True) as bar:
+        for begins, piece in read():
+            if begins is None:
+                empty += 1
+                continue
+            if begins:
+                sizes.append(0)
+                seen[ord("\n")] |= len(sizes) > 1 # a blank line stands between documents
+            sizes[-1] += len(piece)
+            seen[code_points(piece)] = True
+            bar.update(len(piece))
+    return np.array(sizes, np.int64), empty
+
+
+def between(read, start, stop):
+    """The characters start to stop, counted over all documents."""
     position = 0
-    for doc in docs:
+    for begins, piece in read():
         if position >= stop:
             return
-        if position + len(doc) > start:
-            yield doc[max(0, start - position):stop - position]
-        position += len(doc)
+        if begins is not None and position + len(piece) > start:
+            yield begins, piece[max(0, start - position):stop - position]
+        position += len(piece)
 
 
-def local_splits(path, val_path, val_fraction):
-    """The splits of local text. Reads all of it once, to check and to count it."""
-    files = split_files(path, val_path)
-    sizes = []
-    for of_split in filter(None, files):
-        docs = tqdm(read_files(of_split), desc="reading", unit=" documents")
-        sizes.append(np.array([len(doc) for doc in docs], np.int64))
-    chars = [int(size.sum()) for size in sizes]
-    if files[1]:
-        splits = [(partial(read_files, f), len(size)) for f, size in zip(files, sizes, strict=True)]
-    else:
-        ends, n = sizes[0].cumsum(), int((1 - val_fraction) * chars[0])
-        chars = [n, chars[0] - n]
-        n_train, n_val = int((ends - sizes[0] < n).sum()), int((ends > n).sum())
-        splits = [(lambda: cut(read_files(files[0]), 0, n), n_train),
-                  (lambda: cut(read_files(files[0]), n, sum(chars) + 1), n_val)]
-    if 0 in chars:
-        raise SystemExit(f"{path} gives {chars[0]} characters of training and {chars[1]} of "
-                         "validation text, and both need some: give more text")
-    return splits
+def only(read, wanted):
+    """The documents that are wanted, (n,) bool, and the empty one after the last row."""
+    i = -1
+    for begins, piece in read():
+        i += begins is True
+        if begins is not None and (wanted[i] or not piece):
+            yield begins, piece
 
 
-def download(dataset, split):
-    from datasets import load_dataset
-    # the main branch of tiny_shakespeare needs a script, which datasets no longer runs
-    revision = "refs/convert/parquet" if dataset == "shakespeare_char" else None
-    try:
-        return load_dataset(HUB[dataset], split=split, revision=revision)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"Hugging Face did not deliver {HUB[dataset]} ({error}): check the "
-                         "network, or give a local copy as --path") from None
+def cut_text(read, sizes, ask):
+    """One text in two: {"train": read, "val": read}, {split: characters of each document}."""
+    total = int(sizes.sum())
+    if ask.split_by == "end":
+        ends, n = sizes.cumsum(), int((1 - ask.val_fraction) * total)
+        reads = {"train": partial(between, read, 0, n), "val": partial(between, read, n, total + 1)}
+        return reads, {"train": np.diff(ends.clip(0, n), prepend=0),
+                       "val": np.diff(ends.clip(n), prepend=n)}
+    docs = np.flatnonzero(sizes)
+    n = max(1, round(ask.val_fraction * len(docs)))
+    if len(docs) < 2:
+        raise SystemExit("--split_by=document needs two documents, and there is "
+                         f"{len(docs)}: give more, or take --split_by=end")
+    val = np.zeros(len(sizes), bool)
+    val[docs[torch.randperm(len(docs), generator=rng(ask.seed, "documents"))[:n].numpy()]] = True
+    return ({"train": partial(only, read, ~val & (sizes > 0)), "val": partial(only, read, val)},
+            {"train": sizes[~val], "val": sizes[val]})
 
 
-def read_splits(dataset, path, val_path, val_fraction, seed):
-    """-> the splits of train and of val."""
-    if path:
-        return local_splits(path, val_path, val_fraction)
-    if dataset == "shakespeare_char": # one text that comes in three pieces
-        text = "".join(download(dataset, "train+validation+test")["text"])
-        n = int((1 - val_fraction) * len(text))
-        return [(lambda: [text[:n]], 1), (lambda: [text[n:]], 1)]
-    if dataset == "tinystories":
-        train, val = (download(dataset, split)["text"] for split in ("train", "validation"))
-    elif dataset == "openwebtext":
-        parts = download(dataset, "train").train_test_split(test_size=val_fraction, seed=seed)
-        train, val = parts["train"]["text"], parts["test"]["text"]
-    else:
-        docs = read_pydocs() if dataset == "pydocs" else python_docs()
-        random.Random(seed).shuffle(docs)
-        n = int((1 - val_fraction) * len(docs))
-        train, val = docs[:n], docs[n:]
-    return [(lambda docs=docs: chain(filter(None, docs), [""]), len(docs) + 1)
-            for docs in (train, val)]
+def understand_text(ask):
+    """Reads all of the text once, and prints what it is: -> {"train": read, "val": read}, {split:
+    documents}, the characters that there are."""
+    reads, words, left_out = text_source(ask)
+    seen, sizes, notes = np.zeros(0x110000, bool), {}, []
+    for split, read in reads.items():
+        sizes[split], empty = survey(read, split, seen)
+        if empty:
+            notes.append(f"{empty:,} empty rows of {split} are left out")
+    if "all" in reads:
+        how = "the end" if ask.split_by == "end" else f"random documents, seed {ask.seed}"
+        notes.append(f"val is {ask.val_fraction:g} of {words['all']}: {how}")
+        reads, sizes = cut_text(reads["all"], sizes["all"], ask)
+        words = dict.fromkeys(reads, words["all"])
+    documents = {split: int((of_split > 0).sum()) for split, of_split in sizes.items()}
+    chars = {split: int(of_split.sum()) for split, of_split in sizes.items()}
+    show(source_of(ask), [("split", "from", "documents", "characters"), *(
+        (split, words[split], f"{documents[split]:,}", f"{chars[split]:,}") for split in reads)],
+        left_out, notes)
+    if 0 in chars.values():
+        raise SystemExit(f"{source_of(ask)} gives {chars['train']} characters of training and "
+                         f"{chars['val']} of validation text, and both need some: give more text")
+    return reads, documents, "".join(map(chr, np.flatnonzero(seen)))
 
 # -----------------------------------------------------------------------------
-# images: a split is (labels, get, name); get(i) is image i as as_image() takes it, and name(i) says
-# in an error which image that is
+# tokens
+
+def train_sentencepiece(read, vocab_size):
+    """Byte-pair encoding learnt from the first million lines: the model as bytes.
+
+    It keeps all white space.
+    """
+    import sentencepiece
+    # at most 1,000 characters, because sentencepiece ignores lines of more than 4,192 bytes
+    texts = tqdm((piece for begins, piece in read() if begins is not None), desc="sentencepiece",
+                 unit=" pieces")
+    lines = (line[i:i + 1000] for text in texts for line in text.splitlines()
+             for i in range(0, len(line), 1000))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=islice(lines, 1_000_000), model_writer=model, vocab_size=vocab_size,
+            model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True, minloglevel=2)
+    except RuntimeError as error:
+        reason = str(error).split("] ")[-1].strip(" .")
+        raise SystemExit(f"sentencepiece cannot learn --vocab_size={vocab_size} from this text "
+                         f"({reason}): choose another --vocab_size or give more text") from None
+    return model.getvalue()
+
+
+def fetch_tokenizer(name):
+    """The tokenizer.json of hf:NAME of the hub, or of a folder or file, as bytes."""
+    import tokenizers
+    source = Path(name.removeprefix("hf:")).expanduser()
+    source = source / "tokenizer.json" if source.is_dir() else source
+    try:
+        if source.is_file():
+            found = tokenizers.Tokenizer.from_file(str(source))
+        else:
+            found = tokenizers.Tokenizer.from_pretrained(name.removeprefix("hf:"))
+    except Exception as error: # the library raises Exception itself
+        raise SystemExit(f"--tokenizer={name} cannot be loaded ({first_line(error)}): give a "
+                         "folder or file with a tokenizer.json, or a name of the Hugging Face hub "
+                         "that can be reached") from None
+    return found.to_str().encode()
+
+
+def token_dtype(vocab_size):
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def batches(parts, max_chars=2**22):
+    """Lists of (begins, piece); each ends with the one that reaches 4,096 or max_chars."""
+    batch, size = [], 0
+    for begins, piece in parts:
+        if begins is None:
+            continue
+        batch.append((begins, piece))
+        size += len(piece)
+        if len(batch) == 4096 or size >= max_chars:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def write_split(folder, split, read, tokens, meta):
+    """Writes the ids of a split to folder/<split>.bin, with tokens.joint between two documents, and
+    their number into meta."""
+    n, dtype = 0, np.dtype(meta["dtype"])
+    with (open(folder / f"{split}.bin", "wb") as f,
+          tqdm(desc=split, unit=" tokens", unit_scale=True) as bar):
+        for batch in batches(read()):
+            parts = []
+            encoded = tokens.encode([piece for _, piece in batch])
+            for (begins, _), ids in zip(batch, encoded, strict=True):
+                if not begins and not tokens.joins:
+                    raise SystemExit(f"--tokenizer={meta['tokenizer']} cannot tokenize a document "
+                                     f"in parts, and one has more than {PIECE:,} characters: "
+                                     "divide it, or use another --tokenizer")
+                if begins and (n or parts): # not before the first document
+                    parts.append(tokens.joint)
+                parts.append(ids)
+            ids = np.concatenate([np.asarray(part, dtype) for part in parts])
+            f.write(ids.tobytes())
+            n += len(ids)
+            bar.update(len(ids))
+    meta[f"{split}_tokens"] = n
+
+
+def prepare_text(folder, settings, ask):
+    """Writes the tokenizer and the tokens; returns the content of meta.json."""
+    reads, documents, chars = understand_text(ask)
+    if ask.tokenizer == "sentencepiece":
+        model = train_sentencepiece(reads["train"], settings["vocab_size"])
+        atomic_write(folder / "tokenizer.model", lambda f: f.write(model))
+    if ask.tokenizer.startswith("hf:"):
+        model = fetch_tokenizer(ask.tokenizer)
+        atomic_write(folder / "tokenizer.json", lambda f: f.write(model))
+    chars = chars if ask.tokenizer == "char" else None
+    tokens = codec(ask.tokenizer, chars, folder, ask.num_proc)
+    meta = {**settings, "vocab_size": tokens.vocab_size, "dtype": token_dtype(tokens.vocab_size),
+            "eot": tokens.eot, "chars": chars}
+    for split, read in reads.items():
+        write_split(folder, split, read, tokens, meta)
+        meta[f"{split}_documents"] = documents[split]
+        meta[f"{split}_sha256"] = bytes_hash(np.memmap(folder / f"{split}.bin", mode="r"))
+    return meta
+
+# -----------------------------------------------------------------------------
+# images: a split is rows(), which yields (image, label, name). image: a path, the bytes of a file,
+# or pixels; label: a number or a name; name: says in an error which image that is
 
 def as_image(data):
     """A Pillow image of a file, of its bytes, or of pixels (H, W) or (H, W, 3)."""
@@ -341,28 +776,46 @@ def as_image(data):
     return Image.open(data if isinstance(data, Path) else io.BytesIO(data))
 
 
-def make_split(labels, n, get, where):
-    """The split of n images. SystemExit if the labels are not n integers."""
+def with_image(data, function):
+    """function(image) of an image, which stands upright. ValueError if it cannot be read."""
+    from PIL import ImageOps
+    try:
+        with as_image(data) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
+            ImageOps.exif_transpose(image, in_place=True)
+            return function(image)
+    except Exception as error: # of any kind: Pillow's decoders raise many
+        raise ValueError(first_line(error)) from None
+
+
+def rows_of_arrays(images, labels, where):
+    """rows of n images and an array of labels. SystemExit if the labels are not n integers."""
+    n = len(images)
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape not in ((n,), (n, 1)):
         raise SystemExit(f"{where} has {n:,} images and labels of {labels.dtype} {labels.shape}: "
                          "give one integer for each image")
-    return labels.reshape(-1).astype(np.int64), get, lambda i: f"image {i} of {where}"
+    names = (f"image {i} of {where}" for i in range(n))
+    return lambda: zip(images, labels.reshape(-1).tolist(), list(names), strict=True)
 
 
-def split_of_pixels(pixels, labels, where):
+def rows_of_pixels(pixels, labels, where):
     channels = pixels.shape[3:]
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or channels not in ((), (1,), (3,)):
         raise SystemExit(f"the images of {where} are {pixels.dtype} {pixels.shape}: give uint8 of "
                          "0 to 255, (N, H, W) or (N, H, W, 1 or 3)")
     pixels = pixels[..., 0] if channels == (1,) else pixels # Pillow has no axis for one channel
-    return make_split(labels, len(pixels), pixels.__getitem__, where)
+    return rows_of_arrays(pixels, labels, where)
 
 
-def split_of_bytes(data, offsets, labels, where):
-    if data.dtype != np.uint8 or offsets.ndim != 1 or offsets[-1:].tolist() != [data.size]:
-        raise SystemExit(f"the offsets of {where} do not end with the number of its bytes, "
+def rows_of_files(data, offsets, labels, where):
+    """rows of encoded images, which lie end to end in data."""
+    if (data.dtype != np.uint8 or offsets.ndim != 1 or offsets[-1:].tolist() != [data.size]
+            or (np.diff(offsets.astype(np.int64)) < 0).any()):
+        raise SystemExit(f"the offsets of {where} do not rise to the number of its bytes, "
                          f"{data.size:,}: give the start of each image and the end of the last")
-    return make_split(labels, len(offsets) - 1, lambda i: data[offsets[i]:offsets[i + 1]], where)
+    images = [data[start:stop] for start, stop in pairwise(offsets.tolist())]
+    return rows_of_arrays(images, labels, where)
 
 
 def read_idx(folder, start, ndim):
@@ -389,164 +842,265 @@ def read_idx(folder, start, ndim):
     return np.frombuffer(data, np.uint8, offset=head).reshape(sizes)
 
 
+def read_idx_folder(path, files, left_out):
+    rest = leave_out(files, left_out, "about the data", is_about)
+    if other := [file for file in rest if "-ubyte" not in file.name]:
+        raise SystemExit(f"{path} holds IDX files and {some(other)}, which are used by nothing: "
+                         "move them away")
+    splits = {}
+    for split, key in {"train": "train", "val": "t10k"}.items():
+        pixels, labels = read_idx(path, f"{key}-images", 3), read_idx(path, f"{key}-labels", 1)
+        splits[split] = rows_of_pixels(pixels, labels, f"{key} in {path}")
+    return splits, None
+
+
 def read_npz(path):
     if not zipfile.is_zipfile(path):
-        raise SystemExit(f"{path} is no .npz and no folder: give one of them, python prepare.py "
-                         "--help lists what it has to hold")
+        raise SystemExit(f"{path} is no whole .npz, .parquet or .arrow and no folder: give one of "
+                         "them, python prepare.py --help lists what it has to hold")
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {key: np.asarray(file[key]) for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise SystemExit(f"{path} does not hold plain arrays ({error}): save it with np.savez, "
-                         "without arrays of objects") from None
-    splits, is_encoded = {}, "train_jpeg" in data
+    except Exception as error: # of any kind: zip, zlib, numpy's heads
+        raise SystemExit(f"{path} does not hold plain arrays ({first_line(error)}): save it with "
+                         "np.savez, without arrays of objects") from None
+    splits, is_encoded, used = {}, "train_jpeg" in data, {"classes"}
     for split, key in {"train": "train", "val": "test"}.items():
         names = [f"{key}_jpeg", f"{key}_offsets"] if is_encoded else [f"x_{key}"]
         names.append(f"y_{key}")
+        used |= set(names)
         if not data.keys() >= set(names):
             raise SystemExit(f"{path} holds {', '.join(data) or 'nothing'} and lacks one of "
                              f"{', '.join(names)}: add it")
-        split_of = split_of_bytes if is_encoded else split_of_pixels
-        splits[split] = split_of(*(data[name] for name in names), f"{key} in {path}")
+        rows_of = rows_of_files if is_encoded else rows_of_pixels
+        splits[split] = rows_of(*(data[name] for name in names), f"{key} in {path}")
+    if unused := data.keys() - used:
+        raise SystemExit(f"{path} holds {', '.join(sorted(unused))}, which nothing uses: leave it "
+                         "out")
     return splits, [str(name) for name in data["classes"]] if "classes" in data else None
 
 
-def read_folder(path):
-    val = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
-    folders = {"all": path}
-    if val and (path / "train").is_dir():
-        folders = {"train": path / "train", "val": val}
-    first = next(iter(folders.values()))
-    classes = sorted(f.name for f in first.iterdir() if f.is_dir() and f.name[0] != ".")
-    number = {name: i for i, name in enumerate(classes)}
-
-    splits = {}
-    for split, folder in folders.items():
-        files = [f for f in list_files(folder)
-                 if f.suffix.lower() in IMAGE_FILES and f.parent != folder]
-        if split == "val": # mixes the classes, for an estimate takes the first images
-            files.sort(key=lambda f: hashlib.sha256(f.relative_to(folder).as_posix().encode())
-                       .digest())
-        names = [f.relative_to(folder).parts[0] for f in files]
-        if not files or not set(names) <= set(classes):
-            what = "no image in a folder of its class"
-            if files:
-                what = f"the class {min(set(names) - set(classes))}, which train has not"
-            raise SystemExit(f"{folder} has {what}: put the images into train/<class> and "
-                             "val/<class>, or into <class>")
-        labels = np.array([number[name] for name in names], np.int64)
-        splits[split] = labels, files.__getitem__, lambda i, files=files: str(files[i])
-    return splits, classes
+def image_columns(features, ask, where):
+    """The columns of images and of labels. SystemExit lists the candidates if that is open."""
+    datasets = import_datasets()
+    images = [name for name, feature in features.items()
+              if isinstance(feature, datasets.Image) or feature == datasets.Value("binary")
+              or (isinstance(feature, dict) and "bytes" in feature)]
+    labels = [name for name, feature in features.items() if name not in images and
+              re.match("u?int|(large_)?string", getattr(feature, "dtype", ""))]
+    known = [name for name in labels if isinstance(features[name], datasets.ClassLabel)] or labels
+    label = ask.label_column or LABELS.get(ask.dataset, "") or "".join(known[:len(known) == 1])
+    if len(images) != 1 or label not in labels:
+        raise SystemExit(f"{where} has the columns {', '.join(features)}, of which "
+                         f"{', '.join(images) or 'none'} may be the image and "
+                         f"{', '.join(labels) or 'none'} the label: there must be one image, and "
+                         "--label_column names one of several labels")
+    return images[0], label
 
 
-def download_images(dataset):
-    import datasets
-    splits, (image, label) = {}, COLUMNS.get(dataset, ("image", "label"))
-    for split in ("train", "val"):
-        official = split
-        if split == "val":
-            official = "validation" if dataset == "imagenet" else "test"
-        data = download(dataset, official)
-        rows = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        splits[split] = make_split(np.array(data[label][:]), len(data),
-                                   lambda i, rows=rows: rows[i][image]["bytes"],
-                                   f"{official} in {HUB[dataset]}")
-    return splits, data.features[label].names
+def rows_of_dataset(found, ask, where):
+    """-> {split: rows} of {split: rows of datasets}, names of the classes or None."""
+    datasets, splits = import_datasets(), {}
+    for split, rows in found.items():
+        image, label = image_columns(rows.features, ask, where)
+        names = getattr(rows.features[label], "names", None)
+        splits[split] = partial(image_rows, rows.cast_column(image, datasets.Image(decode=False)),
+                                image, label, f"{split} in {where}")
+    return splits, names
 
 
-def read_image_splits(dataset, path):
-    """-> splits, names of the classes or None.
+def image_rows(rows, image, label, where):
+    for i, row in enumerate(rows):
+        data = row[image] or {"bytes": b""}
+        if data["bytes"] is None:
+            yield Path(data["path"]), row[label], data["path"]
+        else:
+            yield data["bytes"], row[label], f"row {i} of {where}"
 
-    splits: {"train": split, "val": split}, or {"all": split} where val_fraction is to split it.
-    """
-    if not path and dataset == "digits":
+
+def is_image(file):
+    return file.suffix.lower() in IMAGE_FILES
+
+
+def read_rows_of_images(path, found, ask):
+    """Rows of images in {split: .parquet or .arrow files}."""
+    forms = {form_of(file) for files in found.values() for file in files}
+    if len(forms) != 1 or forms & {"text", "json", "csv"}:
+        raise SystemExit(f"{path} holds files of {', '.join(sorted(forms))}: give rows of images "
+                         "in .parquet or in .arrow, and move the other files away")
+    rows = load_rows(*forms, found)
+    return rows_of_dataset({split: rows[split] for split in found}, ask, path)
+
+
+def read_image_folder(path, found, ask):
+    """{split: images in folders of their classes, or with a metadata.csv or .jsonl}."""
+    files = [file for of_split in found.values() for file in of_split]
+    if other := [file for file in files if not is_image(file) and file.stem != "metadata"]:
+        raise SystemExit(f"{path} holds {some(other)}, which are no images and are used by "
+                         "nothing: move them away; a table of labels is called metadata.csv and "
+                         "has the columns file_name and label")
+    classes = sorted({file.parent.name for file in files if is_image(file)})
+    if "all" in found and not ask.split and any(map(split_word, classes)):
+        raise SystemExit(f"{path} has the folders {some(classes)} and no train: name the folder of "
+                         "the training images train, or say by --split=all that these are classes")
+    # in the order of the files' names, so that a set numbered there keeps its order
+    found = {split: sorted(of_split, key=lambda file: (file.name, file.parent.name))
+             for split, of_split in found.items()}
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+    ImageFolder.EXTENSIONS = list(IMAGE_FILES) # its own list lacks .avif
+    rows = load_rows("imagefolder", found)
+    rows = {split: rows[split] for split in found}
+    if next(iter(rows.values())).features.keys() == {"image"}:
+        what = "images at different depths" if len(classes) > 1 else "one class only"
+        raise SystemExit(f"{path} has {what} ({some(classes)}): put the images into train/<class> "
+                         "and val/<class>, or into <class>, or name their labels in a metadata.csv")
+    splits, names = rows_of_dataset(rows, ask, path)
+    used = {name for rows in splits.values() for _, _, name in rows()}
+    if unused := [file for file in files if is_image(file) and str(file.absolute()) not in used]:
+        raise SystemExit(f"{path} holds {some(unused)}, which its metadata does not name: add "
+                         "them there, or move them away")
+    return splits, names
+
+
+def image_splits(ask, left_out):
+    """-> {"train": rows, "val": rows}, or {"all": rows} where val_fraction is to cut it; the names
+    of the classes or None."""
+    if ask.dataset == "digits" and not ask.path:
         from sklearn.datasets import load_digits
         digits = load_digits()
         pixels = (digits.images * 255 / 16).round().astype(np.uint8) # theirs are 0 to 16
-        split = split_of_pixels(pixels, digits.target, dataset)
-        return {"all": split}, [str(name) for name in digits.target_names]
-    if not path:
-        return download_images(dataset)
-    path = Path(path)
-    files = list_files(path)
+        rows = rows_of_pixels(pixels, digits.target, ask.dataset)
+        return {"all": rows}, [str(name) for name in digits.target_names]
+    if not ask.path or ask.path.startswith("hf:") or is_saved(ask.path):
+        where = ask.path or f"hf:{HUB[ask.dataset]}"
+        found = use_splits(load_whole(where, ask.subset), ask, left_out, where)
+        return rows_of_dataset(found, ask, where)
+    path = Path(ask.path)
+    files, why = list_files(path)
+    left_out |= why
     for file in [f for f in files if f == files[0] or f.suffix in (".pkl", ".pickle")]:
         with open(file, "rb") as f:
             if f.read(1) == b"\x80": # the first byte of a pickle, of every protocol since 2
                 raise SystemExit(f"{file} is a pickle, and reading a pickle runs the code in it: "
                                  "if you trust it, convert it to an .npz of x_train, y_train, "
                                  "x_test, y_test and give that as --path")
-    if path.is_file():
+    if path.is_file() and form_of(path) == "text":
         return read_npz(path)
     if any("idx3-ubyte" in f.name for f in files):
-        splits = {}
-        for split, key in {"train": "train", "val": "t10k"}.items():
-            pixels, labels = read_idx(path, f"{key}-images", 3), read_idx(path, f"{key}-labels", 1)
-            splits[split] = split_of_pixels(pixels, labels, f"{key} in {path}")
-        return splits, None
-    return read_folder(path)
+        return read_idx_folder(path, files, left_out)
+    files = leave_out(files, left_out, "about the data", is_about)
+    if not files:
+        raise SystemExit(f"{path} has no image ({', '.join(IMAGE_FILES)}): give some")
+    found = use_splits(find_splits(path, files, left_out, ask.split), ask, left_out, path)
+    of_rows = any(form_of(f) in ("parquet", "arrow") and f.stem != "metadata" for f in files)
+    return (read_rows_of_images if of_rows else read_image_folder)(path, found, ask)
 
 
-def with_image(data, name, function):
-    """function(image) of the open image data() or, if it cannot be read, SystemExit with name."""
-    try:
-        with as_image(data()) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"its pixels are {image.mode}")
-            return function(image)
-    except Exception as error: # of any kind: Pillow's decoders raise many
-        raise SystemExit(f"{name} is damaged or no image of 8 bits a channel ({error}): replace it "
-                         "or leave it out") from None
+def decode_images(file, rows, what, img_size, num_proc):
+    """Writes the images that can be read to a file, in their order, uint8 (N, side, side, 3),
+    decoded by num_proc threads: -> these pixels, their labels, the names of the other images.
 
-
-def survey(splits, orders, img_size):
-    """Reads the header of every image: -> pixels a side; 1 channel if all are grey, else 3."""
-    sizes, modes = {}, set() # sizes: {(width, height): the first image of that size}
-    for split, order in orders.items():
-        _, get, name = splits[split]
-        for i in tqdm(order, desc=f"sizes of {split}", unit=" images"):
-            size, mode = with_image(partial(get, i), name(i),
-                                    lambda image: (image.size, image.mode))
-            modes.add(mode)
-            sizes.setdefault(size, name(i))
-            if not img_size and (len(sizes) > 1 or size[0] != size[1]):
-                found = " and ".join(f"{width}x{height} ({where})"
-                                     for (width, height), where in sizes.items())
-                raise SystemExit(f"the images must be squares of one size, and there is {found}: "
-                                 "give --img_size=N to make them so")
-    return img_size or size[0], 1 if modes <= {"1", "L", "LA"} else 3
-
-
-def write_images(file, split, order, side, channels, num_proc):
-    """Writes the images of a split in this order, decoded by num_proc threads.
-
-    -> how often each channel has each value, (C, 256).
+    SystemExit if the images are not squares of one size, and no img_size is given.
     """
     from PIL import ImageOps
-    _, get, name = split
-    counts = np.zeros((channels, 256), np.int64)
+    labels, damaged, first = [], [], None
 
     def pixels_of(image):
-        image = image.convert("L" if channels == 1 else "RGB")
-        image = ImageOps.fit(image, (side, side)) # the largest square around the centre
-        return np.asarray(image).reshape(side, side, channels)
+        image = image.convert("RGB")
+        if img_size: # the largest square around the centre
+            image = ImageOps.fit(image, (img_size, img_size))
+        return np.asarray(image)
+
+    def decode(row):
+        data, label, name = row
+        try:
+            return with_image(data, pixels_of), label, name
+        except ValueError as error:
+            return None, label, f"{name} ({error})"
+
+    rows = iter(rows())
+    with (open(file, "wb") as f, ThreadPoolExecutor(num_proc) as pool,
+          tqdm(desc=f"decoding {what}", unit=" images") as bar):
+        while block := list(islice(rows, 64)):
+            for pixels, label, name in pool.map(decode, block):
+                if pixels is None:
+                    damaged.append(name)
+                    continue
+                first = first or (pixels.shape, name)
+                height, width, _ = pixels.shape
+                if height != width or pixels.shape != first[0]:
+                    other = f" and {first[0][1]}x{first[0][0]} ({first[1]})" if labels else ""
+                    raise SystemExit(f"the images must be squares of one size, and there is {width}"
+                                     f"x{height} ({name}){other}: give --img_size=N to make them "
+                                     "so")
+                f.write(pixels.tobytes())
+                labels.append(label)
+            bar.update(len(block))
+    if not labels:
+        return np.zeros((0, 1, 1, 3), np.uint8), labels, damaged
+    return np.memmap(file, np.uint8, "r", shape=(len(labels), *first[0])), labels, damaged
+
+
+def number_labels(labels, classes, ask):
+    """{split: (N,) int64} of {split: labels}; the names of the classes or None; their number.
+
+    Names of labels are numbered in their order. SystemExit for labels and names that do not fit,
+    for classes that train has not, and if there is one class only.
+    """
+    source, known = source_of(ask), set(next(iter(labels.values())))
+    if None in chain(*labels.values()):
+        raise SystemExit(f"{source} has images without a label: add it, or leave them out")
+    if all(isinstance(label, str) for label in known):
+        classes = sorted(known)
+        number = {name: i for i, name in enumerate(classes)}
+        if new := set(chain(*labels.values())) - known:
+            raise SystemExit(f"{source} has the class {min(new)} in its validation split alone: "
+                             "add images of it to the training split, or leave it out")
+        labels = {split: [number[label] for label in found] for split, found in labels.items()}
+    labels = {split: np.array(found, np.int64) for split, found in labels.items()}
+    found = np.unique(next(iter(labels.values())))
+    num_classes = IMAGE_SETS[ask.dataset] or len(classes or range(found.max(initial=0) + 1))
+    if classes and len(classes) != num_classes:
+        raise SystemExit(f"{source} has {len(classes)} classes and {ask.dataset} has "
+                         f"{num_classes}: choose --dataset=images for it")
+    for split, of_split in labels.items():
+        wrong = of_split[(of_split < 0) | (of_split >= num_classes)]
+        new = np.setdiff1d(of_split, found)
+        if len(wrong):
+            raise SystemExit(f"{source} has the label {wrong[0]} in {split}, and the {num_classes} "
+                             f"classes are 0 to {num_classes - 1}: correct the labels")
+        if len(new):
+            raise SystemExit(f"{source} has the class {classes[new[0]] if classes else new[0]} in "
+                             f"{split}, which train has not: add images of it there, or leave it "
+                             "out")
+    if len(found) == 1:
+        one = classes[found[0]] if classes else found[0]
+        raise SystemExit(f"{source} has one class only ({one}): give images of two classes or more")
+    return labels, classes, num_classes
+
+
+def write_images(file, pixels, order, channels):
+    """Writes pixels[order] as .npy; returns how often each channel has each value, (C, 256)."""
+    counts = np.zeros((channels, 256), np.int64)
 
     def save(f):
         header = {"descr": "|u1", "fortran_order": False,
-                  "shape": (len(order), side, side, channels)}
+                  "shape": (len(order), *pixels.shape[1:3], channels)}
         np.lib.format.write_array_header_1_0(f, header)
-        with (ThreadPoolExecutor(num_proc) as pool,
-              tqdm(desc=file.stem, total=len(order), unit=" images") as bar):
-            for start in range(0, len(order), 64):
-                images = pool.map(lambda i: with_image(partial(get, i), name(i), pixels_of),
-                                  order[start:start + 64])
-                block = np.stack(list(images)) # (up to 64, H, W, C)
-                f.write(block)
-                for c in range(channels):
-                    counts[c] += np.bincount(block[..., c].ravel(), minlength=256)
-                bar.update(len(block))
+        for start in range(0, len(order), 64):
+            block = pixels[order[start:start + 64]][..., :channels] # (up to 64, H, W, C)
+            f.write(block.tobytes())
+            for c in range(channels):
+                counts[c] += np.bincount(block[..., c].ravel(), minlength=256)
 
     atomic_write(file, save)
     return counts
+
+
+def is_grey(pixels):
+    """Whether all channels of all images are equal."""
+    blocks = (pixels[start:start + 64] for start in range(0, len(pixels), 64))
+    return all((block == block[..., :1]).all() for block in blocks)
 
 
 def mean_and_std(counts):
@@ -558,58 +1112,67 @@ def mean_and_std(counts):
     return {"mean": mean.tolist(), "std": std}
 
 
-def image_orders(splits, settings):
-    """-> {"train": split, "val": split}, and for each the indices of its images in their order.
-
-    The validation split keeps its official order.
-    """
-    orders = {split: list(range(len(labels))) for split, (labels, _, _) in splits.items()}
-    shuffled = "all" if "all" in splits else "train"
-    generator = rng(settings["seed"], "images")
-    orders[shuffled] = torch.randperm(len(orders[shuffled]), generator=generator).tolist()
-    if "all" in splits:
-        n = round(settings["val_fraction"] * len(orders["all"]))
+def image_orders(pixels, ask):
+    """{"train": indices, "val": indices}, in the order in which the images are written."""
+    orders = {split: torch.randperm(len(found), generator=rng(
+                  ask.seed, "images", *["val"] * (split == "val"))).numpy()
+              for split, found in pixels.items()}
+    if "all" in orders:
+        n = round(ask.val_fraction * len(orders["all"]))
         orders = {"train": orders["all"][n:], "val": orders["all"][:n]}
-        splits = {"train": splits["all"], "val": splits["all"]}
-    if not all(orders.values()):
-        raise SystemExit(f"{settings['source']} gives {len(orders['train']):,} images of training "
-                         f"and {len(orders['val']):,} of validation, and both need some: give "
-                         "more images")
-    return splits, orders
+    if not all(map(len, orders.values())):
+        raise SystemExit(f"{source_of(ask)} gives {len(orders['train']):,} images of training and "
+                         f"{len(orders['val']):,} of validation, and both need some: give more "
+                         "images")
+    return orders
 
 
-def count_classes(labels, classes, settings):
-    """The number of classes. SystemExit if the labels or the names of the classes do not fit."""
-    dataset, source = settings["dataset"], settings["source"]
-    num_classes = IMAGE_SETS[dataset] or len(classes or range(labels["train"].max() + 1))
-    if classes and len(classes) != num_classes:
-        raise SystemExit(f"{source} has {len(classes)} classes and {dataset} has {num_classes}: "
-                         "choose --dataset=images for it")
-    for split, found in labels.items():
-        wrong = found[(found < 0) | (found >= num_classes)]
-        if len(wrong):
-            raise SystemExit(f"{source} has the label {wrong[0]} in {split}, and the {num_classes} "
-                             f"classes are 0 to {num_classes - 1}: correct the labels")
-    return num_classes
+def show_images(ask, labels, classes, num_classes, left_out):
+    """Prints the splits and the images of each class."""
+    classes, rows = classes or range(num_classes), [("split", "images")]
+    rows += [(split, f"{len(found):,}") for split, found in labels.items()]
+    counts = {split: np.bincount(found, minlength=num_classes) for split, found in labels.items()}
+    listed = [f"{name} {counts['train'][i]:,} + {counts['val'][i]:,}"
+              for i, name in enumerate(classes)]
+    notes = [f"classes (train + val): {some(listed, 20)}"]
+    if lacking := [str(name) for i, name in enumerate(classes) if not counts["val"][i]]:
+        notes.append(f"val has no image of {some(lacking, 20)}")
+    show(source_of(ask), rows, left_out, notes)
 
 
-def prepare_images(folder, settings, path, num_proc):
-    """Writes images and labels; returns the content of meta.json.
-
-    Until meta.json is there, progress.json shows that this script made the folder.
-    """
-    splits, classes = read_image_splits(settings["dataset"], path)
-    splits, orders = image_orders(splits, settings)
-    labels = {split: splits[split][0][order] for split, order in orders.items()}
-    num_classes = count_classes(labels, classes, settings)
-    side, channels = survey(splits, orders, settings["resize"])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "progress.json", settings)
-    meta = {**settings, "img_size": side, "in_channels": channels, "num_classes": num_classes,
-            "classes": classes}
+def prepare_images(folder, settings, ask):
+    """Writes images and labels; returns the content of meta.json."""
+    left_out, pixels, labels, damaged = {}, {}, {}, []
+    try:
+        splits, classes = image_splits(ask, left_out)
+        for split, rows in splits.items():
+            pixels[split], labels[split], broken = decode_images(
+                folder / f"{split}.raw", rows, split, ask.img_size, ask.num_proc)
+            damaged += broken
+    except Exception as error: # the readers of datasets raise errors of every kind
+        raise SystemExit(f"{source_of(ask)} cannot be read ({first_line(error)}): take an "
+                         "undamaged copy") from None
+    if damaged and not ask.skip_damaged:
+        raise SystemExit(f"{count(len(damaged), 'image')} cannot be read: {some(damaged, 20)}: "
+                         "replace them, or leave them out by --skip_damaged=True")
+    if damaged:
+        left_out["damaged"] = damaged
+    orders = image_orders(pixels, ask)
+    labels, classes, num_classes = number_labels(labels, classes, ask)
+    channels = 1 if all(map(is_grey, pixels.values())) else 3
+    sides = {found.shape[1] for found in pixels.values()}
+    if len(sides) > 1:
+        found = " and ".join(f"{side}x{side}" for side in sides)
+        raise SystemExit(f"the images must be squares of one size, and there is {found}: give "
+                         "--img_size=N to make them so")
+    if "all" in splits:
+        pixels, labels = (dict.fromkeys(orders, of["all"]) for of in (pixels, labels))
+    labels = {split: labels[split][order] for split, order in orders.items()}
+    show_images(ask, labels, classes, num_classes, left_out)
+    meta = {**settings, "img_size": sides.pop(), "in_channels": channels,
+            "num_classes": num_classes, "classes": classes}
     for split, order in orders.items():
-        file = folder / f"{split}.npy"
-        counts = write_images(file, splits[split], order, side, channels, num_proc)
+        counts = write_images(folder / f"{split}.npy", pixels[split], order, channels)
         atomic_write(folder / f"{split}_labels.npy",
                      lambda f, split=split: np.save(f, labels[split]))
         meta[f"{split}_images"] = len(order)
@@ -617,6 +1180,8 @@ def prepare_images(folder, settings, path, num_proc):
             meta[f"{part}_sha256"] = bytes_hash(np.memmap(folder / f"{part}.npy", mode="r"))
         if split == "train":
             meta |= mean_and_std(counts)
+    for split in splits:
+        (folder / f"{split}.raw").unlink()
     return meta
 
 # -----------------------------------------------------------------------------
@@ -630,7 +1195,7 @@ def outside(path):
     return next(archives, path)
 
 
-def read_pictures(path):
+def read_pictures(path, left_out):
     """{name: a function that gives its bytes} of the image files in path, which is a folder, a
     .zip, or a folder of a .zip."""
     archive = outside(path)
@@ -639,17 +1204,24 @@ def read_pictures(path):
             zipped, inside = zipfile.ZipFile(archive), Path(path).relative_to(archive)
         except (OSError, zipfile.BadZipFile) as error:
             raise SystemExit(f"{archive} is damaged ({error}): take an undamaged copy") from None
-        names = [Path(name) for name in sorted(zipped.namelist())]
-        files = {str(name.relative_to(inside)): partial(zipped.read, name.as_posix())
-                 for name in names
-                 if name.is_relative_to(inside) and not name.name.startswith("._")} # of macOS
+        names = [Path(name) for name in sorted(zipped.namelist()) if name[-1] != "/"]
+        names = [name for name in names if name.is_relative_to(inside)]
+        names = leave_out(names, left_out, "hidden", lambda name: name.name[0] == ".")
+        names = leave_out(names, left_out, "not data",
+                          lambda name: JUNK & {part.lower() for part in name.parts})
+        files = {name.relative_to(inside): partial(zipped.read, name.as_posix()) for name in names}
     else:
-        files = {str(f.relative_to(path)): f.read_bytes for f in list_files(path)}
-    found = {name: get for name, get in files.items() if Path(name).suffix.lower() in IMAGE_FILES}
-    if not found:
+        found, why = list_files(path)
+        left_out |= why
+        files = {f.relative_to(path) if f != Path(path) else f: f.read_bytes for f in found}
+    kept = leave_out(list(files), left_out, "about the data", is_about)
+    if other := [name for name in kept if not is_image(name)]:
+        raise SystemExit(f"{path} holds {some(other)}, which are no images "
+                         f"({', '.join(IMAGE_FILES)}) and are used by nothing: move them away")
+    if not kept:
         raise SystemExit(f"{path} has no image ({', '.join(IMAGE_FILES)}) in it: give a folder, a "
                          ".zip or FILE.zip/FOLDER that has some")
-    return found
+    return {name: files[name] for name in kept}
 
 
 def read_samples():
@@ -662,47 +1234,55 @@ def read_samples():
             for split, columns in (("train", slice(edge)), ("val", slice(edge, None)))}
 
 
-def read_pair_splits(settings, path):
-    """-> {"train": split, "val": split}"""
-    dataset, scale = settings["dataset"], settings["scale"]
-    if dataset == "sr_samples":
-        return read_samples()
-    files = read_pictures(path)
-    if dataset in TEST_SETS: # of several test sets in path, this one
-        own = {name: get for name, get in files.items() if dataset in Path(name.lower()).parts}
-        files = own or files
+def is_low(name):
+    """Whether a folder of this file has the word LR or low in its name."""
+    return any(re.search(r"(^|[-_. ])(lr|low)([-_. ]|$)", part.lower()) for part in name.parts[:-1])
 
-    # low resolutions by the names of their files
-    low = {}
+
+def match_low(files, scale, path, left_out):
+    """{high resolution: its low resolution, or None} of {name: get}, by the names of the files."""
     for name in files:
-        if re.search(r"(^|_)LR$", Path(name).stem):
+        if re.search(r"(^|_)LR$", name.stem):
             raise SystemExit(f"{name} in {path} is called a low resolution, which must lie in a "
                              f"folder LR and be called <name>x{scale}: move such files there, or "
                              "leave them out")
-        if re.search(r"(^|[_/])LR([_/])", name):
-            low.setdefault(Path(name).stem, []).append(name)
+    low = [name for name in files if is_low(name)]
+    high, by_stem = [name for name in files if not is_low(name)], {}
+    for name in low:
+        by_stem.setdefault(name.stem, []).append(name)
+    found = {}
+    for name in high: # its low resolution lies somewhere in the parent of its folder
+        near = [low for stem in (f"{name.stem}x{scale}", name.stem) for low in by_stem.get(stem, [])
+                if low.is_relative_to(name.parent.parent)]
+        found[name] = near[0] if near else None
+    rest = leave_out([name for name in low if name not in set(found.values())], left_out,
+                     "of another scale", lambda name: re.search(r"x\d+$", name.stem))
+    if rest:
+        raise SystemExit(f"{path} holds {some(rest)}, low resolutions of nothing: a high one must "
+                         f"have the same name, or that without x{scale}")
+    return found
 
-    # every other image, with the low resolution that lies somewhere in its folder's parent
-    all_low = set(chain(*low.values()))
-    splits = {"train": [], "val": [], "": []}
-    for name, get in files.items():
-        if name in all_low:
-            continue
-        file = Path(name)
-        given = [n for n in low.get(f"{file.stem}x{scale}", [])
-                 if Path(n).is_relative_to(file.parent.parent)]
-        get_low = files[given[0]] if given and not settings["make_low"] else None
-        folder = file.parent.as_posix().lower()
-        split = "train" if "train" in folder else "val" if "val" in folder else ""
-        splits[split].append((name, get, get_low))
-    if splits["train"] and splits["val"]:
-        return {split: splits[split] for split in ("train", "val")}
 
-    found = list(chain(*splits.values()))
+def read_pair_splits(ask, left_out):
+    """-> {"train": split, "val": split}"""
+    dataset, path = ask.dataset, ask.path
+    if dataset == "sr_samples":
+        return read_samples()
+    files = read_pictures(path, left_out)
+    if dataset in TEST_SETS: # of several test sets in path, this one
+        own = {name: get for name, get in files.items() if dataset in Path(str(name).lower()).parts}
+        files = own or files
+    low = match_low(files, ask.scale, path, left_out)
+    entries = {name: (str(name), files[name], files[one] if one and not ask.make_low else None)
+               for name, one in low.items()}
+    found = use_splits(find_splits("", list(entries), left_out, ask.split), ask, left_out, path)
+    if "all" not in found:
+        return {split: [entries[name] for name in names] for split, names in found.items()}
+    found = list(entries.values())
     n = len(found)
     if dataset not in TEST_SETS:
-        n = max(1, round(settings["val_fraction"] * n))
-    order = torch.randperm(len(found), generator=rng(settings["seed"], "pairs")).tolist()
+        n = max(1, round(ask.val_fraction * n))
+    order = torch.randperm(len(found), generator=rng(ask.seed, "pairs")).tolist()
     return {"train": [found[i] for i in order[n:]], "val": [found[i] for i in sorted(order[:n])]}
 
 
@@ -722,13 +1302,17 @@ def read_pair(entry, scale):
     """-> low (h, w, 3), high (scale h, scale w, 3), uint8"""
     name, get, get_low = entry
 
-    def rgb(image):
-        return np.asarray(image.convert("RGB"))
+    def rgb(get, name):
+        try:
+            return with_image(get(), lambda image: np.asarray(image.convert("RGB")))
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise SystemExit(f"{name} is damaged or no image of 8 bits a channel "
+                             f"({first_line(error)}): replace it or leave it out") from None
 
-    high = with_image(get, name, rgb)
+    high = rgb(get, name)
     height, width = high.shape[:2]
     h, w = height // scale, width // scale
-    low = get_low and with_image(get_low, f"the low resolution of {name}", rgb)
+    low = get_low and rgb(get_low, f"the low resolution of {name}")
     if low is not None and low.shape[:2] != (h, w):
         raise SystemExit(f"{name} is {width}x{height} and its low resolution "
                          f"{low.shape[1]}x{low.shape[0]}, where scale={scale} makes {w}x{h}: "
@@ -767,144 +1351,29 @@ def write_pairs(file, split, scale, region):
     return shapes, offsets, digest.hexdigest()
 
 
-def prepare_pairs(folder, settings, path):
-    """Writes the pairs; returns the content of meta.json. progress.json as in prepare_images()."""
-    splits = read_pair_splits(settings, path)
-    if not splits["val"] or not (splits["train"] or settings["dataset"] in TEST_SETS):
-        raise SystemExit(f"{settings['source']} gives {len(splits['train'])} images of training "
+def prepare_pairs(folder, settings, ask):
+    """Writes the pairs; returns the content of meta.json."""
+    left_out = {}
+    splits = read_pair_splits(ask, left_out)
+    show(source_of(ask), [("split", "images", "with a low resolution"), *(
+        (split, f"{len(entries):,}", f"{sum(low is not None for *_, low in entries):,}")
+        for split, entries in splits.items())], left_out)
+    if not splits["val"] or not (splits["train"] or ask.dataset in TEST_SETS):
+        raise SystemExit(f"{source_of(ask)} gives {len(splits['train'])} images of training "
                          f"and {len(splits['val'])} of validation, and both need some: give more "
                          "images")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "progress.json", settings)
     meta = dict(settings)
     for split, entries in splits.items():
         region = settings["region"] if split == "train" else 0
-        file = folder / f"{split}.bin"
-        shapes, offsets, sha256 = write_pairs(file, entries, settings["scale"], region)
+        shapes, offsets, sha256 = write_pairs(folder / f"{split}.bin", entries, ask.scale, region)
         # Trainers split train by start:stop, so that each part has whole images. Of few images, a
         # part takes random regions instead.
         order = range(len(shapes))
         if split == "train" and len(entries) < 16:
-            generator = rng(settings["seed"], "regions")
+            generator = rng(ask.seed, "regions")
             order = torch.randperm(len(shapes), generator=generator).tolist()
         meta |= {f"{split}_images": len(entries), f"{split}_shapes": [shapes[i] for i in order],
                  f"{split}_offsets": [offsets[i] for i in order], f"{split}_sha256": sha256}
-    return meta
-
-# -----------------------------------------------------------------------------
-# tokens
-
-def train_sentencepiece(docs, vocab_size):
-    """Byte-pair encoding learnt from the first million lines: the model as bytes.
-
-    It keeps all white space.
-    """
-    import sentencepiece
-    # at most 1,000 characters, because sentencepiece ignores lines of more than 4,192 bytes
-    lines = (line[i:i + 1000] for doc in docs for line in doc.splitlines()
-             for i in range(0, len(line), 1000))
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=islice(lines, 1_000_000), model_writer=model, vocab_size=vocab_size,
-            model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True, minloglevel=2)
-    except RuntimeError as error:
-        reason = str(error).split("] ")[-1].strip(" .")
-        raise SystemExit(f"sentencepiece cannot learn --vocab_size={vocab_size} from this text "
-                         f"({reason}): choose another --vocab_size or give more text") from None
-    return model.getvalue()
-
-
-def token_dtype(vocab_size):
-    return "uint16" if vocab_size <= 2**16 else "uint32"
-
-
-def batches(docs, max_docs=1024, max_chars=2**24):
-    """Lists of documents; each ends with the document that reaches max_docs or max_chars."""
-    batch, size = [], 0
-    for doc in docs:
-        batch.append(doc)
-        size += len(doc)
-        if len(batch) == max_docs or size >= max_chars:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def write_split(folder, split, docs, n_docs, encode, joint, meta):
-    """Writes the tokens of docs to folder/<split>.bin, with the ids `joint` between documents.
-
-    Counts documents and tokens in meta, and writes it to progress.json after every batch.
-    """
-    if (folder / f"{split}.bin").exists():
-        return
-    part, dtype = folder / f"{split}.bin.part", np.dtype(meta["dtype"])
-    done, size = meta[f"{split}_documents"], meta[f"{split}_tokens"] * dtype.itemsize
-    with (open(part, "ab") as f,
-          tqdm(desc=split, total=n_docs, initial=done, unit=" documents") as bar):
-        if f.tell() < size:
-            raise SystemExit(f"{part} has {f.tell():,} bytes and not the {size:,} of "
-                             f"progress.json: delete {folder}")
-        f.truncate(size) # drops what a killed run wrote after its last progress.json
-        for batch in batches(islice(docs, done, None)):
-            ids = chain.from_iterable(joint + ids if i else ids
-                                      for i, ids in enumerate(encode(batch), done))
-            tokens = np.fromiter(ids, dtype)
-            f.write(tokens.tobytes())
-            f.flush()
-            os.fsync(f.fileno()) # the tokens reach the disk before progress.json does
-            done += len(batch)
-            meta[f"{split}_documents"] = done
-            meta[f"{split}_tokens"] += len(tokens)
-            write_json(folder / "progress.json", meta)
-            bar.update(len(batch))
-    os.replace(part, folder / f"{split}.bin")
-
-
-def start(folder, settings, splits):
-    """Makes the folder, the tokenizer and the first progress.json; returns its content."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, chars, model = settings["tokenizer"], None, folder / "tokenizer.model"
-    if tokenizer == "char":
-        chars = set()
-        for docs, n_docs in splits:
-            docs = tqdm(docs(), desc="characters", total=n_docs, unit=" documents")
-            for i, doc in enumerate(docs):
-                chars.update("\n" + doc if i else doc) # a blank line stands between documents
-        chars = "".join(sorted(chars))
-    if tokenizer == "sentencepiece":
-        docs, n_docs = splits[0]
-        docs = tqdm(docs(), desc="sentencepiece", total=n_docs, unit=" documents")
-        trained = train_sentencepiece(docs, settings["vocab_size"])
-        atomic_write(model, lambda f: f.write(trained))
-    *_, vocab_size, joint = codec(tokenizer, chars, model)
-    meta = {**settings, "vocab_size": vocab_size, "dtype": token_dtype(vocab_size),
-            "eot": None if chars else joint[0], "train_tokens": 0, "val_tokens": 0,
-            "train_documents": 0, "val_documents": 0, "chars": chars}
-    write_json(folder / "progress.json", meta)
-    return meta
-
-
-def prepare_text(folder, settings, meta, path, val_path, num_proc):
-    """Writes the tokens; returns the content of meta.json.
-
-    meta: progress.json of the interrupted run that this one continues, or {}.
-    """
-    tokenizer = settings["tokenizer"]
-    if meta:
-        print(f"{folder}: continuing after {meta['train_documents']:,} documents of train, "
-              f"{meta['val_documents']:,} of val")
-    splits = read_splits(settings["dataset"], path, val_path, settings["val_fraction"],
-                         settings["seed"])
-    meta = meta or start(folder, settings, splits)
-    encode, _, _, joint = codec(tokenizer, meta["chars"], folder / "tokenizer.model", num_proc)
-    for split, (docs, n_docs) in zip(("train", "val"), splits, strict=True):
-        write_split(folder, split, docs(), n_docs, encode, joint, meta)
-    for split in ("train", "val"):
-        meta[f"{split}_sha256"] = bytes_hash(np.memmap(folder / f"{split}.bin", mode="r"))
     return meta
 
 # -----------------------------------------------------------------------------
@@ -959,85 +1428,153 @@ def cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size):
 # -----------------------------------------------------------------------------
 # all of it
 
-def check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction, img_size, num_proc,
-                   shards, scale):
-    known = (*TOKENIZER, *IMAGE_SETS, *PAIR_SETS)
+def check_settings(ask):
+    """SystemExit with one sentence for settings that are impossible or do not go together."""
+    dataset, known = ask.dataset, (*TOKENIZER, *IMAGE_SETS, *PAIR_SETS)
     if dataset not in known:
         raise SystemExit(f"--dataset={dataset} is unknown: choose one of {', '.join(known)}")
     of_images = dataset not in TOKENIZER
-    if scale not in (2, 3, 4):
-        raise SystemExit(f"--scale={scale} is not 2, 3 or 4: choose one of them as the factor "
+    if ask.scale not in (2, 3, 4):
+        raise SystemExit(f"--scale={ask.scale} is not 2, 3 or 4: choose one of them as the factor "
                          "between the low and the high resolution")
-    if dataset in PAIR_SETS and bool(path) == (dataset == "sr_samples"):
-        raise SystemExit(f"--dataset={dataset} --path={path} does not fit: sr_samples is of "
+    if dataset in PAIR_SETS and bool(ask.path) == (dataset == "sr_samples"):
+        raise SystemExit(f"--dataset={dataset} --path={ask.path} does not fit: sr_samples is of "
                          "scikit-learn and takes no path, the other pairs need a folder or .zip of "
                          "images, such as the official archives of DIV2K")
-    if not 0 < val_fraction < 1:
-        raise SystemExit(f"--val_fraction={val_fraction} is not a share of the data: choose one "
-                         "between 0 and 1")
-    if not path and dataset in ("images", "imagenet16_120"):
+    if not 0 < ask.val_fraction < 1:
+        raise SystemExit(f"--val_fraction={ask.val_fraction} is not a share of the data: choose "
+                         "one between 0 and 1")
+    if ask.path and dataset in OFFLINE:
+        raise SystemExit(f"--dataset={dataset} takes no --path={ask.path}, for it is made without "
+                         "one: name your own data text or images")
+    if not ask.path and dataset in ("images", "imagenet16_120"):
         raise SystemExit(f"--dataset={dataset} lacks the images: give an .npz or a folder as "
                          "--path")
-    if of_images and (val_path or tokenizer or vocab_size or shards):
-        raise SystemExit(f"--dataset={dataset} is of images, and --val_path, --tokenizer, "
-                         "--vocab_size and --shards are for text: leave them out")
-    if img_size < 0 or (img_size and not of_images):
-        raise SystemExit(f"--img_size={img_size} does not fit --dataset={dataset}: give 1 or more "
-                         "for images, and 0, the default, for text or to leave images unchanged")
-    if num_proc < 1:
-        raise SystemExit(f"--num_proc={num_proc} is too small: choose 1 or more threads")
+    for_text = {"val_path", "text_column", "split_by", "tokenizer", "vocab_size", "shards"}
+    for_images = {"img_size", "skip_damaged", "label_column"}
+    if dataset in PAIR_SETS:
+        for_text |= {"subset", "skip_damaged", "label_column"}
+        for_images = {"img_size"}
+    given = [key for key in sorted(for_text if of_images else for_images) if vars(ask)[key]]
+    if given:
+        raise SystemExit(f"--{given[0]}={vars(ask)[given[0]]} does not fit --dataset={dataset}, "
+                         f"for it is of other data: leave it out")
+    if ask.img_size < 0 or ask.vocab_size < 0 or ask.num_proc < 1:
+        raise SystemExit(f"--img_size={ask.img_size}, --vocab_size={ask.vocab_size} or --num_proc="
+                         f"{ask.num_proc} is too small: choose a positive number, or leave it out")
     if of_images:
         return
-    if tokenizer not in ("char", "gpt2", "sentencepiece"):
-        raise SystemExit(f"--tokenizer={tokenizer} is unknown: choose one of char, gpt2, "
-                         "sentencepiece")
-    if vocab_size < 0 or (vocab_size and tokenizer != "sentencepiece"):
-        raise SystemExit(f"--vocab_size={vocab_size} does not fit --tokenizer={tokenizer}: leave "
-                         "it out, or give a positive one with --tokenizer=sentencepiece")
-    if not path and (dataset == "text" or val_path):
-        raise SystemExit(f"--dataset={dataset} --val_path={val_path} lacks the training text: give "
-                         "a file or folder as --path")
+    if ask.tokenizer not in ("char", "gpt2", "sentencepiece") and ask.tokenizer[:3] != "hf:":
+        raise SystemExit(f"--tokenizer={ask.tokenizer} is unknown: choose one of char, gpt2, "
+                         "sentencepiece, hf:NAME, hf:FOLDER")
+    if ask.vocab_size and ask.tokenizer != "sentencepiece":
+        raise SystemExit(f"--vocab_size={ask.vocab_size} does not fit --tokenizer={ask.tokenizer}: "
+                         "leave it out, or give a positive one with --tokenizer=sentencepiece")
+    if ask.split_by not in ("end", "document") or (ask.val_path and ask.split_by != "end"):
+        raise SystemExit(f"--split_by={ask.split_by} is not possible here: choose end or document, "
+                         "and leave it out with a --val_path")
+    if not ask.path and (dataset == "text" or ask.val_path):
+        raise SystemExit(f"--dataset={dataset} --val_path={ask.val_path} lacks the training text: "
+                         "give a file or folder as --path")
 
 
-def source_of(dataset, path, val_path):
+def source_of(ask):
     """Where the data is from, in words.
 
     Local files with their sizes, so that a later run does not take changed ones for the same.
     """
-    if path:
-        paths = [p for p in (path, val_path) if p]
-        sizes = [sum(f.stat().st_size for f in list_files(outside(p))) for p in paths]
-        return ", ".join(f"{p} ({size:,} bytes)" for p, size in zip(paths, sizes, strict=True))
-    if dataset in HUB:
-        return HUB[dataset]
-    if dataset in ("digits", "sr_samples"):
-        return f"scikit-learn's {dataset}"
-    version = PYDOCS_PYTHON if dataset == "pydocs" else platform.python_version()
+    if ask.path:
+        parts = []
+        for path in filter(None, (ask.path, ask.val_path)):
+            part = path
+            if not path.startswith("hf:"):
+                size = sum(f.stat().st_size for f in list_files(outside(path))[0])
+                part += f" ({size:,} bytes)"
+            parts.append(part)
+        return ", ".join(parts)
+    if ask.dataset in HUB:
+        return HUB[ask.dataset]
+    if ask.dataset in ("digits", "sr_samples"):
+        return f"scikit-learn's {ask.dataset}"
+    version = PYDOCS_PYTHON if ask.dataset == "pydocs" else platform.python_version()
     return f"documentation of Python {version}"
 
 
-def begun(data_dir, name, settings):
-    """The content of meta.json, else of an interrupted run's progress.json, else {}.
+def settings_of(ask):
+    """What decides the content of a folder, as meta.json holds it."""
+    settings = {"dataset": ask.dataset, "source": source_of(ask)}
+    settings |= {key: vars(ask)[key] for key in ("subset", "split", "text_column", "label_column",
+                                                 "skip_damaged") if vars(ask)[key]}
+    last = {"val_fraction": ask.val_fraction, "seed": ask.seed}
+    if ask.dataset in IMAGE_SETS:
+        return {"kind": "images", **settings, "resize": ask.img_size, **last}
+    if ask.dataset in PAIR_SETS:
+        region = ask.img_size or (160 if ask.dataset == "sr_samples" else 480)
+        return {"kind": "pairs", **settings, "scale": ask.scale, "make_low": ask.make_low,
+                "region": region, **last}
+    settings |= {"tokenizer": ask.tokenizer, **last}
+    if ask.split_by != "end":
+        settings["split_by"] = ask.split_by
+    if ask.tokenizer == "sentencepiece":
+        settings["vocab_size"] = ask.vocab_size or 4096
+    return settings
 
-    SystemExit if what is there has other settings, or may be another program's.
+
+def prepared(folder, settings):
+    """The content of meta.json; {} if there is no such folder yet.
+
+    SystemExit if it has other settings, is damaged, or may be another program's.
     """
-    folder = Path(data_dir) / name
-    progress, finished = folder / "progress.json", (folder / "meta.json").exists()
-    meta = {}
-    if finished:
-        meta = load_meta(data_dir, name)
-    elif progress.exists():
-        meta = read_json(progress)
-    if not meta and any(chain(folder.glob("*.bin"), folder.glob("*.npy"))):
-        raise SystemExit(f"{folder} has .bin or .npy files without a meta.json, so they may be "
-                         "another program's: choose another --name")
-    kind = settings.get("kind")
-    starts_again = not finished and kind and meta.get("kind") == kind
+    if not (folder / "meta.json").exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise SystemExit(f"{folder} holds files and no meta.json, so it may be another "
+                             "program's: choose another --name, or delete it")
+        return {}
+    meta = load_meta(folder.parent, folder.name)
     changed = [f"{key}={meta.get(key)!r} and not {value!r}" for key, value in settings.items()
                if meta.get(key) != value]
-    if meta and changed and not starts_again:
+    if changed:
         raise SystemExit(f"{folder} was prepared with {', '.join(changed)}: choose another --name, "
                          "or delete the folder")
+    return meta
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Waits until no other process makes the folder. SystemExit if the disk says no."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"another process is preparing {folder}: waiting for it", flush=True)
+            lock.acquire()
+        yield
+    except OSError as error:
+        raise SystemExit(f"{folder} cannot be made ({error.strerror or error}): make room there, "
+                         "or choose another --data_dir") from None
+    finally:
+        lock.release()
+
+
+def make(folder, settings, ask):
+    """Makes the data set under the name .<name>.part, and renames it; returns meta.json.
+
+    A run that fails takes that away; what a killed one leaves is replaced by the next.
+    """
+    part, kind = folder.with_name(f".{folder.name}.part"), settings.get("kind")
+    write = {"images": prepare_images, "pairs": prepare_pairs}.get(kind, prepare_text)
+    shutil.rmtree(part, ignore_errors=True) # of a killed run
+    part.mkdir()
+    try:
+        meta = write(part, settings, ask)
+        write_json(part / "meta.json", meta)
+        if folder.is_dir(): # an empty one
+            folder.rmdir()
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return meta
 
 
@@ -1056,67 +1593,58 @@ def describe(meta):
             f"{meta['train_tokens']:,} tokens of train, {meta['val_tokens']:,} of val")
 
 
-def prepare(dataset=dataset, path=path, val_path=val_path, tokenizer=tokenizer,
-            vocab_size=vocab_size, val_fraction=val_fraction, seed=seed, num_proc=num_proc,
-            data_dir=data_dir, name=name, shards=shards, entries=entries, test_entries=test_entries,
-            block_size=block_size, img_size=img_size, scale=scale, make_low=make_low):
+def next_command(meta, ask, name):
+    option = shlex.quote(f"--dataset={name}") + data_dir_option(ask.data_dir)
+    kind = meta.get("kind")
+    if kind == "images":
+        return f"train_search.py --space=toy_cell {option}"
+    if kind == "pairs":
+        return f"train_search.py --space=swinir --scale={ask.scale} {option}"
+    if ask.shards: # trained, for the table of train_rl.py is of other shards
+        return (f"train_rl.py --evaluator=train --shards={ask.shards} "
+                f"--entries={str(ask.entries).replace(' ', '')} "
+                f"--test_entries={ask.test_entries} --block_size={ask.block_size} {option}")
+    return f"train_search.py {option}"
+
+
+def prepare(dataset=dataset, path=path, **given):
     """
     Writes data_dir/name, for pairs data_dir/name_x<scale>, and shards if there are to be any; the
-    docstring of this file lists the files. Returns the content of meta.json.
+    docstring of this file lists the files. Returns the content of meta.json. given: other keys.
 
-    Continues an interrupted run of text with the same settings, starts one of images again, and
-    does nothing if the data set is complete. SystemExit: settings that do not fit the folder or
-    each other; text or images that are missing, unreadable or too few; labels that do not fit the
-    images or the classes; no network where it is needed.
+    Does nothing if the data set is there, and waits where another process makes it. SystemExit:
+    settings that do not fit the folder or each other; text or images that are missing, unreadable,
+    too few or used by nothing; labels that do not fit the images or the classes; no network where
+    it is needed; no room.
     """
-    # settings
-    tokenizer = tokenizer or TOKENIZER.get(dataset, "")
-    val_fraction = val_fraction or VAL_FRACTION.get(dataset, 0.1)
-    check_settings(dataset, path, val_path, tokenizer, vocab_size, val_fraction, img_size, num_proc,
-                   shards, scale)
-    settings = {"dataset": dataset, "source": source_of(dataset, path, val_path)}
-    last = {"val_fraction": val_fraction, "seed": seed}
-    next_script, name = "train_search.py", name or dataset
-    option = f"--dataset={name}{data_dir_option(data_dir)}"
-    if dataset in IMAGE_SETS:
-        settings = {"kind": "images", **settings, "resize": img_size, **last}
-        next_script += " --space=toy_cell"
-    elif dataset in PAIR_SETS:
-        region = img_size or (160 if dataset == "sr_samples" else 480)
-        settings = {"kind": "pairs", **settings, "scale": scale, "make_low": make_low,
-                    "region": region, **last}
-        next_script += f" --space=swinir --scale={scale}"
-        name += f"_x{scale}"
-    else:
-        settings = {**settings, "tokenizer": tokenizer, **last}
-        if tokenizer == "sentencepiece":
-            settings["vocab_size"] = vocab_size or 4096
-        if shards: # trained, for the table of train_rl.py is of other shards
-            next_script = (f"train_rl.py --evaluator=train --shards={shards} "
-                           f"--entries={str(entries).replace(' ', '')} "
-                           f"--test_entries={test_entries} --block_size={block_size}")
+    ask = SimpleNamespace(**DEFAULTS | {"dataset": dataset, "path": path} | given)
+    ask.path, ask.val_path = (str(Path(p).expanduser()) if p and p[:3] != "hf:" else p
+                              for p in (str(ask.path), str(ask.val_path)))
+    ask.tokenizer = ask.tokenizer or TOKENIZER.get(dataset, "")
+    ask.val_fraction = ask.val_fraction or VAL_FRACTION.get(dataset, 0.1)
+    if dataset in TOKENIZER:
+        ask.split_by = ask.split_by or ("document" if dataset == "openwebtext" else "end")
+    check_settings(ask)
+    name = ask.name or dataset
+    if dataset in PAIR_SETS:
+        name += f"_x{ask.scale}"
+    folder, settings = Path(ask.data_dir).expanduser() / name, settings_of(ask)
 
-    # the data, unless it is there
-    folder = Path(data_dir) / name
-    meta = begun(data_dir, name, settings)
-    if (folder / "meta.json").exists():
-        print(f"{folder} is prepared with these settings already, nothing to do")
+    meta = prepared(folder, settings)
+    if not meta:
+        with alone(folder):
+            meta = prepared(folder, settings) # by another process
+            meta = meta or make(folder, settings, ask)
     else:
-        if dataset in IMAGE_SETS:
-            meta = prepare_images(folder, settings, path, num_proc)
-        elif dataset in PAIR_SETS:
-            meta = prepare_pairs(folder, settings, path)
-        else:
-            meta = prepare_text(folder, settings, meta, path, val_path, num_proc)
-        write_json(folder / "progress.json", meta)
-        os.replace(folder / "progress.json", folder / "meta.json")
-    if shards:
-        cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size)
+        print(f"{folder} is prepared with these settings already, nothing to do")
+    if ask.shards:
+        cut_shards(folder.parent, name, meta, ask.shards, ask.entries, ask.test_entries,
+                   ask.block_size)
 
     # what is there and what is next
     print(f"{folder}: {describe(meta)}")
     if dataset not in PAIR_SETS or meta["train_images"]: # a test set trains nothing
-        print(f"next: python {next_script} {option}")
+        print(f"next: python {next_command(meta, ask, name)}")
     return meta
 
 
@@ -1133,5 +1661,7 @@ def prepare_own(config, run):
 
 
 if __name__ == "__main__":
-    from configurator import configure
-    prepare(**configure(globals()))
+    try:
+        prepare(**configure(globals()))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: nothing is written, the same command starts again") from None

@@ -55,7 +55,7 @@ from glob import glob
 def watch(frame, event, arg):
     if frame.f_code.co_name == {function!r} and ({condition}):
         sys.stdout.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), {signum})
 sys.argv = {command!r}
 sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
 sys.setprofile(watch)
@@ -110,15 +110,15 @@ def stops(name, *args):
     return stopped.value.code
 
 
-def killed_in(function, condition, *command, cwd=ROOT):
-    """A script that ends itself by SIGKILL within the first call of this function in which
+def killed_in(function, condition, *command, cwd=ROOT, signum=signal.SIGKILL):
+    """A script that ends itself by a signal within the first call of this function in which
     condition, a Python expression, holds: who watches from outside comes late on a busy machine.
     Returns what it had printed."""
-    program = WATCHED.format(function=function, condition=condition,
+    program = WATCHED.format(function=function, condition=condition, signum=int(signum),
                              command=list(map(str, command)))
     done = subprocess.run([sys.executable, "-c", program], cwd=cwd, stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL, text=True)
-    assert done.returncode == -signal.SIGKILL, (
+    assert done.returncode == (-signum if signum == signal.SIGKILL else 1), (
         f"{command} ended with {done.returncode} before {condition} in {function}")
     return done.stdout
 

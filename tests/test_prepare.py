@@ -7,9 +7,11 @@ import lzma
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,7 @@ from conftest import killed_in
 
 import bench
 import data
+import export
 import prepare as p
 
 SCRIPT = Path(p.__file__)
@@ -35,8 +38,9 @@ def run(folder, *args):
 
 
 def text_of(folder, name, splits=("train", "val")):
-    decode = data.load_tokenizer(folder, name)[1]
-    return "".join(decode(data.load_tokens(folder, name, split).tolist()) for split in splits)
+    tokens = data.load_codec(folder, name)
+    return "".join(tokens.decode(data.load_tokens(folder, name, split).tolist())
+                   for split in splits)
 
 
 def files_of(folder):
@@ -155,7 +159,7 @@ def test_a_damaged_asset_is_one_sentence(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "lzma", None) # as where Python was built without it
         with pytest.raises(SystemExit, match=r"built without lzma.*--dataset=this_python$"):
             p.prepare(data_dir=tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+    assert not list(tmp_path.glob("data/[!.]*"))
 
 
 def test_the_seed_decides_the_split(pydocs, tmp_path):
@@ -191,10 +195,14 @@ def test_text_survives_the_round_trip(tokenizer, tmp_path, request):
     assert max(data.load_tokens(tmp_path, "text", "train")) < meta["vocab_size"]
     sizes = {"char": len(set(text)), "gpt2": 50257, "sentencepiece": 400}
     assert meta["vocab_size"] == sizes[tokenizer]
-    encode, decode = data.load_tokenizer(tmp_path, "text")
+    tokens = data.load_codec(tmp_path, "text")
+    decode = tokens.decode
+
+    def encode(text):
+        return [int(i) for i in tokens.encode([text])[0]]
+
     assert decode(encode(STORY)) == STORY and decode([]) == "" == decode(encode(""))
     assert decode(encode("end") + encode(STORY)) == "end" + STORY
-    assert decode([meta["vocab_size"], *encode(STORY), meta["vocab_size"] + 40]) == STORY
     if tokenizer == "char":
         assert list(meta["chars"]) == sorted(set(text))
         with pytest.raises(SystemExit, match="'Ω'"):
@@ -257,8 +265,8 @@ def test_files_called_train_and_val_are_the_splits(tmp_path):
     for file, text in files.items():
         (tmp_path / "my" / file).write_text(text)
     p.prepare("text", str(tmp_path / "my"), data_dir=tmp_path, name="a")
-    p.prepare("text", str(tmp_path / "my/train-0.txt"), str(tmp_path / "my/val"), data_dir=tmp_path,
-              name="b")
+    p.prepare("text", str(tmp_path / "my/train-0.txt"), val_path=str(tmp_path / "my/val"),
+              data_dir=tmp_path, name="b")
     a, b = ([text_of(tmp_path, name, [split]) for split in ("train", "val")] for name in "ab")
     assert a == ["aa\n\nbb", "cc"]
     assert b == ["aa", "cc"]
@@ -268,10 +276,14 @@ def test_hugging_face_sets(tmp_path, monkeypatch):
     import datasets
     docs = [f"story {i}" for i in range(4000)]
 
-    def load_dataset(repo, split, revision=None): # stands for the network
-        texts = {"train": [*docs, ""], "validation": ["never seen"],
-                 "train+validation+test": ["ab\n" * 300, "cd", "e"]}
-        return datasets.Dataset.from_dict({"text": texts[split]})
+    def load_dataset(repo, subset, revision=None): # stands for the network
+        splits = {"karpathy/tiny_shakespeare": [["ab\n" * 300], ["cd"], ["e"]],
+                  "roneneldan/TinyStories": [[*docs, ""], ["never seen"]],
+                  "Skylion007/openwebtext": [[*docs, ""]],
+                  "me/mine": [docs, ["never seen"]]}[repo]
+        return datasets.DatasetDict({split: datasets.Dataset.from_dict({"text": texts})
+                                     for split, texts in zip(
+                                         ("train", "validation", "test"), splits, strict=False)})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     p.prepare("tinystories", tokenizer="char", data_dir=tmp_path)
@@ -282,7 +294,9 @@ def test_hugging_face_sets(tmp_path, monkeypatch):
     p.prepare("openwebtext", tokenizer="char", data_dir=tmp_path)
     train, val = (text_of(tmp_path, "openwebtext", [split]).split("\n\n")[:-1]
                   for split in ("train", "val"))
-    assert len(val) in (2, 3) and sorted(train + val) == sorted(docs)
+    assert len(val) == 2 and sorted(train + val) == sorted(docs)
+    p.prepare("text", "hf:me/mine", data_dir=tmp_path, subset="x", split="validation,train")
+    assert text_of(tmp_path, "text", ["train"]) == "never seen\n\n"
 
 
 @needs_data
@@ -297,41 +311,222 @@ def test_shakespeare_has_the_known_size(tmp_path):
 def test_tinystories_has_the_known_size(tmp_path, gpt2):
     train, val = (str(SHARED / f"text/tinystories_{part}.txt.gz")
                   for part in ("train", "v1_valid_head"))
-    meta = p.prepare("tinystories", train, val, data_dir=tmp_path)
-    known = {"train_tokens": 1_484_521, "val_tokens": 195_558, "vocab_size": 50257,
+    meta = p.prepare("tinystories", train, val_path=val, data_dir=tmp_path)
+    known = {"train_tokens": 1_470_219, "val_tokens": 195_558, "vocab_size": 50257,
              "dtype": "uint16"}
     assert {key: meta[key] for key in known} == known
     assert (data.load_tokens(tmp_path, "tinystories", "train") == meta["eot"]).sum() == 7151
 
 
-# ---- interrupted, finished, changed
+# ---- what a folder means
 
-def test_a_killed_run_continues_to_the_same_bytes(pydocs, tmp_path):
-    docs = text_of(pydocs[0], "pydocs").split("\n\n") * 2
+def parquet(file, **columns):
+    import pyarrow
+    import pyarrow.parquet
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+
+def texts_of(folder, name):
+    return [text_of(folder, name, [split]).split("\n\n") for split in ("train", "val")]
+
+
+FOLDERS = { # {file: text}: of train, of val, words of the printed table
+    "hub": ({"README.md": "about", "data/test-00000-of-00001.parquet": "t",
+             "data/train-00000-of-00002.parquet": "a", "data/train-00001-of-00002.parquet": "b",
+             "data/validation-00000-of-00001.parquet": "v"}, "ab", "v",
+            ["about the data): {}/README.md", "another --split): test", "2 files"]),
+    "train and test": ({"train-x.parquet": "a", "test-x.parquet": "t"}, "a", "t", []),
+    "words": ({"train/1.txt": "a", "train/deep/2.txt": "b", "dev/1.txt": "v",
+               "__MACOSX/train/1.txt": "junk", ".git/train": "junk"}, "ab", "v",
+              ["not data): {}/__MACOSX", "hidden): {}/.git"]),
+    "valid": ({"TinyStories-train.txt": "a", "TinyStories-valid.txt": "v", "LICENSE": "l"}, "a",
+              "v", ["about the data): {}/LICENSE"]),
+    "training": ({"Training/1.JSONL": "a", "Evaluation/1.ndjson": "v"}, "a", "v", []),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_words_of_hugging_face_make_the_splits(name, tmp_path, capsys):
+    files, train, val, printed = FOLDERS[name]
+    for file, text in files.items():
+        file = tmp_path / "in" / file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".parquet":
+            parquet(file, text=[text])
+        else:
+            rows = file.suffix.lower() in (".jsonl", ".ndjson")
+            file.write_text(json.dumps({"text": text}) if rows else text)
+    p.prepare("text", str(tmp_path / "in"), data_dir=tmp_path)
+    found = ["".join(texts) for texts in texts_of(tmp_path, "text")]
+    assert found == [train, val]
+    out = capsys.readouterr().out
+    assert all(word.format(tmp_path / "in") in out for word in printed), out
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/1.txt").write_text("linked text " * 20)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/again").symlink_to(tmp_path / "in") # not without end
+    (tmp_path / "in/file.txt").symlink_to(tmp_path / "elsewhere/1.txt")
+    p.prepare("text", str(tmp_path / "in"), data_dir=tmp_path)
+    assert text_of(tmp_path, "text") == "\n\n".join(["linked text " * 20] * 2)
+
+
+def test_the_column_of_texts(tmp_path, capsys):
+    docs = [f"document {i}, NA and \"null\"" for i in range(30)]
+    parquet(tmp_path / "in/a.parquet", id=list(range(32)), body=[*docs, "", None])
+    (tmp_path / "a.csv").write_text('title,text\nx,"one, two\nNA"\ny,NA\n' + "z,more\n" * 20)
+    p.prepare("text", str(tmp_path / "in"), data_dir=tmp_path, name="a", val_fraction=0.2)
+    assert "2 empty rows of all are left out" in capsys.readouterr().out
+    assert text_of(tmp_path, "a").split("\n\n")[:-1] == docs
+    p.prepare("text", str(tmp_path / "a.csv"), data_dir=tmp_path, name="b")
+    assert text_of(tmp_path, "b").startswith("one, two\nNA\n\nNA\n\nmore\n\n")
+    p.prepare("text", str(tmp_path / "a.csv"), data_dir=tmp_path, name="c", text_column="title")
+    assert text_of(tmp_path, "c").startswith("x\n\ny\n\nz\n\n")
+
+
+def test_random_documents_validate(tmp_path):
+    """A corpus sorted by topic: its end is of one topic, random documents are of all."""
+    docs = [f"{'abcd'[i // 50]} {i}" for i in range(200)]
     path = write_docs(tmp_path, ".jsonl", docs)
-    args = ["--dataset=text", f"--path={path}", "--tokenizer=sentencepiece", "--vocab_size=600",
-            "--val_fraction=0.4"]
-    p.prepare("text", path, "", "sentencepiece", 600, 0.4, data_dir=tmp_path / "data", name="whole")
+    found = {}
+    for seed in (1, 1, 2):
+        p.prepare("text", path, data_dir=tmp_path, name=f"run{len(found)}", split_by="document",
+                  seed=seed, val_fraction=0.2)
+        train, val = (texts[:-1] for texts in texts_of(tmp_path, f"run{len(found)}"))
+        assert len(val) == 40 and sorted(train + val) == sorted(docs)
+        assert {doc[0] for doc in val} == set("abcd")
+        assert val == [doc for doc in docs if doc in val], "in their order"
+        found[len(found)] = val
+    assert found[0] == found[1] != found[2]
+    p.prepare("text", path, data_dir=tmp_path, name="end", val_fraction=0.2)
+    assert {doc[0] for doc in texts_of(tmp_path, "end")[1][1:-1]} == {"d"}
 
-    folder, noted = tmp_path / "data/killed", []
-    progress = folder / "progress.json"
-    for split in ("train", "val"):
-        count = f"json.load(open({str(progress)!r})).get('{split}_documents')"
-        out = killed_in("write_json", f"event == 'return' and {count}", SCRIPT, *args,
-                        "--name=killed", cwd=tmp_path)
-        assert all(f"continuing after {n:,} documents of train" in out for n in noted)
-        noted = [json.loads(progress.read_text())["train_documents"]]
-        assert (folder / f"{split}.bin.part").exists() and not (folder / "meta.json").exists()
-        with open(folder / f"{split}.bin.part", "ab") as f:
-            f.write(b"half a batch")
-        with pytest.raises(SystemExit, match="not prepared"):
-            data.load_meta(tmp_path / "data", "killed")
 
-    done = run(tmp_path, *args, "--name=killed")
-    assert done.returncode == 0 and f"continuing after {noted[0]:,}" in done.stdout, done.stderr
-    assert files_of(folder) == files_of(tmp_path / "data/whole")
-    assert sorted(files_of(folder)) == ["meta.json", "tokenizer.model", "train.bin", "val.bin"]
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2", "sentencepiece", "hf:GPT2"])
+def test_long_documents_in_pieces_are_the_same_tokens(tokenizer, tmp_path, monkeypatch, request):
+    if tokenizer in ("gpt2", "hf:GPT2"):
+        request.getfixturevalue("gpt2")
+    if tokenizer == "hf:GPT2":
+        tokenizer = hf_gpt2(tmp_path)
+    one_line = " ".join(f"word{i} I'll  be {i * i}" for i in range(300))
+    lines = f"\n\n  {STORY}\n".join(f"line {i},\n\n\tand {i}." for i in range(100))
+    docs, file = [one_line, lines, "漢字 " * 300 + "\n" * 30 + "last"], tmp_path / "my.txt"
+    file.write_text(f"{p.END}\n" + f"\n  {p.END} \n".join(docs))
+    p.prepare("text", str(file), tokenizer=tokenizer, data_dir=tmp_path,
+              vocab_size=420 if tokenizer == "sentencepiece" else 0)
+    tokens = data.load_codec(tmp_path, "text")
+    assert tokens.joins
+    for size in (p.PIECE, 400, 60):
+        monkeypatch.setattr(p, "PIECE", size)
+        read = list(p.read_text(file))
+        assert [begins for begins, _ in read].count(True) == 3
+        assert "".join(piece for _, piece in read) == "".join(docs)
+        assert size == 2**20 or len(read) > len("".join(docs)) / size / 2
+        for found in (read, [piece for doc in docs for piece in p.pieces(doc)]):
+            start = [i for i, (begins, _) in enumerate(found) if begins]
+            for doc, (i, j) in zip(docs, pairwise([*start, len(found)]), strict=True):
+                parts = tokens.encode([piece for _, piece in found[i:j]])
+                whole = tokens.encode([doc])[0]
+                assert list(chain(*map(list, parts))) == list(whole), (size, doc[:20])
 
+
+def hf_gpt2(folder):
+    """--tokenizer=hf:FILE of GPT-2's own vocabulary."""
+    (folder / "gpt2.json").write_text(export.gpt2_json().to_str())
+    return f"hf:{folder}/gpt2.json"
+
+
+def test_a_tokenizer_of_hugging_face(tmp_path, gpt2):
+    """GPT-2's as a tokenizer.json gives GPT-2's tokens."""
+    text = (STORY + "I'll say <|endoftext|> plainly. \n\n  x = 1\n") * 20
+    rows = json.dumps({"text": text}) + "\n" + json.dumps({"text": STORY})
+    (tmp_path / "my.jsonl").write_text(rows)
+    tokenizer = hf_gpt2(tmp_path)
+    for name, given in (("a", "gpt2"), ("b", tokenizer)):
+        p.prepare("text", str(tmp_path / "my.jsonl"), tokenizer=given, data_dir=tmp_path, name=name)
+    a, b = (files_of(tmp_path / name) for name in "ab")
+    assert a["train.bin"] == b["train.bin"] and a["val.bin"] == b["val.bin"]
+    assert b["tokenizer.json"] and text_of(tmp_path, "b", ["train"]) in text
+    assert data.load_codec(tmp_path, "b").eot == 50256
+
+
+@needs_data
+def test_every_form_of_tinystories_gives_the_same_tokens(tmp_path, gpt2):
+    import datasets
+    file = SHARED / "text/tinystories_train.txt.gz"
+    docs = gzip.open(file, "rt").read().removesuffix(f"\n{p.END}\n").split(f"\n{p.END}\n")
+    assert len(docs) == 7151
+    rows = datasets.Dataset.from_dict({"text": docs})
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.to_json(tmp_path / "a.jsonl")
+    rows.to_csv(tmp_path / "a.csv")
+    rows.save_to_disk(tmp_path / "saved")
+    found = {}
+    for path in (file, *(tmp_path / name for name in ("a.jsonl", "a.parquet", "a.csv", "saved"))):
+        p.prepare("tinystories", str(path), data_dir=tmp_path, name=f"of {path.name}")
+        found[path.name] = files_of(tmp_path / f"of {path.name}")
+    first = found[file.name]
+    for name, files in found.items():
+        assert all(files[part] == first[part] for part in ("train.bin", "val.bin")), name
+
+
+# ---- disks, locks, signals
+
+def test_of_two_processes_one_waits(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 50_000)
+    command = [sys.executable, SCRIPT, "--dataset=text", "--path=a.txt"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert len([out for out, _ in said if "reading all" in out or "split" in out]) == 1, said
+    assert text_of(tmp_path / "data", "text") == "some text " * 50_000
+
+
+@pytest.mark.parametrize("place", ["~/data", "~/my data/ü/漢 字"])
+def test_home_spaces_and_other_alphabets(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my texts").mkdir()
+    (tmp_path / "my texts/ü [1].txt").write_text("some text " * 50)
+    p.prepare("text", "~/my texts", data_dir=place, name="é")
+    assert text_of(Path(place).expanduser(), "é") == "some text " * 50
+    assert not (tmp_path / "~").exists()
+
+
+def test_ctrl_c_and_sigkill_leave_nothing_that_is_taken_for_data(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    command = [SCRIPT, "--dataset=text", "--path=a.txt"]
+    for signum, left in ((signal.SIGINT, False), (signal.SIGKILL, True)):
+        killed_in("write_split", "event == 'call'", *command, cwd=tmp_path, signum=signum)
+        assert (tmp_path / "data/.text.part").exists() == left
+        assert not (tmp_path / "data/text").exists()
+    assert run(tmp_path, *command[1:]).returncode == 0
+    assert text_of(tmp_path / "data", "text") == "some text " * 50
+    assert sorted(f.name for f in (tmp_path / "data").iterdir() if f.name[-5:] != ".lock") == [
+        "text"]
+
+
+def test_a_disk_that_says_no_is_one_sentence(tmp_path):
+    (tmp_path / "a.txt").write_text("some text " * 5000)
+    limited = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; "
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+               "sys.path[0] = sys.argv[0].rpartition('/')[0]; "
+               "runpy.run_path(sys.argv[0], run_name='__main__')")
+    full = subprocess.run([sys.executable, "-c", limited, SCRIPT, "--dataset=text", "--path=a.txt"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert "data/text cannot be made (File too large)" in said(full)
+    assert not (tmp_path / "data/text").exists() and not (tmp_path / "data/.text.part").exists()
+    for place in ("/proc/nothing", str(tmp_path / "a.txt")):
+        with pytest.raises(SystemExit, match="cannot be made"):
+            p.prepare("text", str(tmp_path / "a.txt"), data_dir=place)
+
+
+# ---- finished, changed
 
 def test_a_finished_folder_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -405,10 +600,24 @@ MISTAKES = {
     "--path=broken.gz": "broken.gz",
     "--path=short.txt.gz": "short.txt.gz",
     "--path=broken.parquet": "broken.parquet",
-    "--path=column.parquet": "'text'",
-    "--path=column.jsonl": "'text'",
+    "--path=column.parquet": "give more text",
+    "--path=column.jsonl": "give more text",
     "--path=number.jsonl": "'text'",
-    "--path=broken.jsonl": "broken.jsonl",
+    "--path=broken.jsonl": "broken.jsonl does not hold whole rows of json (line 2, column 8",
+    "--path=half.jsonl": "line 2 has half of a surrogate pair",
+    "--path=latin.csv": "latin.csv",
+    "--path=ragged.csv": "ragged.csv",
+    "--path=a.txt --text_column=x --val_path=column.jsonl": "no column 'x' but content",
+    "--path=a.txt --split_by=half": "choose end or document",
+    "--path=a.txt --split_by=document": "two documents",
+    "--path=a.txt --skip_damaged=True": "--skip_damaged",
+    "--path=a.txt --tokenizer=hf:nowhere/at/all": "tokenizer.json",
+    "--path=a.txt --dataset=pydocs": "takes no --path",
+    "--path=mixed": "files of text (mixed/a.txt) and of csv (mixed/b.csv)",
+    "--path=two.jsonl": "no column 'text' but a, b: name the texts by --text_column",
+    "--path=split": "has a split train, and split/more.txt in no split",
+    "--path=a.txt --split=train,test": "has the splits all, and --split=train,test",
+    "--path=link": "is a link that leads nowhere",
     "--path=a.txt --val_path=nowhere": "nowhere",
     "--path=a.txt --dataset=wikitext": "choose one of pydocs",
     "--path=a.txt --tokenizer=bpe": "choose one of char",
@@ -428,12 +637,18 @@ def mistaken(tmp_path):
              "nul.txt": b"a\0b" * 9, "broken.gz": b"no gz",
              "short.txt.gz": gzip.compress(os.urandom(99).hex().encode())[:60],
              "broken.parquet": b"PAR1 and no more", "column.jsonl": b'{"content": "x"}\n',
+             "half.jsonl": b'{"text": "ok"}\n{"text": "half \\ud83d"}\n',
+             "two.jsonl": b'{"a": "x", "b": "y"}\n', "latin.csv": b"id,text\n1,\xe9\n",
+             "ragged.csv": b"id,text\n1,a,b\n2,c\n", "mixed/a.txt": b"text",
+             "mixed/b.csv": b"text\nx\n", "split/train.txt": b"text", "split/more.txt": b"text",
              "number.jsonl": b'{"text": 1}\n', "broken.jsonl": b'{"text": "x"}\n{"text"\n',
              "folder/a.txt": b"text", "folder/photo.png": photo}
     for file, content in files.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(content)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/a.txt").symlink_to("gone.txt")
     pyarrow.parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "column.parquet")
     return tmp_path
 
@@ -442,7 +657,7 @@ def test_a_mistake_is_answered_with_one_sentence(mistaken, monkeypatch):
     monkeypatch.chdir(mistaken)
     for args, word in MISTAKES.items():
         given = dict(arg.removeprefix("--").split("=") for arg in args.split())
-        settings = {key: type(getattr(p, key))(value)
+        settings = {key: type(p.DEFAULTS[key])(value)
                     for key, value in {"dataset": "text", **given}.items()}
         with pytest.raises(SystemExit) as stop:
             p.prepare(**settings)
