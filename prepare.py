@@ -154,7 +154,7 @@ SPLIT_WORDS = {"train": ("train", "training"), "validation": ("validation", "val
 ABOUT = re.compile(r"(readme|licen[cs]e|copying|citation|notice|dataset_infos?\.json)", re.I)
 JUNK = {"__macosx", "thumbs.db", "desktop.ini"}
 END = "<|endoftext|>"
-PIECE = 2**20 # characters: longer documents are read and tokenized in pieces
+PIECE = 2**18 # characters: longer documents are read and tokenized in pieces
 SHORT = 60 # characters: python_docs() drops shorter documents, and repeated paragraphs from here on
 
 # -----------------------------------------------------------------------------
@@ -473,7 +473,7 @@ def read_dataset(rows, column, where):
 
 def row_tables(file, form):
     """The rows of a file as tables of pyarrow."""
-    options = {}
+    options = {"chunksize": 2**20} if form == "json" else {} # bytes
     if form == "csv": # texts such as NA stay; a row of more fields than the head is an error
         options = {"keep_default_na": False, "index_col": False}
         options["sep"] = "\t" if ".tsv" in file.name.lower() else ","
@@ -706,7 +706,7 @@ def token_dtype(vocab_size):
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def batches(parts, max_chars=2**22):
+def batches(parts, max_chars=2**20):
     """Lists of (begins, piece); each ends with the one that reaches 4,096 or max_chars."""
     batch, size = [], 0
     for begins, piece in parts:
@@ -723,8 +723,8 @@ def batches(parts, max_chars=2**22):
 
 def write_split(folder, split, read, tokens, meta):
     """Writes the ids of a split to folder/<split>.bin, with tokens.joint between two documents, and
-    their number into meta."""
-    n, dtype = 0, np.dtype(meta["dtype"])
+    their number and hash into meta."""
+    n, dtype, digest = 0, np.dtype(meta["dtype"]), hashlib.sha256()
     with (open(folder / f"{split}.bin", "wb") as f,
           tqdm(desc=split, unit=" tokens", unit_scale=True) as bar):
         for batch in batches(read()):
@@ -739,10 +739,11 @@ def write_split(folder, split, read, tokens, meta):
                     parts.append(tokens.joint)
                 parts.append(ids)
             ids = np.concatenate([np.asarray(part, dtype) for part in parts])
-            f.write(ids.tobytes())
+            f.write(ids)
+            digest.update(ids)
             n += len(ids)
             bar.update(len(ids))
-    meta[f"{split}_tokens"] = n
+    meta |= {f"{split}_tokens": n, f"{split}_sha256": digest.hexdigest()}
 
 
 def prepare_text(folder, settings, ask):
@@ -761,7 +762,6 @@ def prepare_text(folder, settings, ask):
     for split, read in reads.items():
         write_split(folder, split, read, tokens, meta)
         meta[f"{split}_documents"] = documents[split]
-        meta[f"{split}_sha256"] = bytes_hash(np.memmap(folder / f"{split}.bin", mode="r"))
     return meta
 
 # -----------------------------------------------------------------------------

@@ -425,7 +425,7 @@ def test_long_documents_in_pieces_are_the_same_tokens(tokenizer, tmp_path, monke
         read = list(p.read_text(file))
         assert [begins for begins, _ in read].count(True) == 3
         assert "".join(piece for _, piece in read) == "".join(docs)
-        assert size == 2**20 or len(read) > len("".join(docs)) / size / 2
+        assert size > 400 or len(read) > len("".join(docs)) / size / 2
         for found in (read, [piece for doc in docs for piece in p.pieces(doc)]):
             start = [i for i, (begins, _) in enumerate(found) if begins]
             for doc, (i, j) in zip(docs, pairwise([*start, len(found)]), strict=True):
