@@ -146,15 +146,15 @@ class FactorizedReduce(nn.Module):
 def has_imagenet_stem(c):
     """Whether a network begins with ImageNet's stem, which divides the side of an image by 8.
 
-    c.stem: 'imagenet', 'cifar', or '' for the one that leaves the last cells, behind two reductions,
-    with maps closer to the 8 x 8 of CIFAR-10 and the 7 x 7 of ImageNet. Images of 64 pixels would
-    have 16 x 16 or 2 x 2 there, those of 96 pixels 24 x 24 or 3 x 3.
+    c.stem: 'imagenet', 'cifar', or '' for the one whose last maps, after two reductions, are closer
+    to the published 8 x 8 of CIFAR-10 and 7 x 7 of ImageNet. Images of 64 pixels have 16 x 16 or
+    2 x 2 there, and those of 96 pixels 24 x 24 or 3 x 3.
     """
     if c.stem not in ("", "cifar", "imagenet"):
         raise ConfigError(f"stem={c.stem!r} is not one of cifar and imagenet, or '' for imagenet "
                           "from 96 pixels on.")
     if c.stem == "imagenet" and c.img_size < 32:
-        raise ConfigError(f"stem='imagenet' is for images of 32 pixels and more, because it and the "
+        raise ConfigError("stem='imagenet' is for images of 32 pixels and more, because it and the "
                           f"cells divide the side by 32, and img_size={c.img_size}: leave it out, "
                           "or give 'cifar'.")
     return c.stem == "imagenet" or (not c.stem and c.img_size >= 96)
