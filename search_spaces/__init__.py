@@ -82,7 +82,9 @@ def check_recorded(found):
         wrong += [key for key, of in (needed | kinds).items()
                   if not isinstance(found["model"].get(key), (of, list))]
     else:
-        wrong = [key for key, default in space_keys(space).items()
+        keys = {key: default for key, default in space_keys(space).items()
+                if key != "stem" or key in found["model"]} # older searches had none
+        wrong = [key for key, default in keys.items()
                  if key not in found["model"] or not check(found["model"][key], default)[0]]
     return wrong[0] if wrong else None
 

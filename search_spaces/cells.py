@@ -1,4 +1,5 @@
-"""What several spaces share: the operations, edges and nodes of cells, and their genotypes."""
+"""What several spaces share: the operations, edges and nodes of cells, their genotypes, and a stem
+for large images."""
 import re
 
 import torch
@@ -138,6 +139,34 @@ class FactorizedReduce(nn.Module):
     def forward(self, x, r, k=ALL, scale=None):
         odd = F.pad(r, (0, 1, 0, 1))[:, :, 1:, 1:]
         return self.norm(torch.cat((self.conv_1(r), self.conv_2(odd)), 1), None, scale)
+
+# -----------------------------------------------------------------------------
+# the stem for large images
+
+def has_imagenet_stem(c):
+    """Whether a network begins with ImageNet's stem, which divides the side of an image by 8.
+
+    c.stem: 'imagenet', 'cifar', or '' for the one whose last maps, after two reductions, are closer
+    to the published 8 x 8 of CIFAR-10 and 7 x 7 of ImageNet. Images of 64 pixels have 16 x 16 or
+    2 x 2 there, and those of 96 pixels 24 x 24 or 3 x 3.
+    """
+    if c.stem not in ("", "cifar", "imagenet"):
+        raise ConfigError(f"stem={c.stem!r} is not one of cifar and imagenet, or '' for imagenet "
+                          "from 96 pixels on.")
+    if c.stem == "imagenet" and c.img_size < 32:
+        raise ConfigError("stem='imagenet' is for images of 32 pixels and more, because it and the "
+                          f"cells divide the side by 32, and img_size={c.img_size}: leave it out, "
+                          "or give 'cifar'.")
+    return c.stem == "imagenet" or (not c.stem and c.img_size >= 96)
+
+
+def imagenet_stem(i, C):
+    """Three convolutions of stride 2, as two modules: the first makes C channels of an image and a
+    quarter of its side, the second an eighth."""
+    half = -(-C // 2)
+    first = nn.Sequential(Conv2d(i, half, 3, 2), BatchNorm2d(half), nn.ReLU(),
+                          Conv2d(half, C, 3, 2), BatchNorm2d(C))
+    return first, nn.Sequential(nn.ReLU(), Conv2d(C, C, 3, 2), BatchNorm2d(C))
 
 # -----------------------------------------------------------------------------
 # edges and nodes

@@ -7,6 +7,9 @@ each state before it; the next nodes have 3, 4 and 5. `normal` and `reduce` of a
 the 14 edges of a cell, in increasing order of their sources within a node. Each node keeps two of
 its edges; the others are 'none'. A third and two thirds through the network the cell is a
 reduction, which doubles the channels.
+
+Large images pass ImageNet's stem first, as published: three convolutions of stride 2, of which the
+first cell gets the second's output and the third's. It is in the supernet, too.
 """
 import torch
 import torch.nn as nn
@@ -15,17 +18,18 @@ from torch.nn import functional as F
 from configurator import ConfigError, check_range
 from search_spaces.cells import (
     CellNetwork, DilConv, Edge, FactorizedReduce, Pool, ReLUConvBN, SepConv, Skip, from_genotype,
-    nodes, partial, to_genotype,
+    has_imagenet_stem, imagenet_stem, nodes, partial, to_genotype,
 )
 from search_spaces.convs import BatchNorm2d, Conv2d, settings
 from supernet import Linear, sampled
 
 # -----------------------------------------------------------------------------
-init_channels = 16 # of a node in the first third; 36 in the published networks
-n_layer = 8 # cells; 20 in the published networks
+init_channels = 16 # of a node in the first third; published: 36, for ImageNet 48
+n_layer = 8 # cells; published: 20, for ImageNet 14
+stem = '' # before the cells: 'cifar', or 'imagenet' of stride 8; '': imagenet from 96 pixels on
 primitives = ['none', 'max_pool_3x3', 'avg_pool_3x3', 'skip_connect', 'sep_conv_3x3',
               'sep_conv_5x5', 'dil_conv_3x3', 'dil_conv_5x5'] # the operations to choose from
-stem_multiplier = 3 # channels of the stem over init_channels
+stem_multiplier = 3 # channels of the stem over init_channels; published trainings on ImageNet: 1
 entanglement = 'weights' # of 3 x 3 and 5 x 5 convolutions: 'weights', 'outputs' or 'none', see Edge
 group_weight = True # the total of mixed weights is multiplied behind their BatchNorm, see Edge
 partial_channels = 1 # k: an edge's operations are of 1/k of the channels, the others go around them
@@ -55,6 +59,20 @@ GENOTYPES = { # published
         "reduce=[('max_pool_3x3', 0), ('max_pool_3x3', 1), ('skip_connect', 2), "
         "('max_pool_3x3', 1), ('max_pool_3x3', 0), ('skip_connect', 2), "
         "('skip_connect', 2), ('max_pool_3x3', 1)], reduce_concat=[2, 3, 4, 5])",
+    "PC_DARTS_cifar":
+        "Genotype(normal=[('sep_conv_3x3', 1), ('skip_connect', 0), ('sep_conv_3x3', 0), "
+        "('dil_conv_3x3', 1), ('sep_conv_5x5', 0), ('sep_conv_3x3', 1), "
+        "('avg_pool_3x3', 0), ('dil_conv_3x3', 1)], normal_concat=range(2, 6), "
+        "reduce=[('sep_conv_5x5', 1), ('max_pool_3x3', 0), ('sep_conv_5x5', 1), "
+        "('sep_conv_5x5', 2), ('sep_conv_3x3', 0), ('sep_conv_3x3', 3), "
+        "('sep_conv_3x3', 1), ('sep_conv_3x3', 2)], reduce_concat=range(2, 6))",
+    "PC_DARTS_image":
+        "Genotype(normal=[('skip_connect', 1), ('sep_conv_3x3', 0), ('sep_conv_3x3', 0), "
+        "('skip_connect', 1), ('sep_conv_3x3', 1), ('sep_conv_3x3', 3), "
+        "('sep_conv_3x3', 1), ('dil_conv_5x5', 4)], normal_concat=range(2, 6), "
+        "reduce=[('sep_conv_3x3', 0), ('skip_connect', 1), ('dil_conv_5x5', 2), "
+        "('max_pool_3x3', 1), ('sep_conv_3x3', 2), ('sep_conv_3x3', 1), "
+        "('sep_conv_5x5', 0), ('sep_conv_3x3', 3)], reduce_concat=range(2, 6))",
 }
 
 
@@ -96,18 +114,21 @@ class Cell(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """ReLU, a pool, two convolutions and a classifier."""
-    def __init__(self, C, num_classes):
+    """ReLU, a pool, two convolutions and a classifier. `imagenet`: as published for ImageNet, where
+    the pool has another stride, and no norm follows the second convolution."""
+    def __init__(self, C, num_classes, imagenet):
         super().__init__()
+        self.stride = 2 if imagenet else 3
         self.conv_1, self.norm_1 = Conv2d(C, 128, 1), BatchNorm2d(128)
-        self.conv_2, self.norm_2 = Conv2d(128, 768, 2, padding=0), BatchNorm2d(768)
+        self.conv_2 = Conv2d(128, 768, 2, padding=0)
+        self.norm_2 = nn.Identity() if imagenet else BatchNorm2d(768)
         self.classifier = Linear(768, num_classes)
 
     def forward(self, x):
-        x = F.avg_pool2d(F.relu(x), 5, 3)
+        x = F.avg_pool2d(F.relu(x), 5, self.stride) # 2 x 2 are left of 224 x 224 and of 32 x 32
         x = F.relu(self.norm_1(self.conv_1(x)))
         x = F.relu(self.norm_2(self.conv_2(x)))
-        return self.classifier(x.mean((2, 3))) # of 32 x 32 images this is the only one
+        return self.classifier(x.mean((2, 3))) # of 1 x 1
 
 
 class DARTS(CellNetwork):
@@ -128,9 +149,15 @@ class DARTS(CellNetwork):
         if "none" not in c.primitives or len(c.primitives) < 2:
             raise ConfigError(f"primitives={list(c.primitives)} of darts must have 'none', for "
                               "edges that are not used, and another.")
-        C, size, halve = c.init_channels, c.img_size, False
+        C, size, imagenet = c.init_channels, c.img_size, has_imagenet_stem(c)
         i = [c.stem_multiplier * C] * 2 # channels of both inputs
-        self.stem = nn.Sequential(Conv2d(c.in_channels, i[0], 3), BatchNorm2d(i[0]))
+        halve = imagenet # the stem has a stride between its two outputs
+        if imagenet:
+            size = -(-size // 8)
+            self.stem, self.stem_1 = imagenet_stem(c.in_channels, i[0])
+        else:
+            self.stem = nn.Sequential(Conv2d(c.in_channels, i[0], 3), BatchNorm2d(i[0]))
+            self.stem_1 = nn.Identity()
         self.cells, self.auxiliary = nn.ModuleList(), None
         self.fork = 2 * c.n_layer // 3 # the second reduction, behind which the auxiliary head is
         for n in range(c.n_layer):
@@ -140,11 +167,13 @@ class DARTS(CellNetwork):
             self.cells.append(Cell(name, i, C, halve, rows[name], c))
             i, halve = [i[1], 4 * C], name == "reduce"
             if n == self.fork and c.auxiliary:
-                if size < 8:
+                least = 7 if imagenet else 8
+                if size < least:
                     raise ConfigError(
                         f"auxiliary={c.auxiliary} needs larger images, or 0: its classifier pools "
-                        f"at least 8 x 8 pixels, and img_size={c.img_size} leaves {size} x {size}.")
-                self.auxiliary = AuxiliaryHead(4 * C, c.num_classes)
+                        f"at least {least} x {least} pixels, and img_size={c.img_size} leaves "
+                        f"{size} x {size}.")
+                self.auxiliary = AuxiliaryHead(4 * C, c.num_classes, imagenet)
         self.classifier = Linear(4 * C, c.num_classes)
 
     def forward(self, x, targets=None, arch=None):
@@ -152,7 +181,8 @@ class DARTS(CellNetwork):
         now, loss = sampled(self, arch), 0.0
         alone = self.training and not self.choices
         drop = self.config.drop_path * self.progress if alone else 0.0
-        x_0 = x_1 = self.stem(x)
+        x_0 = self.stem(x)
+        x_1 = self.stem_1(x_0)
         for n, cell in enumerate(self.cells):
             x_0, x_1 = x_1, cell(x_0, x_1, now[cell.name], drop)
             if n == self.fork and self.auxiliary is not None and alone and targets is not None:

@@ -5,6 +5,9 @@ architectures.
 The cell is used 3 * n_cell times, with a residual block of stride 2 after each third but the last.
 The rows of an architecture's `cell` are the edges 1<-0, 2<-0, 2<-1, 3<-0, 3<-1, 3<-2, as in its
 genotype |op~0|+|op~0|op~1|+|op~0|op~1|op~2|.
+
+Large images pass ImageNet's stem of DARTS first. The benchmark has no such networks, so nothing
+published says how well they do.
 """
 import functools
 import itertools
@@ -15,13 +18,16 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import ConfigError, check_range
-from search_spaces.cells import CellNetwork, Edge, Pool, ReLUConvBN, Skip, nodes, partial
+from search_spaces.cells import (
+    CellNetwork, Edge, Pool, ReLUConvBN, Skip, has_imagenet_stem, imagenet_stem, nodes, partial,
+)
 from search_spaces.convs import BatchNorm2d, Conv2d, settings, with_loss
 from supernet import Choice, Linear, check_arch, sampled
 
 # -----------------------------------------------------------------------------
 init_channels = 16 # of the first third of the cells; doubled twice
 n_cell = 5 # cells a third
+stem = '' # before the cells: 'cifar', or 'imagenet' of stride 8; '': imagenet from 96 pixels on
 primitives = ['none', 'skip_connect', 'nor_conv_1x1', 'nor_conv_3x3',
               'avg_pool_3x3'] # the operations to choose from
 entanglement = 'weights' # of 1 x 1 and 3 x 3 convolutions: 'weights', 'outputs' or 'none', see Edge
@@ -75,7 +81,10 @@ class NB201(CellNetwork):
             raise ConfigError("primitives=['none'] of nb201 must have another operation, or "
                               "nothing reaches the output.")
         C = c.init_channels
-        self.stem = nn.Sequential(Conv2d(c.in_channels, C, 3), BatchNorm2d(C))
+        if has_imagenet_stem(c):
+            self.stem = nn.Sequential(*imagenet_stem(c.in_channels, C))
+        else:
+            self.stem = nn.Sequential(Conv2d(c.in_channels, C, 3), BatchNorm2d(C))
         cells = []
         for third in range(3):
             cells += [Cell(C << third, rows, c) for _ in range(c.n_cell)]

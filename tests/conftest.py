@@ -33,7 +33,7 @@ NOT_OF_PAIRS = ("dataset", "bn_batches", "repeated_augmentation") # of images wi
 TINY_SPACES = {
     "autoformer": TINY_SPACE | dict(patch_size=2, head_size=4, rel_pos_clip=2),
     "darts": dict(init_channels=4, n_layer=3, primitives=["none", "skip_connect", "sep_conv_3x3",
-                                                          "sep_conv_5x5"], auxiliary=0.0),
+                                                          "sep_conv_5x5"], auxiliary=0.0, stem=""),
     "mobilenetv3": dict(depth=[1, 2], kernel_size=[3, 5], expand=[2, 3], stem_channels=8,
                         stem_stride=1, widths=[8, 16], strides=[2, 1],
                         se=[0, 1], hswish=[0, 1], last_channels=16, mix_channels=16),

@@ -284,7 +284,8 @@ def test_config_keys_are_real_and_its_network_builds(path):
         assert config["table"] == f"assets/{name}.csv"
     else:
         assert config["out_dir"] == f"out/{stem}"
-    size, channels = {"digits": (8, 1), "fashion_mnist": (28, 1)}.get(config["dataset"], (32, 3))
+    sizes = {"digits": (8, 1), "fashion_mnist": (28, 1), "imagenet": (224, 3)}
+    size, channels = sizes.get(config["dataset"], (32, 3))
     facts = {"vocab_size": 50304, "img_size": size, "in_channels": channels, "num_classes": 10}
     if kind != "base" or space != "gpt":
         with torch.device("meta"):

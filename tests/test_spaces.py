@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from configurator import ConfigError, defaults
 from optim_nas import METHODS, uniform
 from search_spaces import darts, nb201, toy_cell
-from search_spaces.cells import Edge, FactorizedReduce, ReLUConvBN, Skip, nodes, widen
-from search_spaces.convs import Conv2d, ENTANGLEMENTS, drop_path, measure_norms
+from search_spaces.cells import (DilConv, Edge, FactorizedReduce, Pool, ReLUConvBN, SepConv, Skip,
+                                 nodes, widen)
+from search_spaces.convs import BatchNorm2d, Conv2d, ENTANGLEMENTS, drop_path, measure_norms
 from supernet import ALL, Sampled, check_arch, extremes, one_hot, straight_through_arch
 
 SPACES = {"nb201": dict(init_channels=4, n_cell=1), "toy_cell": dict(init_channels=4),
@@ -41,6 +42,8 @@ CASES = [(name, entanglement) for name in SPACES for entanglement in entanglemen
 PARTIAL = {"nb201": dict(init_channels=4, n_cell=1, partial_channels=2),
            "darts": dict(init_channels=8, n_layer=3, partial_channels=4)}
 CELLS = [name for name in SPACES if len(entanglements(name)) > 1]
+STEMS = {"nb201": dict(stem="imagenet", img_size=33),
+         "darts": dict(stem="imagenet", img_size=33, stem_multiplier=1)}
 
 
 def generator(seed=0):
@@ -65,9 +68,9 @@ def make(name, **rest):
     return net
 
 
-def batch(B=6, seed=0):
+def batch(B=6, seed=0, side=TINY["img_size"]):
     c = TINY
-    x = torch.randn(B, c["in_channels"], c["img_size"], c["img_size"], generator=generator(seed))
+    x = torch.randn(B, c["in_channels"], side, side, generator=generator(seed))
     return x, torch.randint(c["num_classes"], (B,), generator=generator(seed))
 
 
@@ -120,6 +123,32 @@ def test_law_of_exactness_of_partial_channels(name):
     """Also 'none' leaves the way around an edge."""
     net = make(name, **PARTIAL[name])
     check_law(net, [uniform(net.choices, generator()), extremes(net.choices)[0]])
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_laws_of_imagenets_stem(name):
+    """Exactness and costs, also of a side that 2 does not divide."""
+    net = make(name, **STEMS[name])
+    archs = [uniform(net.choices, generator()), extremes(net.choices)[1]]
+    check_law(net, archs, functools.partial(batch, side=33))
+    for arch in archs:
+        cost = net.cost(arch)
+        assert cost == net.extract(arch).cost()
+        assert {key: value.item() for key, value in net.cost(weights_of(net, arch)).items()} == cost
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_the_stem_follows_the_size_of_the_images(name):
+    """From 96 pixels on the maps of the cells are an eighth, unless the key says otherwise."""
+    for side, stem, stride in ((32, "", 1), (95, "", 1), (96, "", 8), (224, "", 8),
+                               (224, "cifar", 1), (32, "imagenet", 8)):
+        net, sides = make(name, img_size=side, stem=stem).eval(), []
+        net.cells[0].edges[-1].register_forward_hook(
+            lambda module, args, y, sides=sides: sides.append(y.shape[-1]))
+        net.run(extremes(net.choices)[1])
+        # the first of 3 cells of darts is a normal one
+        assert sides == [-(-side // stride)], (side, stem)
+        assert net.config.stem == stem # another data set may have other images
 
 
 def check_law(net, archs, batch=batch):
@@ -379,7 +408,13 @@ V1 = darts.GENOTYPES["DARTS_V1"]
     (lambda: FactorizedReduce(3, 3), "its 3 channels in two halves: choose an even number"),
     (lambda: darts.build({"auxiliary": 0.4, "img_size": 28, "init_channels": 4, "n_layer": 3},
                          darts.arch_of("DARTS_V1")),
-     "img_size=28 leaves 7 x 7"),
+     "at least 8 x 8 pixels, and img_size=28 leaves 7 x 7"),
+    (lambda: darts.build({"auxiliary": 0.4, "img_size": 192, "init_channels": 4, "n_layer": 3},
+                         darts.arch_of("DARTS_V1")),
+     "at least 7 x 7 pixels, and img_size=192 leaves 6 x 6"),
+    (lambda: make("nb201", stem="resnet"), "stem='resnet' is not one of cifar and imagenet, or ''"),
+    (lambda: make("darts", stem="imagenet", img_size=31),
+     "stem='imagenet' is for images of 32 pixels and more, .* and img_size=31: leave it out"),
     *((functools.partial(make, name, **{key: value}), f"^{key}={value} must be {allowed}.$")
       for name, key, value, allowed in (
 ("darts", "init_channels", 0, "1 or more"), ("darts", "n_layer", 2, "3 or more"),
@@ -396,6 +431,10 @@ def test_errors_are_one_sentence(call, message):
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
 
 
+IMAGENET = dict(img_size=224, num_classes=1000, init_channels=48, n_layer=14, pool_norm=False,
+                stem_multiplier=1)
+
+
 @pytest.mark.parametrize("build, config, arch, params", [
     (toy_cell.build, dict(entanglement="weights"), None, 239_146),
     (toy_cell.build, dict(entanglement="none"), None, 304_810),
@@ -409,6 +448,14 @@ def test_errors_are_one_sentence(call, message):
      3_169_414),
     (darts.build, dict(init_channels=36, n_layer=20, pool_norm=False), darts.arch_of("DARTS_V2"),
      3_349_342),
+    # as the official code prints it: 4.719 M
+    (darts.build, IMAGENET, darts.arch_of("DARTS_V2"), 4_718_752),
+    # its second classifier by hand, without a norm behind the second convolution
+    (darts.build, IMAGENET | dict(auxiliary=0.4), darts.arch_of("DARTS_V2"),
+     4_718_752 + 768 * 128 + 2 * 128 + 4 * 128 * 768 + 768 * 1000 + 1000),
+    # PC-DARTS' supernet on ImageNet, in a published log: 0.956512 M
+    (darts.build, dict(img_size=224, num_classes=1000, affine=False, entanglement="none",
+                       partial_channels=2), None, 956_512),
     (toy_cell.build, {}, toy_cell.arch_of(TOY.format(*["dil_conv_3x3"] * 6)), 176_938),
     (toy_cell.build, {}, toy_cell.arch_of(TOY.format(*["sep_conv_5x5"] * 6)), 211_114)])
 def test_published_parameter_counts(build, config, arch, params):
@@ -429,6 +476,24 @@ def test_published_costs_of_nb201(ops, params, mflops):
     cost = nb201.build({}, nb201.arch_of(NB201.format(*ops.split()))).cost()
     assert cost["params"] == params
     assert mflops is None or cost["flops"] / 2e6 == pytest.approx(mflops, abs=1e-3)
+
+
+@pytest.mark.parametrize("name, published", [("DARTS_V2", 544.59), ("PC_DARTS_cifar", 586),
+                                             ("PC_DARTS_image", 597)])
+def test_published_multiply_adds_on_imagenet(name, published):
+    """In millions: besides the products 2 for each value of a norm, and 1 for each that a ReLU or a
+    pool takes. 544.59 is what others measured of DARTS' code; its paper says 574, which would be
+    the products with 50 channels, the default there."""
+    torch.set_default_dtype(torch.float32)
+    net, others = darts.build(IMAGENET, darts.arch_of(name)).eval(), [7 * 7 * 768] # the last mean
+    for module in net.modules():
+        if type(module) in (Pool, torch.nn.ReLU, ReLUConvBN, FactorizedReduce, DilConv, SepConv):
+            module.register_forward_pre_hook(lambda module, args: others.append(args[0].numel()))
+        if type(module) in (BatchNorm2d, SepConv): # which has a ReLU within
+            n = 1 + (type(module) is BatchNorm2d)
+            module.register_forward_hook(lambda module, args, y, n=n: others.append(n * y.numel()))
+    products = net.cost()["flops"] / 2
+    assert (products + sum(others)) / 1e6 == pytest.approx(published, abs=0.5)
 
 
 # -----------------------------------------------------------------------------
@@ -464,12 +529,18 @@ def test_drop_path_rises_with_progress_and_is_for_training_alone():
     assert torch.equal(run(net.eval(), x)[0], run(plain.eval(), x)[0])
 
 
-def test_the_auxiliary_head_counts_in_training_alone():
-    arch, (x, y) = darts.arch_of("DARTS_V2"), (torch.randn(4, 3, 32, 32),
+@pytest.mark.parametrize("side", [32, 224])
+def test_the_auxiliary_head_counts_in_training_alone(side):
+    """Of both sizes its pool leaves 2 x 2."""
+    arch, (x, y) = darts.arch_of("DARTS_V2"), (torch.randn(4, 3, side, side),
                                                torch.tensor([0, 1, 2, 3]))
     torch.manual_seed(0)
-    net = darts.build(dict(init_channels=4, n_layer=3, auxiliary=0.4), arch)
-    without = darts.build(dict(init_channels=4, n_layer=3), arch)
+    sizes = dict(init_channels=4, n_layer=3, img_size=side)
+    net = darts.build(sizes | dict(auxiliary=0.4), arch)
+    without = darts.build(sizes, arch)
+    shapes = []
+    net.auxiliary.conv_1.register_forward_hook(
+        lambda module, args, y: shapes.append(y.shape))
     without.load_state_dict({name: t for name, t in net.state_dict().items()
                              if not name.startswith("auxiliary")})
     assert net.cost() == without.cost()
@@ -481,8 +552,8 @@ def test_the_auxiliary_head_counts_in_training_alone():
     assert all(g.any() for g in torch.autograd.grad(loss, list(net.auxiliary.parameters())))
     for a, b in zip(net.eval()(x, y), without.eval()(x, y), strict=True):
         close(a, b)
-    assert len(head) == 1
-    supernet = darts.build(dict(init_channels=4, n_layer=3, auxiliary=0.4))
+    assert len(head) == 1 and shapes == [(4, 128, 2, 2)]
+    supernet = darts.build(sizes | dict(auxiliary=0.4))
     assert supernet.auxiliary is None and supernet.extract(arch).auxiliary is None
 
 

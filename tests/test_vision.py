@@ -139,6 +139,37 @@ def test_a_genotype_is_trained(digits_dir, tmp_path):
     assert read_json(tmp_path / "b/result.json")["arch"] == {"cell": cell}
 
 
+@pytest.fixture(scope="module")
+def large_images(tmp_path_factory):
+    """Digits of 96 x 96."""
+    folder = tmp_path_factory.mktemp("large")
+    prepare(dataset="digits", data_dir=str(folder), img_size=96)
+    return str(folder)
+
+
+@pytest.mark.parametrize("space", ["darts", "nb201"])
+def test_large_images_pass_imagenets_stem(space, large_images, digits_dir, tmp_path):
+    """Without a word, from the search to the export; what was found there has the other stem on
+    small images. Its file of before there were stems is whole."""
+    train_search.search(search_config(space, large_images, tmp_path / "s"))
+    found = read_json(tmp_path / "s/arch.json")
+    for data_dir in (large_images, digits_dir):
+        script("train_base.py", f"--arch={tmp_path}/s/arch.json", f"--data_dir={data_dir}",
+               f"--out_dir={tmp_path}/b", "--overwrite=True", *flags(TINY_IMAGES))
+        checkpoint = torch.load(tmp_path / "b/best.pt", weights_only=True)
+        net = build(checkpoint["config"], checkpoint["arch"])
+        net.load_state_dict(checkpoint["model"])
+        strides = [m.stride[0] for m in net.stem.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert set(strides) == {2 if data_dir == large_images else 1}
+        if data_dir == large_images:
+            assert net.cost() == found["cost"] and checkpoint["config"]["stem"] == ""
+            if space == "nb201": # whose export is short
+                script("export.py", f"--out_dir={tmp_path}/b")
+            del found["model"]["stem"]
+            (tmp_path / "old.json").write_text(json.dumps(found))
+            assert train_base.read_arch(f"{tmp_path}/old.json", "")["arch"] == found["arch"]
+
+
 @pytest.mark.parametrize("space", TINY_SPACES)
 @pytest.mark.parametrize("name", ["train", "train_search", "train_base"])
 def test_help_of_a_space_lists_its_keys(name, space):
