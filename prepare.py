@@ -467,7 +467,12 @@ def read_rows(tables, column, where):
 
 def read_dataset(rows, column, where):
     """The documents of a Dataset, and an empty one after the last."""
-    yield from read_rows(rows.to_iterable_dataset().with_format("arrow").iter(256), column, where)
+    try:
+        tables = rows.to_iterable_dataset().with_format("arrow").iter(256)
+        yield from read_rows(tables, column, where)
+    except Exception as error: # of any kind, for its files may be damaged
+        raise SystemExit(f"{where} cannot be read ({first_line(error)}): take an undamaged "
+                         "copy") from None
     yield True, ""
 
 
@@ -778,13 +783,15 @@ def as_image(data):
 
 def with_image(data, function):
     """function(image) of an image, which stands upright. ValueError if it cannot be read."""
-    from PIL import ImageOps
+    from PIL import ImageOps, UnidentifiedImageError
     try:
         with as_image(data) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
             ImageOps.exif_transpose(image, in_place=True)
             return function(image)
+    except UnidentifiedImageError: # whose message names an object in memory
+        raise ValueError("no image that Pillow reads") from None
     except Exception as error: # of any kind: Pillow's decoders raise many
         raise ValueError(first_line(error)) from None
 
@@ -1213,7 +1220,8 @@ def read_pictures(path, left_out):
     else:
         found, why = list_files(path)
         left_out |= why
-        files = {f.relative_to(path) if f != Path(path) else f: f.read_bytes for f in found}
+        files = {f.relative_to(path) if f != Path(path) else Path(f.name): f.read_bytes
+                 for f in found}
     kept = leave_out(list(files), left_out, "about the data", is_about)
     if other := [name for name in kept if not is_image(name)]:
         raise SystemExit(f"{path} holds {some(other)}, which are no images "
