@@ -50,6 +50,9 @@ def configure(namespace, argv=None, list_hint=""):
     and leaves namespace as it was. Rank 0 prints one line a change.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): # a console that lacks a character shows its number
+            stream.reconfigure(errors="backslashreplace")
     if "--help" in argv or "-h" in argv:
         print(usage(namespace))
         raise SystemExit(0)
@@ -85,6 +88,8 @@ def checked(key, value, first, where, is_file, list_hint):
         return type(default)(value)
     if is_str(value) and not is_str(default): # one word of a list of words
         return type(default)([value])
+    if is_str(value) and value.startswith("~/"): # a shell leaves it in --path=~/texts
+        return os.path.expanduser(value)
     return float(value) if type(default) is float else value
 
 

@@ -429,7 +429,7 @@ def char_json(chars):
     """A vocabulary of characters as a Tokenizer of tokenizers."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     found = Tokenizer(models.WordLevel({c: i for i, c in enumerate(chars)}))
-    found.pre_tokenizer = pre_tokenizers.Split(Regex(r"(?s:.)"), "isolated")
+    found.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     found.decoder = decoders.Fuse()
     return found
 
@@ -442,6 +442,7 @@ def tokenizer_files(trained):
         return {"tokenizer.model": (folder / trained.dataset / "tokenizer.model").read_bytes()}
     if meta["tokenizer"] in ("char", "gpt2"):
         found = char_json(meta["chars"]) if meta["chars"] else gpt2_json()
+        found.encode_special_tokens = True # a text may speak of them
         text = meta["chars"] or Path(__file__).read_text(encoding="utf-8")
         own = load_codec(trained.data_dir, trained.dataset).encode([text])[0].tolist()
         assert found.encode(text, add_special_tokens=False).ids == own, "another tokenizer"
@@ -521,6 +522,7 @@ def export(config):
         raise SystemExit(f"{path} was not written: its outputs would differ from the network's by "
                          f"{off:.1e} of the largest, and {TOLERANCE} is allowed: "
                          "try another --format.")
+    size = sum(map(len, files.values())) / 1e6
     if tokens:
         try:
             inside = "huggingface/" if config.format == "huggingface" else ""
@@ -529,7 +531,6 @@ def export(config):
             print(f"without a tokenizer: {e}")
     for name, data in files.items():
         save(os.path.join(config.out_dir, name), data)
-    size = sum(map(len, files.values())) / 1e6
     print(f"{path}: {size:,.2f} MB, outputs within {off:.1e} of the network's, relative to the "
           f"largest, on {len(batches)} random batches")
     return path, off

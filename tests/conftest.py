@@ -16,6 +16,7 @@ import fused_ops
 from prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("NAS_DATA") or ROOT.parent / "shared/data") # small real data
 TINY = dict(device="cpu", compile=False, batch_size=4, block_size=16, gradient_accumulation_steps=1,
             max_iters=4, eval_interval=2,
             eval_iters=2, log_interval=1, warmup_iters=1)
@@ -141,6 +142,19 @@ def digits_dir(tmp_path_factory):
     for name in ("digits", "sr_samples"):
         prepare(dataset=name, data_dir=str(folder))
     return str(folder)
+
+
+@pytest.fixture
+def gpt2(tmp_path, monkeypatch):
+    if (SHARED / "tiktoken").is_dir(): # a copy: tiktoken deletes a file that it takes for damaged
+        shutil.copytree(SHARED / "tiktoken", tmp_path / "tiktoken", copy_function=shutil.copyfile)
+        (tmp_path / "tiktoken").chmod(0o700)
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    import tiktoken
+    try:
+        tiktoken.get_encoding("gpt2")
+    except OSError:
+        pytest.skip("GPT-2's vocabulary is neither in a cache nor on the network")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import onnxruntime
 import pytest
+import sentencepiece
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -17,10 +18,12 @@ from safetensors import safe_open
 from test_train import train_config
 from test_vision import search_config, space_config
 
+import data
 import export
 import sample
 import train
 from optim_nas import uniform
+from prepare import prepare
 from run import rng
 from search_spaces import build
 import run as runs
@@ -79,8 +82,8 @@ def load(path):
 def saved(out, arch=None, **sizes):
     """(A GPT, its config): its random weights and biases are far from zero, and are in out as if it
     had been trained there."""
-    default = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=17, bias=True)
-    config = train_config("data", out, **default | sizes)
+    default = dict(n_layer=2, n_head=2, n_embd=8, vocab_size=17, bias=True, data_dir="data")
+    config = train_config(out_dir=out, **default | sizes)
     net, generator = build(config, arch).eval(), rng("weights")
     with torch.no_grad():
         for p in net.parameters():
@@ -307,6 +310,38 @@ def test_transformers_loads_llama(arch, change, tmp_path, transformers):
     assert not any(info.values()) and not list(Path(path).glob("*.py"))
     assert_same(lambda x: model(x).logits.detach(), net, config)
     assert_generates_the_same(model, net)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2", "hf", "sentencepiece"])
+def test_the_tokenizer_comes_with_every_export(tokenizer, tmp_path, transformers, request):
+    """As transformers finds it, it gives the ids of the data set, and the text back."""
+    text = "Two  spaces, I'll say\n\n<|endoftext|> and é 漢字.\n" * 9
+    (tmp_path / "a.txt").write_text(text)
+    given, sizes = tokenizer, {}
+    if tokenizer in ("gpt2", "hf"):
+        request.getfixturevalue("gpt2")
+    if tokenizer == "hf":
+        (tmp_path / "gpt2.json").write_text(export.gpt2_json().to_str())
+        given = f"hf:{tmp_path}/gpt2.json"
+    if tokenizer == "sentencepiece":
+        sizes = dict(vocab_size=320)
+    meta = prepare("text", str(tmp_path / "a.txt"), data_dir=tmp_path, tokenizer=given, **sizes)
+    saved(tmp_path, data_dir=str(tmp_path), dataset="text", vocab_size=meta["vocab_size"])
+    path, _ = export.export(options(tmp_path, "huggingface"))
+    export.export(options(tmp_path, "safetensors"))
+    own, kind = data.load_codec(tmp_path, "text"), "json"
+    ids = list(map(int, own.encode([text])[0]))
+    if tokenizer == "sentencepiece":
+        kind = "model"
+        found = sentencepiece.SentencePieceProcessor(f"{path}/tokenizer.model").encode(text)
+    else:
+        loaded = transformers.AutoTokenizer.from_pretrained(path)
+        found = loaded(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert loaded.decode(ids) == text
+        assert loaded.eos_token_id == own.eot
+    assert found == ids
+    files = [(folder / f"tokenizer.{kind}").read_bytes() for folder in (tmp_path, Path(path))]
+    assert files[0] == files[1]
 
 
 def assert_generates_the_same(model, net):

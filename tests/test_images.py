@@ -3,7 +3,6 @@ generator and index alone."""
 
 import gzip
 import io
-import os
 import re
 import runpy
 import struct
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fails, killed_in, succeeds
+from conftest import ROOT, SHARED, fails, killed_in, succeeds
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -23,7 +22,6 @@ import data
 import prepare as p
 import run as runs
 
-SHARED = Path(os.environ.get("NAS_DATA") or ROOT.parent / "shared/data")
 CIFAR = SHARED / "cifar10/cifar10_jpeg_full.npz"
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 

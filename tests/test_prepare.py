@@ -6,7 +6,6 @@ import json
 import lzma
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import killed_in
+from conftest import SHARED, killed_in
 
 import bench
 import data
@@ -26,7 +25,6 @@ import export
 import prepare as p
 
 SCRIPT = Path(p.__file__)
-SHARED = Path(os.environ.get("NAS_DATA") or Path(__file__).resolve().parents[2] / "shared/data")
 needs_data = pytest.mark.skipif(not (SHARED / "text").is_dir(),
                                 reason=f"no small real data in {SHARED} (set NAS_DATA)")
 STORY = "Two  spaces,\ta tab;\n\n\n    four spaces, é 漢字 😀 and the end. \n"
@@ -63,19 +61,6 @@ def pydocs(tmp_path_factory):
     done = run(folder)
     assert done.returncode == 0, done.stderr
     return folder / "data", done.stdout
-
-
-@pytest.fixture
-def gpt2(tmp_path, monkeypatch):
-    if (SHARED / "tiktoken").is_dir(): # a copy: tiktoken deletes a file that it takes for damaged
-        shutil.copytree(SHARED / "tiktoken", tmp_path / "tiktoken", copy_function=shutil.copyfile)
-        (tmp_path / "tiktoken").chmod(0o700)
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
-    import tiktoken
-    try:
-        tiktoken.get_encoding("gpt2")
-    except OSError:
-        pytest.skip("GPT-2's vocabulary is neither in a cache nor on the network")
 
 
 # ---- pydocs and this_python
