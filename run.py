@@ -4,7 +4,8 @@ What every run shares: files, out_dir, processes, checkpoints, resume, signals a
 A run is described by its config, a SimpleNamespace of the script's keys. It lives in
 config.out_dir: run.json says what was started, log.jsonl has one object a printed line, ckpt.pt is
 the newest state and ckpt.prev.pt the one before it. Every file is written under a temporary name
-and renamed, so it is there whole or not at all. Knows nothing of networks or data.
+and renamed, so it is there whole or not at all. run.lock is empty, and locked while a run lasts.
+Knows nothing of networks or data.
 """
 import contextlib
 import hashlib
