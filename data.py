@@ -11,7 +11,8 @@ Each kind offers the same names:
     test_name, default_dataset             words of the result's line; a set that needs no network
     load(config) -> {"train", "val"}, facts     facts: what the network must know of the data
     data.part(start, stop)                 a view of a part
-    data.check(config, name)               SystemExit unless it holds a batch
+    data.check(config, name)               SystemExit unless it holds a batch; of "val" and "test",
+                                           which are only evaluated, unless it holds anything
     data.batch(config, name, step, micro, device) -> x, y      the arguments alone decide which
     data.n_eval_batches(config), data.eval_batch(config, name, i, device) -> x, y
     data.sweep(config, device)             yields x, y: everything once, in order
@@ -453,7 +454,12 @@ class Images:
         return replace(self, pixels=self.pixels[start:stop], labels=self.labels[start:stop])
 
     def check(self, config, name):
-        batch_indices(len(self), config.batch_size, 0)
+        needed = 1 if name in ("val", "test") else config.batch_size
+        if len(self) < needed:
+            fix = f"choose --batch_size={len(self)} or less" if len(self) else (
+                "prepare more images, or change the portions of the splits")
+            raise SystemExit(f"The {name} split of {config.dataset} has {len(self):,} images and "
+                             f"needs {needed:,} for batch_size={config.batch_size}: {fix}.")
 
     def batch(self, config, name, step, micro=0, device="cpu", augment=True):
         """Images in random order; those of the train split are cropped, flipped and cut out, and
@@ -824,10 +830,11 @@ class Pairs:
         least = min(self.shapes.min(1).tolist(), default=0)
         needed = 3 if name in ("val", "test") else config.patch # PSNR leaves out one pixel a side
         if least < needed:
+            smaller = f"patch={config.patch}: choose a smaller patch, or "
             raise SystemExit(f"The {name} split of {config.dataset} has {len(self)} images or "
-                             f"regions, the smallest of {least} pixels, and patch={config.patch}: "
-                             "choose a smaller patch, or prepare more images, or larger regions "
-                             "by --img_size.")
+                             f"regions, the smallest of {least} pixels, and "
+                             f"{smaller if needed > 3 else f'{needed} are needed: '}prepare more "
+                             "images, or larger regions by --img_size.")
 
     def batch(self, config, name, step, micro=0, device="cpu", augment=True):
         """Crops at random places."""

@@ -261,6 +261,7 @@ def load_supernet(config, shard):
             train_supernet(net, train_tokens, config, run)
             save(config, run, "supernet.pt", net)
             os.replace(os.path.join(config.out_dir, "supernet.pt"), path)
+            run.lock = None # closed: NFS keeps a folder with an open file
             shutil.rmtree(config.out_dir)
     load_model(net, load_checkpoint(path, run.device), path)
     config.batch_size = 64 # of evaluations

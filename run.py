@@ -4,7 +4,8 @@ What every run shares: files, out_dir, processes, checkpoints, resume, signals a
 A run is described by its config, a SimpleNamespace of the script's keys. It lives in
 config.out_dir: run.json says what was started, log.jsonl has one object a printed line, ckpt.pt is
 the newest state and ckpt.prev.pt the one before it. Every file is written under a temporary name
-and renamed, so it is there whole or not at all. Knows nothing of networks or data.
+and renamed, so it is there whole or not at all. run.lock is empty, and locked while a run lasts.
+Knows nothing of networks or data.
 """
 import contextlib
 import hashlib
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,12 +31,18 @@ from tqdm import tqdm
 
 from configurator import ConfigError, as_list
 
+try:
+    import fcntl
+except ImportError: # Windows has no such locks
+    fcntl = None
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGS = ("log.jsonl", "arch_traj.jsonl") # a checkpoint remembers how long they were
 RUN_FILES = (*LOGS, "arch_search.jsonl", "pareto.json", "arch.json", "result.json",
              "ckpt.pt", "ckpt.prev.pt", "best.pt")
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12,
               "V100": 112e12} # dense 16 bit, a second
+LOCKS = weakref.WeakValueDictionary() # of this process: {path: the open file that is locked}
 
 # -----------------------------------------------------------------------------
 # randomness
@@ -67,6 +75,12 @@ def atomic_write(path, save):
     finally:
         with contextlib.suppress(OSError): # after the rename there is none
             os.remove(tmp)
+
+
+def atomic_copy(path, target):
+    """Makes target a copy of the file at path, whole or not at all."""
+    with open(path, "rb") as source:
+        atomic_write(target, lambda f: shutil.copyfileobj(source, f))
 
 
 def add_checksum(data):
@@ -161,6 +175,7 @@ class Run:
     scaler: object
     control: object # process group of the CPUs: no GPU waits for a flag
     signal: int = 0
+    lock: object = None # of out_dir, as long as this Run is in use
 
     @property
     def master(self):
@@ -195,7 +210,9 @@ def setup(config):
         amp = torch.amp.autocast(device_type, DTYPES[dtype])
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
     run = Run(rank, world, device, device_type, dtype, amp, scaler, control)
-    check_resumable(config, run)
+    check_resumable(config)
+    if world > 1:
+        dist.barrier() # every rank has looked before rank 0 writes
     return run
 
 
@@ -263,7 +280,7 @@ def original_init_from(config):
     return read_json(os.path.join(config.out_dir, "run.json"))["config"]["init_from"]
 
 
-def check_resumable(config, run):
+def check_resumable(config):
     """SystemExit if out_dir holds a run that would be lost, or none to resume."""
     held = os.path.exists(os.path.join(config.out_dir, "run.json"))
     if is_resuming(config) and not held:
@@ -272,8 +289,29 @@ def check_resumable(config, run):
     if not is_resuming(config) and held and not config.overwrite:
         raise SystemExit(f"out_dir={config.out_dir} holds another run: choose another --out_dir, "
                          "go on with it by --init_from=resume, or replace it by --overwrite=True.")
-    if run.world > 1:
-        dist.barrier() # every rank has looked before rank 0 writes
+
+
+def lock_out_dir(config, run):
+    """Keeps other processes' runs out of out_dir until this run or its process ends, however it
+    ends. SystemExit if one is there.
+
+    An earlier run of this process may hold the lock still, which it then shares.
+    """
+    if not run.master or fcntl is None:
+        return
+    path = os.path.realpath(os.path.join(config.out_dir, "run.lock"))
+    run.lock = LOCKS.get(path)
+    if run.lock:
+        return
+    try:
+        run.lock = open(path, "w")
+        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS[path] = run.lock
+    except BlockingIOError:
+        raise SystemExit(f"out_dir={config.out_dir} is in use by another run, which has not ended: "
+                         "wait for it, or choose another --out_dir.") from None
+    except OSError: # a file system without locks; if it takes no files, the first one says so
+        pass
 
 
 def init_out_dir(config, run):
@@ -288,6 +326,8 @@ def init_out_dir(config, run):
     except OSError as e:
         raise SystemExit(f"out_dir={config.out_dir} cannot be made ({e.strerror}): choose another "
                          "--out_dir.") from None
+    lock_out_dir(config, run)
+    check_resumable(config) # another run may have begun, and ended, since setup() looked
     for name in RUN_FILES:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(config.out_dir, name))
@@ -393,8 +433,12 @@ def save(config, run, name, net, optimizer=None, **rest):
         previous = os.path.join(config.out_dir, "ckpt.prev.pt")
         with contextlib.suppress(FileNotFoundError):
             os.remove(previous + ".tmp")
-        os.link(path, previous + ".tmp") # a second name: there is a ckpt.pt at every moment
-        os.replace(previous + ".tmp", previous)
+        try:
+            os.link(path, previous + ".tmp") # a second name: there is a ckpt.pt at every moment
+        except OSError: # exFAT, FUSE and cloud drives have none
+            atomic_copy(path, previous)
+        else:
+            os.replace(previous + ".tmp", previous)
     atomic_write(path, lambda f: torch.save(checkpoint, f))
 
 
@@ -404,6 +448,7 @@ def resume(config, run, net, optimizer, state, keys, arch=None):
     A run that was stopped before its first checkpoint starts from the beginning, which is the
     same; then it returns None. keys: see check_same_network(). arch: the architecture in training.
     """
+    lock_out_dir(config, run)
     name = "ckpt.pt" if config.init_from == "resume" else "ckpt.prev.pt"
     path, checkpoint = os.path.join(config.out_dir, name), {"logs": {}}
     if os.path.exists(path) or config.init_from == "previous":
@@ -426,14 +471,14 @@ def resume(config, run, net, optimizer, state, keys, arch=None):
         dist.barrier()
     if run.master and config.init_from == "previous":
         # else the next save would make the damaged ckpt.pt the previous one
-        with open(path, "rb") as whole:
-            atomic_write(os.path.join(config.out_dir, "ckpt.pt"),
-                         lambda f: shutil.copyfileobj(whole, f))
+        atomic_copy(path, os.path.join(config.out_dir, "ckpt.pt"))
     if run.master:
         for log in LOGS:
-            path = os.path.join(config.out_dir, log)
-            if os.path.exists(path):
-                os.truncate(path, checkpoint["logs"].get(log, 0))
+            path, size = os.path.join(config.out_dir, log), checkpoint["logs"].get(log, 0)
+            if os.path.exists(path) and os.path.getsize(path) > size:
+                with open(path, "rb") as f:
+                    kept = f.read(size)
+                atomic_write(path, lambda f, kept=kept: f.write(kept)) # not all disks truncate
     return checkpoint if "model" in checkpoint else None
 
 # -----------------------------------------------------------------------------

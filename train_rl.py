@@ -28,11 +28,13 @@ those of --budget=1000 --n_envs=1; agent_settings() has the rest.
           ahead, and DQN's target network has no effect. Rewards are normalised by their running
           mean and standard deviation (VecNormalize leaves the mean, and clips). On the CPU.
     dqn   learning_rate 0.001 (0.0001), learning_starts 16 (100), train_freq 1 (4),
-          gradient_steps 4 (1), exploration_final_eps 0.1 (0.05), buffer_size 1002 (1000000), which
-          keeps every evaluation. With --q_network=outputs exploration_fraction 0.5 (0.1); else
-          NumbersNet and the exploration of NumbersPolicy.
+          exploration_final_eps 0.1 (0.05), buffer_size 1001 (1000000), which keeps every
+          evaluation. Recorder spreads the gradient steps, `updates` in all, evenly. With
+          --q_network=outputs exploration_fraction 0.5 (0.1); else NumbersNet and the exploration
+          of NumbersPolicy.
     ppo   learning_rate 0.003 (0.0003), n_steps 64 (2048), batch_size 16 (64), ent_coef 0.02 (0).
-    a2c   learning_rate 0.003 (0.0007), n_steps 8 (5), ent_coef 0.02 (0).
+    a2c   learning_rate 0.003 (0.0007), n_steps 8 (5), ent_coef 0.02 (0). The rollouts of both have
+          as many evaluations for any n_envs, and end with the budget: rollout_lengths() has theirs.
 """
 import os
 from dataclasses import dataclass, field
@@ -76,10 +78,10 @@ mode = 0 # 1, 2: one half of the shards; 0: all, or 1 first where iterations alt
 # agent
 algo = 'dqn' # 'ppo', 'a2c', 'random'
 q_network = 'numbers' # of dqn: heads and layers are inputs; 'outputs': every action is an output
-budget = 1000 # evaluations an iteration
+budget = 1000 # evaluations an iteration, a multiple of n_envs
 n_iterations = 1 # in all, with those before --init_from=resume
 learning_starts = 0 # of dqn: evaluations before the first update; 0: 16, or half of a small budget
-updates = 4000 # of dqn: in an iteration, whatever its budget, for an evaluation costs much more
+updates = 4000 # of dqn: in an iteration, for any budget and n_envs: an evaluation costs much more
 temperature = 0.2 # of numbers: how much it explores; in standard deviations of the reward
 rl_learning_rate = 0.0 # 0: the algorithm's, see agent_settings()
 # -----------------------------------------------------------------------------
@@ -115,13 +117,28 @@ def agent_settings(config):
     common = {"gamma": 0.0, "seed": config.seed, "device": "cpu"}
     if config.algo == "dqn":
         return common | dqn_settings(config)
-    longest = 16 if config.algo == "ppo" else 2
-    n_steps = 4 * max(1, min(longest, config.budget // (32 * config.n_envs)))
     settings = {"policy": "MlpPolicy", "learning_rate": config.rl_learning_rate or 3e-3,
-                "n_steps": n_steps, "ent_coef": 0.02}
+                "n_steps": max(1, rollout_size(config) // config.n_envs), "ent_coef": 0.02}
     if config.algo == "ppo":
-        settings |= {"batch_size": max(4, n_steps * config.n_envs // 4), "n_epochs": 10}
+        settings |= {"batch_size": max(4, rollout_size(config) // 4), "n_epochs": 10}
     return common | settings
+
+
+def rollout_size(config):
+    """The evaluations of a rollout of PPO or A2C, whatever n_envs: an eighth of a small budget."""
+    longest = 16 if config.algo == "ppo" else 2
+    return 4 * max(1, min(longest, config.budget // 32))
+
+
+def rollout_lengths(config):
+    """The steps of every rollout of PPO or A2C in an iteration; a step is n_envs evaluations.
+
+    They differ by one at most, and use the budget to the number, where stable-baselines3 would end
+    with a whole rollout of n_steps.
+    """
+    n_steps = config.budget // config.n_envs
+    n_rollouts = min(n_steps, -(-config.budget // rollout_size(config)))
+    return [len(part) for part in np.array_split(np.arange(n_steps), n_rollouts)]
 
 
 def dqn_settings(config):
@@ -134,9 +151,8 @@ def dqn_settings(config):
     return {
         "policy": NumbersPolicy if numbers else DQNPolicy, "policy_kwargs": policy,
         "learning_rate": config.rl_learning_rate or 1e-3, "batch_size": 32, "train_freq": 1,
-        "buffer_size": total + config.n_envs * (config.n_iterations + 1), # never full
+        "buffer_size": total + config.n_envs, # never full
         "learning_starts": config.learning_starts or min(16, config.budget // 2),
-        "gradient_steps": min(16, max(1, config.updates // config.budget)),
         "exploration_fraction": 0.1 if numbers else 0.5, "exploration_final_eps": 0.1}
 
 
@@ -275,12 +291,15 @@ def log_policy(search, policy):
 
 
 class Recorder(BaseCallback):
-    """Logs every evaluation of an agent, and its policy every eval_interval evaluations."""
-    def __init__(self, search):
+    """Logs every evaluation of an agent, and its policy every eval_interval evaluations; says how
+    many updates of DQN are due."""
+    def __init__(self, search, model):
         super().__init__()
         self.search = search
         self.n_envs = search.config.n_envs
         self.episodes = list(range(1, self.n_envs + 1)) # the number of each environment's episode
+        # of DQN: the evaluations and the updates before this iteration
+        self.began, self.updates_before = model.num_timesteps, model._n_updates
 
     def _on_step(self):
         search, interval = self.search, self.search.config.eval_interval
@@ -294,25 +313,39 @@ class Recorder(BaseCallback):
         stop_if_signaled(search.run, lambda: None) # a resume starts this iteration anew
         return True
 
+    def _on_rollout_end(self):
+        """DQN updates after every step: `updates` in all by the end of the budget, spread evenly
+        over the evaluations that follow learning_starts. PPO and A2C do not read it."""
+        model, config = self.model, self.search.config
+        if not isinstance(model, DQN):
+            return
+        start = max(self.began, model.learning_starts)
+        seen, all_of_them = model.num_timesteps - start, self.began + config.budget - start
+        due = config.updates * max(0, seen) // all_of_them
+        model.gradient_steps = due - (model._n_updates - self.updates_before)
+
 
 # ---- an iteration
 
 def iterate_agent(search, model):
-    """The agent learns from `budget` evaluations. SystemExit if it made no update."""
-    config, state, updates_before = search.config, search.state, model._n_updates
+    """The agent learns from `budget` evaluations."""
+    config, state = search.config, search.state
     try:
         envs = build_envs(config, mode_of(config, state.iteration))
         envs.ret_rms = model.get_env().ret_rms # the running mean and variance go on
         model.get_env().close()
         model.set_env(envs)
         model.set_random_seed(seed_of(config, "iteration", state.iteration))
-        model.learn(config.budget, Recorder(search), reset_num_timesteps=False)
+        recorder = Recorder(search, model)
+        if config.algo == "dqn":
+            model.learn(config.budget, recorder, reset_num_timesteps=False)
+            return
+        for n_steps in rollout_lengths(config):
+            model.n_steps = model.rollout_buffer.buffer_size = n_steps
+            model.learn(n_steps * config.n_envs, recorder, reset_num_timesteps=False)
     except (EOFError, ConnectionError):
         stop_if_signaled(search.run, lambda: None) # Ctrl-C reaches all processes
         raise SystemExit("An environment's process has ended: see its message above.") from None
-    if model._n_updates == updates_before:
-        raise SystemExit(f"The agent made no update in budget={config.budget} evaluations: raise "
-                         f"--budget, or lower --learning_starts={config.learning_starts}.")
 
 
 def iterate_random(search):
@@ -420,6 +453,14 @@ def check(config):
                            "q_network": ["numbers", "outputs"], "mode": [0, 1, 2]})
     check_env(config, list(EVALUATORS))
     check_limits(config, RL_LIMITS)
+    if config.algo == "dqn" and config.learning_starts >= config.budget:
+        raise SystemExit(f"learning_starts={config.learning_starts} must be below budget="
+                         f"{config.budget}: the agent would never learn.")
+    if config.algo != "random" and (rest := config.budget % config.n_envs):
+        below, above_it = config.budget - rest, config.budget - rest + config.n_envs
+        fix = f"{below} or {above_it}" if below else above_it
+        raise SystemExit(f"budget={config.budget} does not divide over n_envs={config.n_envs}, "
+                         f"which evaluate together: give --budget={fix}, or other --n_envs.")
 
 
 def learn(config):

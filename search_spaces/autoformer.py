@@ -174,8 +174,9 @@ class AutoFormer(ImageNetwork):
         check_range(c, 1, "patch_size", "head_size", "rel_pos_clip")
         check_range(c, 0, "dropout", "drop_path", below=1)
         if c.img_size % c.patch_size:
+            divisors = [str(n) for n in range(1, c.img_size + 1) if c.img_size % n == 0]
             raise ConfigError(f"patch_size={c.patch_size} does not divide img_size={c.img_size}: "
-                              f"choose another, such as {c.img_size // 4}.")
+                              f"choose one of {', '.join(divisors)}.")
         self.n_layer, layers = transformer_choices(self, c, arch)
         self.n_embd = layers[0]["n_embd"]
         E, side = self.n_embd[-1], c.img_size // c.patch_size

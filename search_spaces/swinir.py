@@ -51,6 +51,7 @@ GLOBAL, LAYERED = ("n_embd", "n_rstb"), ("n_layer", "n_head", "mlp_ratio")
 EXAMPLE = ('{"n_embd": 36, "n_head": [[4, 6, 4, 4], [4, 4, 6, 4]], '
            '"mlp_ratio": [[1, 2, 1, 1], [1, 1, 2, 1]]}')
 OVERLAP = 32 # low-resolution pixels that a tile sees beyond its edges
+WINDOWS = (2, 4, 8, 16, 32) # window sizes that divide it
 MEAN = (0.4488, 0.4371, 0.4040) # of DIV2K
 # the config of model.py's attention and MLP
 BLOCK = dict(dropout=0.0, bias=True)
@@ -200,11 +201,17 @@ class SwinIR(ImageNetwork):
         c = self.config
         if c.scale not in (2, 3, 4):
             raise ConfigError(f"scale={c.scale} is not 2, 3 or 4.")
-        divides = c.window_size > 1 and not c.tile % c.window_size and not OVERLAP % c.window_size
-        if not divides or c.patch < c.window_size or c.tile < 0:
-            raise ConfigError(f"window_size={c.window_size} must divide {OVERLAP} and "
-                              f"tile={c.tile}, and fit into patch={c.patch}.")
+        check_range(c, 0, "tile")
         check_range(c, 0, "drop_path", below=1)
+        if c.patch < WINDOWS[0]:
+            raise ConfigError(f"patch={c.patch} must be {WINDOWS[0]} or more, the smallest window.")
+        fitting = [size for size in WINDOWS if size <= c.patch and c.tile % size == 0]
+        if not fitting:
+            raise ConfigError(f"tile={c.tile} must be even, for whole windows.")
+        if c.window_size not in fitting:
+            raise ConfigError(f"window_size={c.window_size} must divide {OVERLAP} and tile="
+                              f"{c.tile}, and fit into patch={c.patch}: choose one of "
+                              f"{', '.join(map(str, fitting))}.")
 
     def choose(self, arch):
         """Sets the choices. Returns the options of every block's n_layer, and of the n_head and

@@ -63,8 +63,8 @@ class ToyCell(CellNetwork):
         # two reductions round up, the pool rounds down
         C, size = c.init_channels, (c.img_size + 3) // 4 // 2
         if size < 1:
-            raise ConfigError(f"img_size={c.img_size} leaves nothing to classify in toy_cell: its "
-                              "images have at least 5 pixels a side.")
+            raise ConfigError(f"img_size={c.img_size} leaves nothing to classify in toy_cell: "
+                              "prepare images of at least 5 pixels a side.")
         self.cells = nn.ModuleList([Cell("reduce", c.in_channels, C, rows["reduce"], c),
                                     Cell("normal", 2 * C, C, rows["normal"], c),
                                     Cell("reduce", 2 * C, 2 * C, rows["reduce"], c)])

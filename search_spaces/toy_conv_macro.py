@@ -66,7 +66,10 @@ class ConvMacro(ImageNetwork):
         for name, n in zip(CHANNELS, self.n, strict=True): # (options, channels)
             self.register_buffer(f"mask_of_{name}", prefix_masks(n, n[-1]), persistent=False)
         side = c.img_size // 4 + 2 * c.last_padding - c.last_kernel_size + 1
-        if c.img_size < 4 or side < 1:
+        if c.img_size < 4:
+            raise ConfigError(f"img_size={c.img_size} leaves nothing to classify in "
+                              "toy_conv_macro: prepare images of at least 4 pixels a side.")
+        if side < 1:
             raise ConfigError(f"img_size={c.img_size} is too small for last_kernel_size="
                               f"{c.last_kernel_size} with last_padding={c.last_padding}: a quarter "
                               "of it and twice the padding must hold the kernel, such as 3 with 1.")

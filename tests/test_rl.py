@@ -78,9 +78,48 @@ def test_the_header_lists_every_deviation_from_stable_baselines3(algo, q_network
     assert listed == differing
 
 
-def test_a_run_without_an_update_is_an_error(tmp_path):
-    with pytest.raises(SystemExit, match="made no update in budget=40"):
-        learn(settings(tmp_path, learning_starts=100))
+@pytest.fixture
+def one_process(monkeypatch):
+    """All environments in this process: others take seconds to start."""
+    monkeypatch.setattr(train_rl, "SubprocVecEnv", lambda envs, start_method: DummyVecEnv(envs))
+
+
+@pytest.mark.parametrize("changes, expected", [
+    (dict(updates=128), 128), (dict(updates=50), 50), (dict(updates=7), 7),
+    (dict(updates=50, learning_starts=15), 50), (dict(updates=80, budget=4), 80),
+    (dict(algo="ppo"), 40), (dict(algo="a2c"), 4), (dict(algo="a2c", budget=100), 13),
+    (dict(algo="ppo", budget=100), 90)])
+def test_as_many_updates_and_evaluations_whatever_n_envs(changes, expected, tmp_path, one_process):
+    """DQN makes those that are asked for, PPO and A2C one or ten a rollout; and each iteration uses
+    its budget to the number. What is done in two iterations is done by a resume, too."""
+    changes = dict(budget=16, learning_starts=0) | changes
+    budget, counts = changes["budget"], []
+    for n_envs in (1, 2, 4):
+        out = tmp_path / str(n_envs)
+        result = learn(settings(out, n_envs=n_envs, n_iterations=2, **changes))
+        counts.append((result["updates"], result["evaluations"], len(log_of(out)[0])))
+    assert counts == [(2 * expected, 2 * budget, 2 * budget)] * 3
+    learn(settings(tmp_path / "r", n_envs=4, mode=1, **changes))
+    result = learn(settings(tmp_path / "r", n_envs=4, n_iterations=3, init_from="resume", **changes))
+    assert (result["updates"], result["evaluations"]) == (3 * expected, 3 * budget)
+
+
+def test_the_updates_are_spread_over_the_evaluations(tmp_path, one_process):
+    """None before learning_starts, then evenly: as many a step, up to one."""
+    config = SimpleNamespace(**settings(tmp_path, budget=40, updates=100, n_envs=2,
+                                        learning_starts=8))
+    made, train = [], train_rl.DQN.train
+
+    def counted(model, gradient_steps, batch_size):
+        made.append((model.num_timesteps, gradient_steps))
+        train(model, gradient_steps, batch_size)
+    train_rl.DQN.train = counted
+    try:
+        learn(vars(config))
+    finally:
+        train_rl.DQN.train = train
+    assert [seen for seen, _ in made] == list(range(10, 41, 2))
+    assert {n for _, n in made} == {6, 7} and sum(n for _, n in made) == 100
 
 
 @pytest.mark.parametrize("changes", [dict(q_network="numbers"), dict(algo="ppo"), dict(algo="a2c")])
@@ -159,6 +198,9 @@ def test_numbers_are_what_the_network_sees():
     (dict(flops_per_second=0.0), "flops_per_second=0.0 must be above 0"),
     (dict(evaluator="x"), "evaluator='x' is not one of"),
     (dict(learning_starts=-1), "learning_starts=-1 must be 0"),
+    (dict(learning_starts=40), "learning_starts=40 must be below budget=40: the agent would never"),
+    (dict(n_envs=3), "budget=40 does not divide over n_envs=3.*give --budget=39 or 42, or other"),
+    (dict(n_envs=64, algo="ppo"), "budget=40 does not divide over n_envs=64.*give --budget=64, or"),
     (dict(rl_learning_rate=-1), "rl_learning_rate=-1 must be 0 or more")])
 def test_a_mistake_is_one_sentence(changes, words, tmp_path):
     with pytest.raises(SystemExit, match=words) as e:
@@ -177,9 +219,7 @@ def test_a_number_is_a_list_of_one_seed(tmp_path):
      "n_envs=1 differs from the n_envs=2 that this agent has learned with: give --n_envs=2"),
     (dict(n_envs=2, n_iterations=1),
      "n_iterations=1 is below the 2 that this run has made: give --n_iterations=2 or more")])
-def test_a_resume_that_cannot_be_is_one_sentence(changes, words, tmp_path, monkeypatch):
-    # no processes: seconds each
-    monkeypatch.setattr(train_rl, "SubprocVecEnv", lambda envs, start_method: DummyVecEnv(envs))
+def test_a_resume_that_cannot_be_is_one_sentence(changes, words, tmp_path, one_process):
     learn(settings(tmp_path, n_envs=2, n_iterations=2))
     log = (tmp_path / "log.jsonl").read_bytes()
     with pytest.raises(SystemExit, match=words) as e:
@@ -187,11 +227,10 @@ def test_a_resume_that_cannot_be_is_one_sentence(changes, words, tmp_path, monke
     assert "\n" not in str(e.value) and (tmp_path / "log.jsonl").read_bytes() == log
 
 
-@pytest.mark.parametrize("n_envs, changes", [(3, {}), (1, dict(budget=9)), (1, dict(budget=70))])
-def test_an_agent_that_goes_on_forgets_nothing(n_envs, changes, tmp_path, monkeypatch):
-    """40 evaluations do not divide by 3; later iterations may be shorter or longer than the
-    first."""
-    monkeypatch.setattr(train_rl, "SubprocVecEnv", lambda envs, start_method: DummyVecEnv(envs))
+@pytest.mark.parametrize("n_envs, changes", [(4, {}), (1, dict(budget=9)), (1, dict(budget=70)),
+                                             (4, dict(budget=12)), (4, dict(budget=68))])
+def test_an_agent_that_goes_on_forgets_nothing(n_envs, changes, tmp_path, one_process):
+    """Later iterations may be shorter or longer than the first."""
     learn(settings(tmp_path / "b", mode=1, n_envs=n_envs))
     learn(settings(tmp_path / "b", mode=1, n_envs=n_envs, n_iterations=3, init_from="resume",
                    **changes))
@@ -243,11 +282,11 @@ def test_parallel_environments_train_for_real(data_dir, tmp_path):
                    out_dir=tmp_path / "out", shards=3, entries=[5, 40],
                    test_entries=10, block_size=16, head_size=2, batch_size=2, max_iters=1,
                    seeds=[1], budget=12, eval_interval=4, n_envs=2,
-                   learning_starts=4, tensorboard=True)
+                   learning_starts=4, updates=50, tensorboard=True)
     out = succeeds("train_rl.py", *(f"--{key}={str(value).replace(' ', '')}"
                                     for key, value in options.items()))
     result = json.loads((tmp_path / "out/result.json").read_text())
-    assert result["evaluations"] == 12 and result["updates"] > 0 and "the best seen" in out
+    assert result["evaluations"] == 12 and result["updates"] == 50 and "the best seen" in out
     assert [row["entries"] for row in result["policy"]] == [5, 14, 40]
     evaluated, _ = log_of(tmp_path / "out")
     networks = {(line["entries"], line["n_head"], line["n_layer"]) for line in evaluated}

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -415,8 +416,11 @@ def test_search_and_training_never_share_a_pixel(tmp_path):
     taken = [set(map(int, splits[name].offsets)) for name in ("train", "search")]
     assert len(taken[0]) == len(taken[1]) == 9 and not taken[0] & taken[1]
     config.patch = 200
-    with pytest.raises(SystemExit, match="patch=200: choose a smaller patch"):
+    with pytest.raises(SystemExit, match="The train split .* patch=200: choose a smaller patch"):
         train_search.split_data(config, SimpleNamespace(world=1, master=True))
+    tiny = replace(splits["val"], shapes=np.array([[2, 9]])) # is not cut into patches
+    with pytest.raises(SystemExit, match="The val split .* of 2 pixels, and 3 are needed: prepare"):
+        tiny.check(config, "val")
 
 
 def test_a_mixture_is_evaluated_on_the_images_of_its_architecture(tmp_path):

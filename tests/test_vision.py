@@ -3,6 +3,7 @@ splits, BatchNorms, resuming and tables."""
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -346,6 +347,93 @@ def test_train_base_augments_only_what_it_trains_on(digits_dir, tmp_path, monkey
     seen = spied(monkeypatch, lambda: train.train(config, arch, test=True))
     (trained, changed), (val, unchanged) = (seen[n] for n in (1079, 359))
     assert not trained & val and any(changed) and not any(unchanged)
+
+
+@pytest.fixture(scope="module")
+def few_dir(tmp_path_factory):
+    """Digits of which ten validate."""
+    folder, draw = tmp_path_factory.mktemp("few"), np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 64), ("test", 10)):
+        arrays[f"x_{split}"] = draw.integers(256, size=(n, 8, 8), dtype=np.uint8)
+        arrays[f"y_{split}"] = np.arange(n) % 10
+    np.savez(folder / "few.npz", **arrays)
+    prepare(dataset="images", path=str(folder / "few.npz"), name="few", data_dir=str(folder))
+    return str(folder)
+
+
+def test_what_is_only_evaluated_may_be_smaller_than_a_batch(few_dir, tmp_path):
+    """Ten images of val count once each; and so do those that val_portion leaves to val."""
+    keys = dict(dataset="few", batch_size=16)
+    train_search.search(search_config("nb201", few_dir, tmp_path / "s", **keys))
+    for test in (False, True):
+        config = space_config(train, "nb201", few_dir, tmp_path / f"t{test}", val_portion=0.1 * test,
+                              **keys)
+        result = train.train(config, {"cell": ["nor_conv_3x3"] * 6}, test=test)
+    accuracy = result["test_acc"] / 10
+    assert accuracy == pytest.approx(round(accuracy)) # of ten images
+
+
+def test_a_split_without_a_whole_batch_is_named(few_dir, tmp_path):
+    """And the batch_size that the sentence names is taken."""
+    arch, words = {"cell": ["nor_conv_3x3"] * 6}, r"choose --batch_size=(\d+) or less"
+    base = space_config(train, "nb201", few_dir, tmp_path / "t", dataset="few", batch_size=65)
+    wide = search_config("nb201", few_dir, tmp_path / "s", dataset="few", batch_size=40,
+                         train_portion=0.7)
+    for go, config, name, n in ((lambda config: train.train(config, arch), base, "train", 64),
+                                (train_search.search, wide, "search", 20)):
+        with pytest.raises(SystemExit, match=f"The {name} split of few has {n} images and ") as e:
+            go(config)
+        size = int(re.search(words, str(e.value))[1])
+        assert "\n" not in str(e.value) and size == n
+        go(config | dict(batch_size=size))
+    with pytest.raises(SystemExit, match="The val split of few has 0 images and needs 1"):
+        train.train(base | dict(batch_size=8, val_portion=0.001, overwrite=True), arch)
+
+
+def listed(sentence):
+    return [int(n) for n in re.search("choose one of ([0-9, ]+)", sentence)[1].split(", ")]
+
+
+def patch_sizes(sentence):
+    return [dict(patch_size=n) for n in listed(sentence)]
+
+
+def window_sizes(sentence):
+    return [dict(window_size=n) for n in listed(sentence)]
+
+
+@pytest.mark.parametrize("space, keys, fixes", [
+    *(("autoformer", dict(img_size=n, patch_size=16), patch_sizes) for n in (1, 17, 24, 28, 49)),
+    ("swinir", dict(window_size=1), window_sizes), ("swinir", dict(window_size=3), window_sizes),
+    ("swinir", dict(window_size=16), window_sizes),
+    ("swinir", dict(window_size=8, tile=12), window_sizes),
+    ("swinir", dict(tile=7), lambda _: [dict(tile=8)]),
+    ("swinir", dict(tile=-8), lambda _: [dict(tile=0)]),
+    ("swinir", dict(patch=1), lambda _: [dict(patch=2, window_size=2)]),
+    ("toy_cell", dict(img_size=4), lambda _: [dict(img_size=5)]),
+    ("toy_conv_macro", dict(img_size=3), lambda _: [dict(img_size=4)]),
+    *(("toy_conv_macro", dict(img_size=n, last_kernel_size=5),
+       lambda _: [dict(last_kernel_size=3, last_padding=1)]) for n in (4, 8)),
+    ("darts", dict(img_size=16, auxiliary=0.4), lambda _: [dict(auxiliary=0.0)]),
+    ("nb201", dict(init_channels=3, partial_channels=2), lambda _: [dict(init_channels=4)])])
+def test_the_fix_that_a_sentence_names_works(space, keys, fixes):
+    """The network is built, trains and evaluates."""
+    def go(**keys):
+        keys = dict(space=space, img_size=8, in_channels=3, num_classes=10) | keys
+        arch = uniform(build(keys | dict(auxiliary=0.0)).choices, rng(0))
+        net = build(keys, arch)
+        side = keys.get("patch", keys["img_size"])
+        x = torch.rand(2, 3, side, side)
+        y = torch.rand(2, 3, 2 * side, 2 * side) if space == "swinir" else torch.tensor([0, 1])
+        net(x, y)[1].backward()
+        net.eval()(x)
+    keys = TINY_SPACES[space] | keys
+    with pytest.raises(SystemExit) as e:
+        go(**keys)
+    assert "\n" not in str(e.value)
+    for fix in fixes(str(e.value)):
+        go(**keys | fix)
 
 # ---- evaluation
 
