@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import torch
 
 from configurator import at_least, at_least_below, check_limits, configure
-from data import Tokens, load_meta, load_tokenizer
-from run import DTYPES, load_checkpoint, load_model, pick_device, pick_dtype
+from data import Tokens, identity, load_meta, load_tokenizer
+from run import DTYPES, check_same_data, load_checkpoint, load_model, pick_device, pick_dtype
 from search_spaces import build, data_kind
 
 # -----------------------------------------------------------------------------
@@ -63,6 +63,10 @@ def main(config):
         raise SystemExit(f"out_dir={config.out_dir} holds a network of {trained.space}, which "
                          "writes no text: name the out_dir of a GPT.")
     encode, decode = load_tokenizer(trained.data_dir, trained.dataset)
+    now = SimpleNamespace(**vars(trained) |
+                          {"identity": identity(trained.data_dir, trained.dataset)})
+    check_same_data(now, vars(trained), f"out_dir={config.out_dir}", ("meaning",),
+                    "prepare the data as they were")
     # the network's vocab_size is padded, and the ids behind the data set's have no text
     vocab_size = load_meta(trained.data_dir, trained.dataset)["vocab_size"]
     ids = encode(read_prompt(config.prompt))
