@@ -409,7 +409,7 @@ def test_crops_are_of_the_same_place_and_what_the_generator_says(tmp_path):
 
 def test_search_and_training_never_share_a_pixel(tmp_path):
     config = SimpleNamespace(space="swinir", dataset="sr_samples", data_dir=str(tmp_path), scale=2,
-                             patch=24, train_portion=0.5)
+                             patch=24, train_portion=0.5, init_from="scratch")
     import train_search
     splits, _ = train_search.split_data(config, SimpleNamespace(world=1, master=True))
     taken = [set(map(int, splits[name].offsets)) for name in ("train", "search")]
