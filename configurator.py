@@ -48,26 +48,40 @@ def configure(namespace, argv=None, list_hint=""):
     the raw text, every other key a Python literal. list_hint: ends the message when a list of
     numbers is given to a key that takes one number. A mistake raises SystemExit with one sentence,
     and leaves namespace as it was. Rank 0 prints one line a change.
+
+    namespace may have "__run__", the (out_dir, {key: value}) of a run that is resumed: its keys
+    come before argv.
     """
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): # a console that lacks a character shows its number
             stream.reconfigure(errors="backslashreplace")
+    out_dir, own = namespace.get("__run__", ("", {}))
+    run_json = f"{out_dir}/run.json"
     if "--help" in argv or "-h" in argv:
         print(usage(namespace))
         raise SystemExit(0)
     first = keys_of(namespace)
     values = dict(first)
-    for arg in argv:
-        is_file = arg.endswith(".py") and not arg.startswith("-")
-        given = run_file(arg, values) if is_file else parse(arg, first)
-        for key, value in given.items():
+    is_master = os.environ.get("RANK", "0") == "0"
+    if (gone := sorted(own.keys() - first)) and is_master:
+        print(f"{', '.join(gone)}: in {run_json}, but no longer a key")
+    for arg in [*[run_json] * bool(own), *argv]:
+        is_file = arg == run_json or (arg.endswith(".py") and not arg.startswith("-"))
+        if arg == run_json: # what the command gives itself may have another type by now
+            changes = {key: own[key] for key in first if key in own and not given(key, argv)}
+        else:
+            changes = run_file(arg, values) if is_file else parse(arg, first)
+        for key, value in changes.items():
             where = f"{arg}: {key} = {value!r}" if is_file else arg
             value = checked(key, value, first, where, is_file, list_hint)
-            if repr(value) != repr(values[key]) and os.environ.get("RANK", "0") == "0":
+            if repr(value) != repr(values[key]) and is_master:
                 source = arg if is_file else "command line"
                 print(f"{key}: {values[key]!r} -> {value!r} ({source})")
             values[key] = value
+    if own and values["out_dir"] != out_dir:
+        stop(f"out_dir={values['out_dir']!r} is not {out_dir!r}, whose run.json has the keys to go "
+             "on with: give it as --out_dir=FOLDER")
     namespace.update(values)
     return defaults(namespace)
 

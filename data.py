@@ -31,7 +31,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import as_list, at_least, between
-from run import is_pretrained, is_resuming, read_json, rng
+from run import content_hash, is_pretrained, is_resuming, read_json, read_run, rng
 
 # sets of text and their usual tokenizers; of images and their numbers of classes (0: as many as
 # there are); of pairs of images
@@ -42,6 +42,9 @@ IMAGE_SETS = {"digits": 10, "fashion_mnist": 10, "cifar10": 10, "cifar100": 100,
 PAIR_SETS = ("sr_samples", "div2k", "set5", "set14", "pairs")
 # what tokenizers of Hugging Face call the token that ends a document; the first that one has counts
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|im_end|>")
+# pydocs: its source in meta.json, and the sha256 of its train.bin as prepare.py makes it by default
+PYDOCS_SOURCE = "documentation of Python 3.11.7"
+PYDOCS_TRAIN = "b3daf1666d09abe39f42950bf22292d50fbc3073833dd14d12980fccb7b6c26f"
 
 # -----------------------------------------------------------------------------
 # the folder data_dir/dataset
@@ -137,6 +140,31 @@ def check_hash(data, file, sha256):
     if bytes_hash(data) != sha256:
         raise SystemExit(f"{file} is damaged, its bytes are not those that were written: delete "
                          f"{file.parent} and prepare it again")
+
+
+def identity(data_dir, dataset):
+    """What tells a prepared data set from others, {"meaning", "content"}, a dict each that
+    run.different_data() compares.
+
+    meaning: what ids or labels stand for. content: the bytes of train and val, as meta.json has
+    them. A run keeps both: two sets of as many characters give networks of one shape.
+    """
+    folder = Path(data_dir) / dataset
+    meta = read_json(folder / "meta.json")
+    kind, hashes = meta.get("kind", "text"), [meta["train_sha256"], meta["val_sha256"]]
+    if kind == "images":
+        hashes += [meta["train_labels_sha256"], meta["val_labels_sha256"]]
+        meaning = {"classes": content_hash(meta.get("classes") or meta["num_classes"]),
+                   "image size": [meta["img_size"], meta["in_channels"]]}
+    elif kind == "pairs":
+        meaning = {"scale": meta["scale"]}
+    else:
+        meaning = {"tokenizer": meta["tokenizer"].partition(":")[0], # an hf: may lie elsewhere
+                   "characters": content_hash(meta["chars"]),
+                   **{file.name: bytes_hash(file.read_bytes())
+                      for file in sorted(folder.glob("tokenizer.*"))}}
+    return {"meaning": meaning,
+            "content": {"text" if kind == "text" else "images": content_hash(hashes)}}
 
 # -----------------------------------------------------------------------------
 # text
@@ -254,6 +282,29 @@ def load_tokens(data_dir, dataset, split):
     return tokens
 
 
+def check_pydocs(data_dir, dataset):
+    """SystemExit if dataset is pydocs, or a shard of it, and an older version of this code made it
+    from the Python that ran.
+
+    One that was split with another seed or share, or tokenized otherwise, is only told by its
+    source; text of one's own may have the name.
+    """
+    name = dataset.split("/")[0]
+    if name != "pydocs":
+        return
+    meta = read_json(Path(data_dir) / name / "meta.json")
+    settings = {"tokenizer": "char", "val_fraction": 0.1, "seed": 1337}
+    usual = all(meta.get(key) == value for key, value in settings.items())
+    right = meta.get("source") == PYDOCS_SOURCE
+    if usual:
+        right = right and meta["train_sha256"] == PYDOCS_TRAIN
+    if meta.get("dataset") == "pydocs" and not right:
+        raise SystemExit(f"{Path(data_dir) / name} holds the {meta.get('source')}, which an older "
+                         "version of this code put there, and pydocs is now the "
+                         f"{PYDOCS_SOURCE} as this repository has it: delete that folder, or "
+                         "train on your Python's documentation by --dataset=this_python")
+
+
 def load_shards(data_dir, dataset, shards, mode=0):
     """[{"dataset", "entries", "mode"}] of data_dir/dataset/<shards>, by size; mode=0: all of them.
 
@@ -334,8 +385,11 @@ class Tokens:
     def load(cls, config):
         splits = {split: cls(load_tokens(config.data_dir, config.dataset, split))
                   for split in ("train", "val")}
+        if not is_resuming(config): # else its identity tells
+            check_pydocs(config.data_dir, config.dataset)
         size = load_meta(config.data_dir, config.dataset)["vocab_size"]
-        return splits, {"vocab_size": padded_vocab_size(size, config)}
+        return splits, {"vocab_size": padded_vocab_size(size, config),
+                        "identity": identity(config.data_dir, config.dataset)}
 
     def part(self, start, stop):
         return Tokens(self.ids[start:stop])
@@ -373,7 +427,7 @@ def padded_vocab_size(size, config):
     padded = size if size < 1000 else -(-size // 64) * 64
     path = Path(config.out_dir if is_resuming(config) else config.init_from) / "run.json"
     if path.exists(): # of the run that is resumed, or that the weights are from
-        return size if read_json(path)["config"].get("vocab_size") == size else padded
+        return size if read_run(path.parent)["config"].get("vocab_size") == size else padded
     return size if is_pretrained(config.init_from) else padded
 
 # -----------------------------------------------------------------------------
@@ -448,7 +502,8 @@ class Images:
                   for split in ("train", "val")}
         _, side, _, channels = splits["train"].pixels.shape
         return splits, {"img_size": side, "in_channels": channels,
-                        "num_classes": splits["train"].num_classes}
+                        "num_classes": splits["train"].num_classes,
+                        "identity": identity(config.data_dir, config.dataset)}
 
     def part(self, start, stop):
         return replace(self, pixels=self.pixels[start:stop], labels=self.labels[start:stop])
@@ -813,8 +868,9 @@ class Pairs:
 
     @classmethod
     def load(cls, config):
+        folder = f"{config.dataset}_x{config.scale}"
         return {split: load_pairs(config.data_dir, config.dataset, split, config.scale)
-                for split in ("train", "val")}, {}
+                for split in ("train", "val")}, {"identity": identity(config.data_dir, folder)}
 
     def part(self, start, stop):
         return replace(self, shapes=self.shapes[start:stop], offsets=self.offsets[start:stop])

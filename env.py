@@ -53,8 +53,8 @@ TRAIN_DEFAULTS = defaults(globals()) # every key of train.py
 HIDDEN_KEYS = set("""
     n_layer n_head n_embd
     out_dir overwrite init_from eval_interval eval_iters early_stopping log_interval save_interval
-    save_minutes wandb_log wandb_project tensorboard backend timeout_minutes zero_stage fused
-    space
+    save_minutes wandb_log wandb_project wandb_run_name tensorboard backend timeout_minutes
+    zero_stage fused space
     """.split())
 for _key in HIDDEN_KEYS & TRAIN_DEFAULTS.keys():
     del globals()[_key]

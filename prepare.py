@@ -95,14 +95,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from configurator import configure, defaults
-from data import (IMAGE_SETS, KINDS, PAIR_SETS, TOKENIZER, bytes_hash, code_points, codec,
-                  data_dir_option, load_meta, load_tokens)
-from run import atomic_write, read_json, rng, write_json
+from data import (IMAGE_SETS, KINDS, PAIR_SETS, PYDOCS_SOURCE, TOKENIZER, bytes_hash, code_points,
+                  codec, data_dir_option, load_meta, load_tokens)
+from run import atomic_write, lock_file, read_json, rng, write_json
 
 # -----------------------------------------------------------------------------
 dataset = "pydocs" # a data set of the commands above; your own: text, images or pairs
@@ -132,7 +131,7 @@ DEFAULTS = defaults(globals())
 # -----------------------------------------------------------------------------
 
 PYDOCS = Path(__file__).resolve().parent / "assets/pydocs.txt.xz" # see read_pydocs()
-PYDOCS_PYTHON = "3.11.7"
+PYDOCS_PYTHON = PYDOCS_SOURCE.split()[-1] # the version
 PYDOCS_SHA256 = "3903b23a0572dd373487bd861a8dfa535da72f92dd3ca4b7ff7584bbd2a88a70" # of its text
 # repositories at Hugging Face
 HUB = {"shakespeare_char": "karpathy/tiny_shakespeare", "tinystories": "roneneldan/TinyStories",
@@ -1504,8 +1503,9 @@ def source_of(ask):
         return HUB[ask.dataset]
     if ask.dataset in ("digits", "sr_samples"):
         return f"scikit-learn's {ask.dataset}"
-    version = PYDOCS_PYTHON if ask.dataset == "pydocs" else platform.python_version()
-    return f"documentation of Python {version}"
+    if ask.dataset == "pydocs":
+        return PYDOCS_SOURCE
+    return f"documentation of Python {platform.python_version()}"
 
 
 def settings_of(ask):
@@ -1550,20 +1550,19 @@ def prepared(folder, settings):
 @contextlib.contextmanager
 def alone(folder):
     """Waits until no other process makes the folder. SystemExit if the disk says no."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    path = folder.with_name(f".{folder.name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            lock = lock_file(path)
+        except BlockingIOError:
             print(f"another process is preparing {folder}: waiting for it", flush=True)
-            lock.acquire()
-        yield
+            lock = lock_file(path, wait=True)
+        with lock or contextlib.nullcontext():
+            yield
     except OSError as error:
         raise SystemExit(f"{folder} cannot be made ({error.strerror or error}): make room there, "
                          "or choose another --data_dir") from None
-    finally:
-        lock.release()
 
 
 def make(folder, settings, ask):

@@ -7,11 +7,14 @@ from functools import partial
 
 import torch
 
-from run import is_pretrained, load_checkpoint, load_model
-from search_spaces import build, data_kind
+from run import (check_same_data, check_same_network, different_data, is_pretrained,
+                 load_checkpoint, load_model)
+from search_spaces import build, data_kind, network_keys
 from supernet import SIZES, Norm, extremes, ranking, reorder
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") # on the Hugging Face hub
+GPT2_SIZES = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
+              "vocab_size": "vocab_size", "n_positions": "block_size"} # its config.json's: ours
 GPT2_CONFIG = { # key of its config.json -> {its values: ours}
     "activation_function": {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "exact_gelu",
                             "relu": "relu", "silu": "silu"},
@@ -38,15 +41,21 @@ def read_gpt2(source):
             for name in ("config.json", "model.safetensors"))
         with open(config, encoding="utf-8") as f:
             config = {"activation_function": "gelu_new"} | json.load(f)
-        sizes = {name: config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        sizes["block_size"] = config["n_positions"]
-        weights = load_file(weights)
+        is_gpt2 = config.get("model_type", "gpt2") == "gpt2" and GPT2_SIZES.keys() <= config.keys()
+        weights = load_file(weights) if is_gpt2 else {}
     except Exception as e: # the hub, the network, packages, damaged files: errors of every kind
         reason = str(e).strip().splitlines()[0] if str(e).strip() else ""
         raise SystemExit(
             f"init_from='{source}' cannot be loaded ({type(e).__name__}: {reason}): name a folder "
             f"with a GPT-2's config.json and model.safetensors, or one of {', '.join(GPT2)} where "
             "the Hugging Face hub can be reached.") from None
+    if not is_gpt2:
+        names = [*(config.get("architectures") or ()), config.get("model_type"), "nameless network"]
+        raise SystemExit(f"init_from='{source}' is a {next(filter(None, names))} by its "
+                         "config.json, and only a GPT-2 can be loaded, with "
+                         f"{', '.join(GPT2_SIZES)}: name a folder with one, or one of "
+                         f"{', '.join(GPT2)}.")
+    sizes = {ours: config[theirs] for theirs, ours in GPT2_SIZES.items()}
     for key, known in GPT2_CONFIG.items():
         if key in config and config[key] not in known:
             raise SystemExit(f"init_from='{source}' has {key}={config[key]}, but this GPT can only "
@@ -76,6 +85,10 @@ def load_gpt2(net, source, arch=None):
     arch: the architecture of a net without choices. Raises SystemExit, which names the first key
     that differs, unless both are the same network.
     """
+    if holds_run(source): # a search has nothing to do with it
+        raise SystemExit(f"init_from='{source}' is the out_dir of a run, and a search of the GPT "
+                         f"starts from a GPT-2: {', '.join(GPT2)}, or a folder with its "
+                         "config.json and model.safetensors; a space of images has --inherit.")
     sizes, weights = read_gpt2(source)
     arch = arch or extremes(net.choices)[1]
     own = vars(net.config) | {name: arch[name] for name in SIZES[:2]}
@@ -108,6 +121,12 @@ def load_gpt2(net, source, arch=None):
     net.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
 
 
+def holds_run(source):
+    """Whether init_from names the out_dir of a run, and not a GPT-2."""
+    return any(os.path.exists(os.path.join(source, name))
+               for name in ("run.json", "best.pt", "ckpt.pt"))
+
+
 def check_init_from(config):
     """SystemExit unless init_from names something that a run can start with."""
     source = config.init_from
@@ -115,27 +134,62 @@ def check_init_from(config):
         return
     if source not in GPT2 and not os.path.isdir(source):
         raise SystemExit(f"init_from='{source}' is not 'scratch', 'resume' or 'previous', nor a "
-                         f"pretrained network: {', '.join(GPT2)}, or a folder with such a "
-                         "config.json and model.safetensors.")
-    if data_kind(config.space).metric:
-        raise SystemExit(f"init_from='{source}' is for the GPT alone.")
+                         f"pretrained network: {', '.join(GPT2)}, a folder with such a "
+                         "config.json and model.safetensors, or the out_dir of a training.")
+    if os.path.realpath(source) == os.path.realpath(config.out_dir):
+        raise SystemExit(f"init_from='{source}' is this run's own out_dir, whose files it would "
+                         "replace: go on with that run by --init_from=resume, or choose another "
+                         "--out_dir.")
+    if data_kind(config.space).metric and not os.path.exists(os.path.join(source, "best.pt")):
+        raise SystemExit(f"init_from='{source}' is for the GPT alone: a network of {config.space} "
+                         "starts from scratch, or from the out_dir of a training with a best.pt.")
 
 
-def load_pretrained(net, arch, source, run):
-    """Fills net from what init_from names: a GPT-2, or the out_dir of a search, whose supernet has
-    weights for this architecture."""
-    path = os.path.join(source, "ckpt.pt")
-    if not os.path.exists(path):
+def load_pretrained(net, arch, source, config, run):
+    """Fills net from what init_from names: a GPT-2; the out_dir of a training of the same network,
+    whose best weights count; or that of a search, whose supernet has weights for this
+    architecture."""
+    best, newest = (os.path.join(source, name) for name in ("best.pt", "ckpt.pt"))
+    if not holds_run(source):
         return load_gpt2(net, source, arch)
-    checkpoint = load_checkpoint(path, run.device)
-    kind, of = ("search", source) if "chooser" in checkpoint else ("training", "OUT_DIR")
-    if kind == "training" or arch is None:
-        raise SystemExit(f"init_from='{source}' is the out_dir of a {kind}, and of our own runs "
-                         "only a search has weights to start with, those of one of its "
-                         f"architectures: python train_base.py --arch={of}/arch.json "
-                         f"--init_from={of}.")
-    whole = load_model(build(checkpoint["config"]).to(run.device), checkpoint, path)
-    return load_model(net, {"model": whole.extract(arch).state_dict()}, path)
+    if os.path.exists(best):
+        return load_same_network(net, arch, source, load_checkpoint(best, run.device), config, run)
+    checkpoint = load_checkpoint(newest, run.device)
+    if "chooser" not in checkpoint or arch is None:
+        kind = "search" if "chooser" in checkpoint else "run without a best.pt"
+        raise SystemExit(f"init_from='{source}' is the out_dir of a {kind}: train.py starts from "
+                         "the out_dir of a training, and one of a search's architectures from the "
+                         "search, by python train_base.py --arch=OUT_DIR/arch.json "
+                         "--init_from=OUT_DIR.")
+    check_learned(config, checkpoint["config"], f"init_from='{source}'", run)
+    whole = load_model(build(checkpoint["config"]).to(run.device), checkpoint, newest)
+    return load_model(net, {"model": whole.extract(arch).state_dict()}, newest)
+
+
+def load_same_network(net, arch, source, checkpoint, config, run):
+    """net with the weights in a training's checkpoint. SystemExit if it is of another network."""
+    before, where = checkpoint["config"], f"init_from='{source}'"
+    theirs, ours = before.get("space", "gpt"), config.space
+    if theirs != ours or checkpoint["arch"] != arch:
+        theirs, ours = (f"the architecture {found} of {space}" if found else f"a {space}"
+                        for found, space in ((checkpoint["arch"], theirs), (arch, ours)))
+        raise SystemExit(f"{where} has trained {theirs}, and this is {ours}: name a training of "
+                         "the same network, or give its --arch to train_base.py.")
+    check_learned(config, before, where, run)
+    # the architecture says the sizes, whatever the lists that it was chosen from
+    check_same_network(config, checkpoint, where, network_keys(ours) - (arch or {}).keys(),
+                       fix="its weights are for the same network alone")
+    return load_model(net, checkpoint, os.path.join(source, "best.pt"))
+
+
+def check_learned(config, before, where, run):
+    """SystemExit if weights learned on data whose ids or labels mean something else than those of
+    config's data; a line if only the content differs, which is fine-tuning."""
+    fix = "give data whose ids and labels mean the same, or leave it out"
+    check_same_data(config, before, where, ("meaning",), fix)
+    if run.master and (difference := different_data(config, before, ("content",))):
+        print(f"{where}: its weights have learned on other {difference}, "
+              f"{os.path.join(before['data_dir'], before['dataset'])}")
 
 
 def load_trained(out_dir, key, config, run):
@@ -150,6 +204,7 @@ def load_trained(out_dir, key, config, run):
         if theirs != ours:
             raise SystemExit(f"{key}='{out_dir}' has {name}={theirs}, and this search {ours}: name "
                              "a training of the search's space, on its data.")
+    check_learned(config, checkpoint["config"], f"{key}='{out_dir}'", run)
     net = build(checkpoint["config"], checkpoint["arch"]).to(run.device)
     return load_model(net, checkpoint, path).eval()
 

@@ -75,11 +75,11 @@ RULES = [
      "val_portion=0.0 leaves nothing to choose the strongest rival by: give a share, such as "
      "--val_portion=0.1."),
     (lambda c: not os.path.exists(os.path.join(c.out_dir, "result.json")),
-     "{out_dir} holds no finished search: end it by python train_search.py --init_from=resume, or "
-     "name another OUT_DIR.")]
+     "{out_dir} holds no finished search: end it by python train_search.py --init_from=resume "
+     "--out_dir={out_dir}, or name another OUT_DIR.")]
 
 NOT_OF_A_TRAINING = ("out_dir", "overwrite", "seed", "seeds", "latency_table", "n_random", "n_pick",
-                     "n_rank") # keys of a report that change no training
+                     "n_rank", "wandb_run_name") # keys of a report that change no training
 SIGNIFICANCE = 0.05 # two networks count as different if p is below it
 DESCRIPTIONS = {"found": "found by the search", "largest": "uses most of the budget",
                 "standard": "nanoGPT's proportions, GPT-2's block",

@@ -14,22 +14,25 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import ConfigError, as_list
+from configurator import ConfigError, as_list, given
 
 try:
     import fcntl
@@ -40,6 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LOGS = ("log.jsonl", "arch_traj.jsonl") # a checkpoint remembers how long they were
 RUN_FILES = (*LOGS, "arch_search.jsonl", "pareto.json", "arch.json", "result.json",
              "ckpt.pt", "ckpt.prev.pt", "best.pt")
+TRAINERS = ("train.py", "train_search.py", "train_base.py", "train_rl.py")
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "4090": 165e12,
               "V100": 112e12} # dense 16 bit, a second
 LOCKS = weakref.WeakValueDictionary() # of this process: {path: the open file that is locked}
@@ -121,7 +125,8 @@ def read_json(path):
     except OSError as error:
         raise SystemExit(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise SystemExit(f"{path} is damaged, it is not JSON: {error}") from None
+        raise SystemExit(f"{path} is damaged, it is not JSON ({error}): take an undamaged "
+                         "copy") from None
     return verify_checksum(data, path)
 
 
@@ -165,7 +170,8 @@ def read_lines(path):
 
 @dataclass
 class Run:
-    """This process's part of a run. amp: the autocast context. signal: the number that arrived."""
+    """This process's part of a run. amp: the autocast context. signal: the number that arrived.
+    keys: those of the command, {key: value}, which the run may change as it goes on."""
     rank: int
     world: int
     device: str
@@ -176,6 +182,7 @@ class Run:
     control: object # process group of the CPUs: no GPU waits for a flag
     signal: int = 0
     lock: object = None # of out_dir, as long as this Run is in use
+    keys: dict = field(default_factory=dict)
 
     @property
     def master(self):
@@ -213,6 +220,7 @@ def setup(config):
     check_resumable(config)
     if world > 1:
         dist.barrier() # every rank has looked before rank 0 writes
+    run.keys = dict(vars(config))
     return run
 
 
@@ -277,49 +285,101 @@ def original_init_from(config):
     first = os.path.join(config.out_dir, "ckpt.pt")
     if config.init_from != "resume" or os.path.exists(first):
         return config.init_from
-    return read_json(os.path.join(config.out_dir, "run.json"))["config"]["init_from"]
+    return read_run(config.out_dir)["config"]["init_from"]
+
+
+def read_run(out_dir):
+    """The run.json of the run in out_dir. SystemExit if there is none, or a damaged one."""
+    path = os.path.join(out_dir, "run.json")
+    if not os.path.exists(path):
+        raise SystemExit(f"out_dir={out_dir} holds no run to resume: leave out --init_from, or "
+                         "name the run's --out_dir.")
+    begun = read_json(path)
+    if type(begun.get("config")) is not dict:
+        raise SystemExit(f"{path} is damaged, it has no config: take an undamaged copy")
+    return begun
+
+
+def resumed_run(namespace):
+    """(out_dir, {key: value}) of the run that the command line resumes, with the keys of its
+    run.json; ("", {}) where it resumes none. namespace: a trainer's globals().
+
+    configure() begins with these keys, so that --init_from=resume and --out_dir say all.
+    """
+    config = {key: given(key) or namespace[key] for key in ("init_from", "out_dir")}
+    if not is_resuming(SimpleNamespace(**config)):
+        return "", {}
+    begun = read_run(config["out_dir"])
+    theirs, ours = (os.path.basename(argv[0]) for argv in (begun.get("argv") or [""], sys.argv))
+    if theirs in TRAINERS and ours in TRAINERS and theirs != ours:
+        raise SystemExit(f"out_dir={config['out_dir']} holds a run of {theirs}, with which {ours} "
+                         f"cannot go on: use {theirs}, or name another --out_dir.")
+    return config["out_dir"], {key: value for key, value in begun["config"].items()
+                               if key not in (*config, "overwrite")}
 
 
 def check_resumable(config):
     """SystemExit if out_dir holds a run that would be lost, or none to resume."""
-    held = os.path.exists(os.path.join(config.out_dir, "run.json"))
-    if is_resuming(config) and not held:
-        raise SystemExit(f"out_dir={config.out_dir} holds no run to resume: leave out --init_from, "
-                         "or name the run's --out_dir.")
-    if not is_resuming(config) and held and not config.overwrite:
+    if is_resuming(config):
+        read_run(config.out_dir)
+    elif os.path.exists(os.path.join(config.out_dir, "run.json")) and not config.overwrite:
         raise SystemExit(f"out_dir={config.out_dir} holds another run: choose another --out_dir, "
                          "go on with it by --init_from=resume, or replace it by --overwrite=True.")
 
 
+def lock_file(path, wait=False):
+    """Keeps other processes from this lock until the returned file is closed or this process ends,
+    however it ends. None where there are no locks.
+
+    BlockingIOError if another process has it, unless this one is to wait.
+    """
+    if fcntl is None:
+        return None
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError: # a file system without locks
+        pass
+    return file
+
+
 def lock_out_dir(config, run):
-    """Keeps other processes' runs out of out_dir until this run or its process ends, however it
-    ends. SystemExit if one is there.
+    """Keeps other processes' runs out of out_dir. SystemExit if one is there.
 
     An earlier run of this process may hold the lock still, which it then shares.
     """
-    if not run.master or fcntl is None:
+    if not run.master:
         return
     path = os.path.realpath(os.path.join(config.out_dir, "run.lock"))
     run.lock = LOCKS.get(path)
-    if run.lock:
-        return
     try:
-        run.lock = open(path, "w")
-        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        LOCKS[path] = run.lock
+        run.lock = run.lock or lock_file(path)
     except BlockingIOError:
         raise SystemExit(f"out_dir={config.out_dir} is in use by another run, which has not ended: "
                          "wait for it, or choose another --out_dir.") from None
-    except OSError: # a file system without locks; if it takes no files, the first one says so
-        pass
+    except OSError: # no files can be made there: the first one of the run says so
+        return
+    if run.lock:
+        LOCKS[path] = run.lock
 
 
 def init_out_dir(config, run):
-    """Makes out_dir, removes the files of an earlier run, and writes run.json.
+    """Makes out_dir, removes the files of an earlier run, and writes run.json; of a run that is
+    resumed run.json gets the keys that it goes on with.
 
     Called when data and network are there: what follows is work that must not be lost.
     """
-    if not run.master or is_resuming(config):
+    if not run.master:
+        return
+    path = os.path.join(config.out_dir, "run.json")
+    if is_resuming(config):
+        begun = read_run(config.out_dir)
+        now = vars(config) | run.keys | {"init_from": begun["config"]["init_from"]}
+        if now != begun["config"]:
+            write_json(path, begun | {"config": now})
         return
     try:
         os.makedirs(config.out_dir, exist_ok=True)
@@ -336,7 +396,7 @@ def init_out_dir(config, run):
         git = ["git", "rev-parse", "HEAD"]
         commit = subprocess.run(git, capture_output=True, text=True, cwd=here).stdout.strip()
     device = torch.cuda.get_device_name(run.device) if run.device_type == "cuda" else run.device
-    write_json(os.path.join(config.out_dir, "run.json"), {
+    write_json(path, {
         "argv": sys.argv, "config": vars(config), "commit": commit, "seed": config.seed,
         "world": run.world, "device": device, "dtype": run.dtype,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
@@ -399,7 +459,41 @@ def load_model(net, checkpoint, path):
     return net
 
 
-def check_same_network(config, checkpoint, path, keys, must=()):
+def check_resumed_data(config):
+    """SystemExit where a run that goes on began on other data; config has the data's identity."""
+    if is_resuming(config):
+        began = read_run(config.out_dir)["config"]
+        check_same_data(config, began, f"the run in out_dir={config.out_dir}")
+
+
+def check_same_data(config, before, where, parts=("meaning", "content"), fix=""):
+    """SystemExit where what was learned on some data would go on with other data.
+
+    config.identity says what a data set is, see data.identity(): shapes cannot tell it. before: the
+    config of what has learned, which `where` names; an older version's has no identity. parts:
+    which of the identity must be the same.
+    """
+    if difference := different_data(config, before, parts):
+        theirs, ours = (os.path.join(c["data_dir"], c["dataset"]) for c in (before, vars(config)))
+        fix = fix or ("go on with the data that it has learned on, or start anew in another "
+                      "--out_dir")
+        raise SystemExit(f"{where} has learned on {theirs}, from which {ours} as it is now differs "
+                         f"in its {difference}: {fix}.")
+
+
+def different_data(config, before, parts):
+    """The first name in these parts of the identity in which the data of two runs differ, or
+    None."""
+    for part in parts if "identity" in before else ():
+        theirs, ours = before["identity"][part], config.identity[part]
+        for name in theirs:
+            if ours.get(name, theirs[name]) != theirs[name]: # another version may have other names
+                return name
+    return None
+
+
+def check_same_network(config, checkpoint, path, keys, must=(),
+                       fix="it goes on with what it began with"):
     """SystemExit where a run would go on as another network of the same shapes.
 
     A forgotten --norm or --n_head does not change a shape. keys: those that say which network it
@@ -410,7 +504,7 @@ def check_same_network(config, checkpoint, path, keys, must=()):
         theirs = checkpoint["config"].get(key, None if key in must else ours)
         if as_list(theirs) != as_list(ours):
             raise SystemExit(f"{path} is of a run with {key}={theirs}, and this one has "
-                             f"{key}={ours}: it goes on with what it began with.")
+                             f"{key}={ours}: {fix}.")
 
 
 def save(config, run, name, net, optimizer=None, **rest):
@@ -511,8 +605,10 @@ def stop_if_signaled(run, checkpoint, due=False):
         checkpoint()
     if signum:
         if run.master:
+            script = os.path.basename(sys.argv[0])
+            again = shlex.join([script, "--init_from=resume", f"--out_dir={run.keys['out_dir']}"])
             tqdm.write(f"stopped by {signal.Signals(signum).name}, all is saved: go on by "
-                       "--init_from=resume")
+                       f"{'python' if run.world == 1 else 'torchrun ...'} {again}")
         raise SystemExit(128 + signum)
     return due
 
@@ -602,8 +698,9 @@ class Log:
                         disable=not run.master or not sys.stderr.isatty())
         if run.master and config.wandb_log:
             import wandb
-            self.wandb = wandb.init(project=config.wandb_project, name=config.out_dir,
-                                    config=vars(config))
+            self.wandb = wandb.init(project=config.wandb_project, config=vars(config),
+                                    name=config.wandb_run_name or config.out_dir,
+                                    id=wandb_id(config.out_dir), resume="allow")
         if run.master and config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(config.out_dir)
@@ -651,6 +748,15 @@ class Log:
             values["mfu"] = 3 * flops * samples / seconds / peak / self.run.world
             line += f" | mfu {100 * values['mfu']:.1f}%"
         self(line + "".join(f" | {key} {value}" for key, value in extra.items()), **values)
+
+
+def wandb_id(out_dir):
+    """The id of this run at wandb, which run.json keeps: a resumed run goes on in the same one."""
+    begun = read_run(out_dir)
+    if "wandb_id" not in begun:
+        begun["wandb_id"] = uuid.uuid4().hex
+        write_json(os.path.join(out_dir, "run.json"), begun)
+    return begun["wandb_id"]
 
 
 def peak_flops(run):

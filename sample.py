@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import torch
 
 from configurator import at_least, at_least_below, check_limits, configure
-from data import Tokens, load_codec
-from run import DTYPES, load_checkpoint, load_model, pick_device, pick_dtype
+from data import Tokens, identity, load_codec
+from run import DTYPES, check_same_data, load_checkpoint, load_model, pick_device, pick_dtype
 from search_spaces import build, data_kind
 
 # -----------------------------------------------------------------------------
@@ -72,6 +72,10 @@ def main(config):
         raise SystemExit(f"out_dir={config.out_dir} holds a network of {trained.space}, which "
                          "writes no text: name the out_dir of a GPT.")
     tokens = load_codec(trained.data_dir, trained.dataset)
+    now = SimpleNamespace(**vars(trained) |
+                          {"identity": identity(trained.data_dir, trained.dataset)})
+    check_same_data(now, vars(trained), f"out_dir={config.out_dir}", ("meaning",),
+                    "prepare the data as they were")
     prompt, stop = read_prompt(config.prompt), config.stop.replace("\\n", "\n")
     shown = [int(i) for i in tokens.encode([prompt])[0]]
     if not shown and not tokens.joint:

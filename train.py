@@ -11,7 +11,8 @@ Trains one network on prepared data: a GPT of fixed sizes, or one of a space of 
 Writes to out_dir: run.json (what was started), log.jsonl (one object a printed line), ckpt.pt (the
 newest state) and ckpt.prev.pt (the one before it), best.pt (the best weights on the validation
 data) and result.json. SIGTERM or Ctrl-C ends a run after its step, with a checkpoint;
---init_from=resume goes on as if nothing had happened, on any number of processes.
+--init_from=resume --out_dir=OUT_DIR goes on with the run's own keys as if nothing had happened, on
+any number of processes. --init_from=OUT_DIR starts from the best weights of another training.
 """ # noqa: E501 (the commands stay on one line)
 import contextlib
 import importlib.util
@@ -32,10 +33,11 @@ from configurator import (as_list, at_least, at_least_below, check_limits, check
 from fused_ops import use_fused_ops
 from prepare import prepare_own
 from pretrained import check_init_from, load_pretrained
-from run import (Log, all_gather_scalar, all_reduce_mean, finite, init_out_dir, is_pretrained,
-                 is_resuming, load_checkpoint, load_model, main, original_init_from, resume, rng,
-                 save, save_is_due, setup, signals, skip_nonfinite_step, stop_if_signaled,
-                 write_json)
+from run import (Log, all_gather_scalar, all_reduce_mean, check_resumed_data, finite, init_out_dir,
+                 is_pretrained,
+                 is_resuming, load_checkpoint, load_model, main, original_init_from, resume,
+                 resumed_run, rng, save, save_is_due, setup, signals, skip_nonfinite_step,
+                 stop_if_signaled, write_json)
 from search_spaces import build, data_kind, network_keys, with_space
 from search_spaces.convs import batch_norms, measure_norms
 
@@ -48,9 +50,10 @@ log_interval = 10
 eval_iters = 20 # batches an evaluation
 save_interval = 0 # steps between checkpoints, besides those at evaluations; 0: none
 save_minutes = 10.0 # a checkpoint also whenever so much time has passed; 0: never
-init_from = 'scratch' # 'resume' or 'previous' checkpoint; or weights: 'gpt2', ..., or a folder
+init_from = 'scratch' # 'resume', 'previous'; or weights: 'gpt2', a folder, a training's out_dir
 wandb_log = False
 wandb_project = 'nas'
+wandb_run_name = '' # '': out_dir
 tensorboard = False
 # data
 dataset = 'pydocs'
@@ -357,6 +360,7 @@ def split_data(config, run, test):
     prepare_own(config, run)
     found, facts = kind.load(config)
     vars(config).update(facts)
+    check_resumed_data(config)
     train, val = found["train"], found["val"]
     middle = len(train) - int(config.val_portion * len(train))
     splits = {"train": train.part(0, middle)}
@@ -418,7 +422,7 @@ def train(config, arch=None, test=False):
     check_plain(net, arch, config)
     check_resolutions(net, config, run)
     if is_pretrained(original_init_from(config)):
-        load_pretrained(net, arch, original_init_from(config), run)
+        load_pretrained(net, arch, original_init_from(config), config, run)
     cost, optimizer, state = net.cost(), configure_optimizer(net, config, run), TrainState()
     if is_resuming(config):
         resume_training(net, optimizer, config, run, state, arch)
@@ -506,4 +510,5 @@ def finish(net, splits, config, run, state, cost, arch, log):
 
 if __name__ == "__main__":
     hint = "train.py trains one network, train_search.py searches over a list of sizes"
-    main(train, configure(with_space(globals()), list_hint=hint))
+    keys = with_space(globals(), run=resumed_run(globals()))
+    main(train, configure(keys, list_hint=hint))

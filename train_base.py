@@ -12,8 +12,8 @@ touched.
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_base.py --arch=...
     python train_base.py --help                                       # every key with its default
 
-It starts from scratch, or, with the out_dir of a search of the GPT as --init_from, from the weights
-that it has in that supernet. The last val_portion of the train split validates; val is read once,
+It starts from scratch, or from the out_dir that --init_from names: that of a search of the GPT, from
+the weights that it has in that supernet, or that of a training of the same architecture. The last val_portion of the train split validates; val is read once,
 at the end. A network of search_spaces/ is that of the search, unless a key of its space says
 otherwise, such as the number of cells. Writes what train.py writes.
 """ # noqa: E501 (the commands stay on one line)
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from budget import architectures, read_table
 from configurator import (ConfigError, as_list, check_limits, configure, given, WHOLE)
 from optim_nas import space_size
-from run import main, read_json, read_lines, silenced, verify_checksum
+from run import main, read_json, read_lines, resumed_run, silenced, verify_checksum
 from search_spaces import (build, check_recorded, data_kind, recorded_keys, space_module,
                            with_space)
 from train import * # noqa: F403 (every key of train.py)
@@ -94,14 +94,17 @@ def read_genotype(genotype, space):
 
 def with_found(namespace):
     """The keys of this script with those of the search's space, whose defaults are the search's."""
-    files = [given(key) or "" for key in ("arch", "arch_traj")]
+    names, (out_dir, own) = ("arch", "arch_traj", "genotype"), resumed_run(namespace)
+    if any(map(given, names)): # the command names the architecture, and not the run that it resumes
+        own = {key: value for key, value in own.items() if key not in names}
+    files = [given(key) or own.get(key, "") for key in names[:2]]
     if not any(files) or "" not in files:
-        return with_space(namespace)
+        return with_space(namespace, run=(out_dir, own))
     path, found = files[0] or files[1], read_arch(*files)
     if given("space") not in (None, found["space"]):
         raise SystemExit(f"space='{given('space')}' is not {found['space']}, that of {path}: leave "
                          "it out.")
-    return with_space(namespace, found["space"], found["model"], path)
+    return with_space(namespace, found["space"], found["model"], path, (out_dir, own))
 
 
 def train_table(config):

@@ -51,12 +51,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from configurator import above, as_list, at_least, check_limits, configure
+from data import bytes_hash, identity
 from env import * # noqa: F403 (its keys, with their comments)
 from env import (ArchEnv, EVALUATORS, N_OPTIONS, REWARDS, TRAIN_DEFAULTS, all_archs, arch_of,
                  check_env, check_options, regret, reward_table, shards_of)
-from run import (Log, Run, draw_figures, init_out_dir, is_resuming, main, read_json, resume, rng,
-                 save, setup, signals, stop_if_signaled, write_json)
-from search_spaces import network_keys
+from run import (Log, Run, check_resumed_data, draw_figures, init_out_dir, is_resuming, main,
+                 read_json, resume, resumed_run, rng, save, setup, signals, stop_if_signaled,
+                 write_json)
+from search_spaces import OF_DATA, network_keys
 from train import check_config
 
 del against # noqa: F821 (only env.py compares tables)
@@ -69,6 +71,7 @@ init_from = 'scratch' # 'resume': from ckpt.pt; 'previous': from the checkpoint 
 eval_interval = 25 # evaluations between two log lines of the policy
 wandb_log = False
 wandb_project = 'nas'
+wandb_run_name = '' # '': out_dir
 tensorboard = False
 # evaluations
 evaluator = 'table' # 'train', 'supernet'
@@ -449,7 +452,8 @@ RL_LIMITS = {**dict.fromkeys(("budget", "n_iterations", "eval_interval", "update
 
 def check(config):
     """SystemExit for a value of this script's keys that is not allowed."""
-    check_options(config, {"algo": [*ALGOS, "random"], "reward": list(REWARDS),
+    check_options(config, {"init_from": ["scratch", "resume", "previous"],
+                           "algo": [*ALGOS, "random"], "reward": list(REWARDS),
                            "q_network": ["numbers", "outputs"], "mode": [0, 1, 2]})
     check_env(config, list(EVALUATORS))
     check_limits(config, RL_LIMITS)
@@ -463,12 +467,30 @@ def check(config):
                          f"which evaluate together: give --budget={fix}, or other --n_envs.")
 
 
+def with_run(namespace):
+    """globals(), with the keys of the run that the command resumes, for configure()."""
+    hidden = OF_DATA | TRAIN_DEFAULTS.keys() - namespace.keys() # in run.json, but no keys here
+    out_dir, own = resumed_run(namespace)
+    return namespace | {"__run__": (out_dir, {key: value for key, value in own.items()
+                                              if key not in hidden})}
+
+
+def identity_of(config):
+    """data.identity() of what the evaluations come from: a data set, or a table."""
+    if config.evaluator != "table":
+        return identity(config.data_dir, config.dataset)
+    with open(config.table, "rb") as f:
+        return {"meaning": {}, "content": {"table": bytes_hash(f.read())}}
+
+
 def learn(config):
     """Runs all iterations of config, a dict; returns what it writes to result.json."""
     config = SimpleNamespace(**TRAIN_DEFAULTS | config | {"seeds": as_list(config["seeds"])})
     check(config)
     check_config(config)
     run, env, rewards = setup(config), build_env(config), None
+    config.identity = identity_of(config)
+    check_resumed_data(config)
     if config.evaluator == "table":
         rewards = reward_table(reward_function(config), vars(config))
     search = Search(config, run, env, rewards)
@@ -554,4 +576,4 @@ def seen_rewards(search):
 
 
 if __name__ == "__main__":
-    draw_figures(main(learn, configure(globals()))["out_dir"])
+    draw_figures(main(learn, configure(with_run(globals())))["out_dir"])

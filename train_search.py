@@ -49,10 +49,10 @@ from optim_nas import (METHODS, arch_key, best_of, entropy, evolutionary_search,
 from prepare import prepare_own
 from pretrained import init_supernet, load_gpt2, load_trained, sort_by_importance
 from run import (Log, add_checksum, all_gather_scalar, all_reduce_mean, append, atomic_write,
-                 check_same_network, content_hash, draw_figures, init_out_dir, is_pretrained,
-                 is_resuming, load_checkpoint, main, original_init_from, read_lines, resume, rng,
-                 save, save_is_due, setup, signals, skip_nonfinite_step, stop_if_signaled,
-                 verify_checksum, write_json)
+                 check_resumed_data, check_same_network, content_hash, draw_figures, init_out_dir,
+                 is_pretrained, is_resuming, load_checkpoint, main, original_init_from, read_lines,
+                 resume, resumed_run, rng, save, save_is_due, setup, signals, skip_nonfinite_step,
+                 stop_if_signaled, verify_checksum, write_json)
 from search_spaces import (build, data_kind, network_keys, recorded_keys, space_module, text_of,
                            with_space)
 from search_spaces.cells import widen
@@ -178,6 +178,7 @@ def split_data(config, run):
     prepare_own(config, run)
     found, facts = kind.load(config)
     vars(config).update(facts)
+    check_resumed_data(config)
     whole = found["train"]
     middle = int(config.train_portion * len(whole))
     splits = {"train": whole.part(0, middle), "search": whole.part(middle, len(whole)),
@@ -757,4 +758,5 @@ def finish(cost, config, run, state, table):
 
 
 if __name__ == "__main__":
-    draw_figures(main(search, configure(with_space(globals())))["out_dir"])
+    keys = with_space(globals(), run=resumed_run(globals()))
+    draw_figures(main(search, configure(keys))["out_dir"])

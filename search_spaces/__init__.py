@@ -30,6 +30,8 @@ SHARED = ("__init__", "cells", "convs") # files here that are no space
 MAY_CHANGE = {"block_size", "vocab_size", "dropout", "router_aux_loss_coef", "loss_chunk",
               "drop_path", "auxiliary", "patch", "tile", "partial_channels"}
 
+OF_DATA = {"vocab_size", "img_size", "in_channels", "num_classes", "identity"} # facts, no keys
+
 
 def space_module(space):
     """The module of a search space. SystemExit if there is none of that name."""
@@ -89,15 +91,20 @@ def check_recorded(found):
     return wrong[0] if wrong else None
 
 
-def with_space(namespace, space=None, found=None, path=""):
+def with_space(namespace, space=None, found=None, path="", run=("", {})):
     """A script's globals(), with the keys of a space and of its kind of data.
 
     The GPT's keys are in the script already; another space's take their place. space: None for the
     one that the command line names. found: the keys of the space that a search recorded in the file
     `path`; they become the defaults, but a GPT is trained as it was searched: SystemExit if the
-    command says otherwise.
+    command says otherwise. run: resumed_run(); its space and its keys are those of the run.
     """
-    space = space or given("space") or namespace["space"]
+    out_dir, own = run
+    own = {key: value for key, value in own.items() if key not in OF_DATA}
+    if given("space") not in (None, own.get("space", given("space"))):
+        raise SystemExit(f"space={given('space')} is not {own['space']}, that of the run in "
+                         f"out_dir={out_dir}: leave it out.")
+    space = space or own.get("space") or given("space") or namespace["space"]
     module, kind = space_module(space), data_kind(space)
     keys, sources = dict(namespace), [kind.keys]
     if module is not model:
@@ -113,7 +120,9 @@ def with_space(namespace, space=None, found=None, path=""):
             if key != "block_size" and ours != str(value).replace(" ", ""):
                 raise SystemExit(f"{key}={given(key)} is not {value}, that of {path}: leave it "
                                  "out.")
-    return keys | defaults(vars(kind.keys)) | {"space": space, "__sources__": sources}
+        own = {key: value for key, value in own.items() if key == "block_size" or key not in found}
+    return keys | defaults(vars(kind.keys)) | {"space": space, "__sources__": sources,
+                                               "__run__": (out_dir, own)}
 
 
 def build(config, arch=None):

@@ -6,6 +6,7 @@ import json
 import importlib
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -107,6 +108,9 @@ def shrink(command, data_dir, digits_dir, finished, out):
     """The same command on tiny data, in its own out_dir, on two local processes at the most."""
     words = shlex.split(command)
     script = next(word for word in words if word.endswith(".py") and not word.startswith("config"))
+    if "--init_from=resume" in words: # the run has its own keys
+        shutil.copytree(finished / "s", out)
+        return [f"--out_dir={out}" if word.startswith("--out_dir") else word for word in words[1:]]
     extra, space = [f"--data_dir={data_dir}", f"--out_dir={out}"], space_of(words)
     if space != "gpt" and script != "analyze.py":
         words, extra = shrink_space(words, script, space, digits_dir, out)

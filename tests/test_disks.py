@@ -64,7 +64,7 @@ def test_a_folder_in_use_takes_no_other_run(data_dir, tmp_path):
     try:
         wait_for(process, "step 10/")
         config = train_config(data_dir, tmp_path / "o")
-        for changes, words in ((dict(init_from="resume"), "is in use by another run, which has not"),
+        for changes, words in ((dict(init_from="resume"), "is in use by another run, which"),
                                (dict(init_from="previous"), "is in use by another run"),
                                (dict(overwrite=True), "is in use by another run"),
                                ({}, "holds another run")):

@@ -153,14 +153,16 @@ def test_a_search_cuts_it_to_a_budget_and_resumes_exactly(gpt2, data_dir, tmp_pa
 
 def test_killed_before_its_first_checkpoint_it_starts_with_the_same_weights_again(
         gpt2, data_dir, tmp_path):
-    """A search and a training from a GPT-2, and a training from that search."""
+    """A search and a training from a GPT-2, and a training from each of these."""
     folder, out = gpt2[0], tmp_path / "search"
     runs = {"search": (train_search.search, search_config(data_dir, out, **SPACE,
                                                           init_from=folder)),
             "train": (train.train, train_config(data_dir, tmp_path / "train", **OURS,
                                                 init_from=folder)),
             "base": (train_base.train_found, base_config(data_dir, tmp_path / "base",
-                                                         out / "arch.json", init_from=str(out)))}
+                                                         out / "arch.json", init_from=str(out))),
+            "more": (train.train, train_config(data_dir, tmp_path / "more", **OURS,
+                                               init_from=str(tmp_path / "train")))}
     for name, (go, config) in runs.items():
         go(config)
         go(config | killed_early(tmp_path / name, tmp_path / f"{name} again"))
@@ -215,11 +217,21 @@ def rewrite(folder, change):
     save_file(change(load_file(path)), path)
 
 
+def save_other(folder, name):
+    """A tiny network of another architecture, as transformers saves it."""
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=24)
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda folder: os.remove(f"{folder}/model.safetensors"), ["model.safetensors"]),
     (lambda folder: os.truncate(f"{folder}/model.safetensors", 1000), ["SafetensorError"]),
     (lambda folder: open(f"{folder}/config.json", "w").write("{"), ["JSONDecodeError"]),
-    (lambda folder: open(f"{folder}/config.json", "w").write("{}"), ["KeyError"]),
+    (lambda folder: open(f"{folder}/config.json", "w").write("{}"), ["a nameless", "n_layer"]),
+    (lambda folder: save_other(folder, "Llama"), ["is a LlamaForCausalLM by its", "GPT-2"]),
+    (lambda folder: save_other(folder, "GPTNeoX"), ["is a GPTNeoXForCausalLM by its", "GPT-2"]),
     (lambda folder: rewrite(folder, lambda w: w | {"score.weight": torch.ones(2, 32)}),
      ["transformer.score.weight is (2, 32)", "None"]),
     (lambda folder: rewrite(folder, lambda w: {k: t for k, t in w.items() if "wpe" not in k}),

@@ -100,7 +100,8 @@ def test_as_many_updates_and_evaluations_whatever_n_envs(changes, expected, tmp_
         counts.append((result["updates"], result["evaluations"], len(log_of(out)[0])))
     assert counts == [(2 * expected, 2 * budget, 2 * budget)] * 3
     learn(settings(tmp_path / "r", n_envs=4, mode=1, **changes))
-    result = learn(settings(tmp_path / "r", n_envs=4, n_iterations=3, init_from="resume", **changes))
+    more = dict(n_iterations=3, init_from="resume")
+    result = learn(settings(tmp_path / "r", n_envs=4, **more, **changes))
     assert (result["updates"], result["evaluations"]) == (3 * expected, 3 * budget)
 
 

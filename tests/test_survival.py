@@ -6,7 +6,9 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,14 +20,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_SEARCH, fails, flags, run, succeeds
-from test_train import OPTIMIZERS, base_config, search_config, train_config
+from conftest import (ROOT, TINY, TINY_IMAGES, TINY_LARGEST, TINY_SEARCH, TINY_SPACES, TINY_STAGES,
+                      fails, flags, run, script, stops, succeeds)
+from test_train import OPTIMIZERS, base_config, search_config, train_config, with_other_val
 
 import train
 import train_base
 import train_search
-from data import load_tokens
-from run import read_json, read_lines
+from data import (PYDOCS_SOURCE, PYDOCS_TRAIN, Images, Pairs, bytes_hash, check_pydocs, identity,
+                  load_tokens)
+from run import read_json, read_lines, write_json
 
 LONG = dict(max_iters=20, lr_decay_iters=20, eval_interval=10, dropout=0.1)
 
@@ -205,12 +209,12 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(data_dir, tmp_path):
     wait_for(process, "step 5/")
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
-    assert (process.returncode == 128 + signal.SIGINT and "--init_from=resume" in output
-            and "Traceback" not in output)
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in output
+    again = shlex.split(re.search("all is saved: go on by python (.*)", output)[1])
+    assert again == ["train_search.py", "--init_from=resume", f"--out_dir={tmp_path}/a"]
     stopped = torch.load(tmp_path / "a/ckpt.pt", weights_only=True)["state"]["step"]
     assert stopped >= 5
-    out = succeeds("train_search.py", *options, f"--out_dir={tmp_path}/a", "--init_from=resume",
-                   f"--max_iters={stopped + 2}")
+    out = succeeds(*again, f"--max_iters={stopped + 2}")
     assert f"step {stopped + 1}/" in out and f"step {stopped}/" not in out
 
 
@@ -656,6 +660,361 @@ def test_zero_on_one_process_is_one_sentence(data_dir, tmp_path):
     done = run("train.py", *flags(TINY), f"--data_dir={data_dir}", f"--out_dir={tmp_path}/o",
                "--zero_stage=1")
     assert done.returncode == 1 and "torchrun" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- a run knows its own keys
+
+OWN = { # trainer -> its options at tiny size, and what of them makes it longer
+    "train.py": (TINY | dict(n_layer=2, n_head=2, n_embd=16, norm="rmsnorm"), "max_iters"),
+    "train_search.py": (TINY_SEARCH | dict(optimizer="darts", norm=["rmsnorm"]), "max_iters"),
+    "train_base.py": (TINY, "max_iters"),
+    "train_search.py --space": (TINY_IMAGES | TINY_SPACES["toy_cell"] | dict(space="toy_cell"),
+                                "max_iters"),
+    "train_rl.py": (dict(budget=24, updates=24, algo="a2c", n_iterations=1, mode=1),
+                    "n_iterations")}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_run_goes_on_by_its_out_dir_alone(name, data_dir, digits_dir, tmp_path, capsys):
+    """With its own keys, space and data; what the command says wins, and stays said: the steps of
+    one run, bit for bit."""
+    options, key = OWN[name]
+    trainer, more = name.split()[0], 2 * options[key]
+    options = options | dict(data_dir=digits_dir if "space" in options else data_dir)
+    if key == "max_iters":
+        options |= dict(lr_decay_iters=more) # where the rate ends is the same
+    if trainer == "train_base.py":
+        options |= dict(arch=searched(data_dir, tmp_path))
+    whole, parts = tmp_path / "whole", tmp_path / "its parts"
+    script(trainer, *flags(options | {key: more}), f"--out_dir={whole}")
+    script(trainer, *flags(options), f"--out_dir={parts}")
+    alone = "--init_from=resume", f"--out_dir={parts}"
+    script(trainer, *alone, f"--{key}={more}")
+    for _ in range(2): # there is nothing left to do
+        result = [read_json(out / "result.json") for out in (whole, parts)]
+        for found in result:
+            del found["out_dir"]
+            found.pop("seconds", None)
+        assert result[0] == result[1]
+        if trainer != "train_rl.py": # test_rl.py knows how to compare an agent's
+            assert state_of(whole) == state_of(parts)
+        began = [read_json(out / "run.json")["config"] | {"out_dir": ""} for out in (whole, parts)]
+        assert began[0] == began[1]
+        script(trainer, *alone)
+    assert "no longer a key" not in capsys.readouterr().out
+
+
+def test_what_a_run_changes_of_its_keys_is_not_what_it_began_with(digits_dir, tmp_path):
+    """A progressive search widens its network after half of the steps."""
+    options = TINY_IMAGES | TINY_SPACES["darts"] | TINY_STAGES | dict(space="darts")
+    script("train_search.py", *flags(options), f"--data_dir={digits_dir}", f"--out_dir={tmp_path}")
+    begun = read_json(tmp_path / "run.json")
+    for _ in range(2):
+        script("train_search.py", "--init_from=resume", f"--out_dir={tmp_path}")
+        assert read_json(tmp_path / "run.json") == begun
+        assert runs.load_checkpoint(f"{tmp_path}/ckpt.pt", "cpu")["config"]["partial_channels"] == 1
+
+
+def test_what_a_resumed_command_says_is_checked_as_ever(data_dir, digits_dir, tmp_path, capsys):
+    """Keys, config files, and an out_dir that only running a config file would tell."""
+    out, file = f"--out_dir={tmp_path}/t", tmp_path / "c.py"
+    alone = "train.py", "--init_from=resume"
+    script("train.py", *flags(TINY | dict(n_layer=2, n_head=2, n_embd=16)), out,
+           f"--data_dir={data_dir}")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}
+    assert "n_head=2, and this one has n_head=4" in stops(*alone, out, "--n_head=4")
+    assert "max_iters=3 is below the 4 steps" in stops(*alone, out, "--max_iters=3")
+    assert "space=nb201 is not gpt" in stops(*alone, out, "--space=nb201")
+    assert "no key 'n_hed'" in stops(*alone, out, "--n_hed=4")
+    assert "holds no run to resume" in stops(*alone, f"--out_dir={tmp_path}/u")
+    for other in ("train_search.py", "train_base.py", "train_rl.py"):
+        assert "holds a run of train.py, with which" in stops(other, alone[1], out)
+    file.write_text("norm = 'rmsnorm'\n")
+    assert "norm=layernorm, and this one has norm=rmsnorm" in stops(*alone, out, file)
+    file.write_text(f"out_dir = str({str(tmp_path / 't')!r})\n")
+    with pytest.MonkeyPatch.context() as patch: # else the default out_dir would hold no run
+        patch.chdir(tmp_path)
+        shutil.copytree(tmp_path / "t", tmp_path / "out/train")
+        assert "give it as --out_dir=FOLDER" in stops(*alone, file)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()}
+    # a config file that says the folder and another key
+    file.write_text(f"out_dir = {str(tmp_path / 't')!r}\nlearning_rate = 1e-4\n")
+    script(*alone, file, "--max_iters=6")
+    script("train.py", "--init_from=previous", out)
+    assert read_json(tmp_path / "t/result.json")["steps"] == 6
+    config = read_json(tmp_path / "t/run.json")["config"]
+    assert (config["learning_rate"], config["max_iters"], config["init_from"]) == (1e-4, 6,
+                                                                                   "scratch")
+
+
+def test_the_command_names_the_architecture_of_a_resumed_training(data_dir, tmp_path):
+    """By another of the three keys than it began with."""
+    found, out = searched(data_dir, tmp_path), f"--out_dir={tmp_path}/b"
+    script("train_base.py", *flags(TINY), f"--arch={found}", out)
+    (tmp_path / "t.jsonl").write_text(json.dumps(json.loads(found.read_text())) + "\n")
+    found.rename(tmp_path / "moved.json")
+    alone = "train_base.py", "--init_from=resume", out, "--max_iters=6"
+    assert "arch.json cannot be read" in stops(*alone)
+    script(*alone, f"--arch_traj={tmp_path}/t.jsonl")
+    script(*alone) # which then is the run's own
+    assert read_json(tmp_path / "b/result.json")["steps"] == 6
+
+
+def test_keys_of_another_version(data_dir, tmp_path, capsys):
+    """One that is no more is told, and one of another type too, unless the command has it."""
+    out = f"--out_dir={tmp_path}"
+    script("train.py", *flags(TINY | dict(n_layer=2, n_head=2, n_embd=16)), out,
+           f"--data_dir={data_dir}")
+    begun = read_json(tmp_path / "run.json")
+    begun["config"] |= {"of_old": 1, "grad_clip": "none"}
+    del begun["config"]["momentum"], begun["config"]["identity"]
+    write_json(tmp_path / "run.json", begun)
+    assert "grad_clip takes a finite number" in stops("train.py", "--init_from=resume", out)
+    capsys.readouterr()
+    script("train.py", "--init_from=resume", out, "--grad_clip=1.0", "--max_iters=6")
+    assert f"of_old: in {tmp_path}/run.json, but no longer a key\n" in capsys.readouterr().out
+    config = read_json(tmp_path / "run.json")["config"]
+    assert "of_old" not in config and config["momentum"] == 0.9 and config["identity"]
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "holds no run to resume"), ("{", "run.json is damaged, it is not JSON"),
+    ('{"argv": []}', "run.json is damaged, it has no config"),
+    ('{"config": {"norm": "layernorm"}, "sha256": "0"}', "run.json is not what was written")])
+@pytest.mark.parametrize("trainer", ["train.py", "train_search.py", "train_base.py", "train_rl.py"])
+def test_a_run_json_that_is_missing_or_damaged_is_one_sentence(trainer, content, words, tmp_path):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    assert words in stops(trainer, "--init_from=resume", f"--out_dir={tmp_path}")
+
+
+def test_an_agent_starts_with_no_weights_of_others(tmp_path):
+    """It would have gone on as if nothing had been asked for."""
+    assert "init_from='gpt2' is not one of scratch, resume, previous" in stops(
+        "train_rl.py", "--init_from=gpt2", f"--out_dir={tmp_path}/r")
+    assert not (tmp_path / "r").exists()
+
+
+# ---- the data of a run
+
+def with_other_characters(data_dir, other):
+    """A copy of the data with as many characters, of which each id means another."""
+    shutil.copytree(data_dir, other)
+    meta = read_json(other / "pydocs/meta.json")
+    write_json(other / "pydocs/meta.json", meta | {"chars": meta["chars"][::-1]})
+    return other
+
+
+OTHER_DATA = {"characters": with_other_characters, "text": with_other_val}
+
+
+@pytest.mark.parametrize("differs", OTHER_DATA)
+def test_a_run_goes_on_with_its_own_data_alone(differs, data_dir, tmp_path):
+    """Other data of the same shape are one sentence, for every trainer, before its first checkpoint
+    and after it; a run of a version that knew no identity goes on."""
+    other = OTHER_DATA[differs](data_dir, tmp_path / "other")
+    found = searched(data_dir, tmp_path)
+    runs = {"train": (train.train, train_config(data_dir, tmp_path / "train")),
+            "search": (train_search.search, search_config(data_dir, tmp_path / "search")),
+            "base": (train_base.train_found, base_config(data_dir, tmp_path / "base", found))}
+    words = (f"has learned on {data_dir}/pydocs, from which {other}/pydocs as it is now differs in "
+             f"its {differs}: ")
+    for name, (go, config) in runs.items():
+        go(config)
+        early = killed_early(tmp_path / name, tmp_path / f"{name} early")
+        for change in (dict(init_from="resume"), dict(init_from="previous"), early):
+            config = config | change | dict(data_dir=str(other), max_iters=6)
+            folder = Path(config["out_dir"])
+            before = {path.name: path.read_bytes() for path in folder.iterdir()}
+            with pytest.raises(SystemExit, match=re.escape(words)) as e:
+                go(config)
+            assert "\n" not in str(e.value)
+            assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    moved = shutil.copytree(data_dir, tmp_path / "moved") # the same data in another place
+    train.train(runs["train"][1] | dict(data_dir=str(moved), init_from="resume", max_iters=6))
+    begun = read_json(tmp_path / "train/run.json")
+    del begun["config"]["identity"]
+    write_json(tmp_path / "train/run.json", begun)
+    train.train(runs["train"][1] | dict(data_dir=str(other), init_from="resume", max_iters=8))
+
+
+def test_an_agent_goes_on_with_its_own_data_alone(data_dir, tmp_path):
+    """Of its evaluations: a data set, or a table."""
+    options = dict(budget=4, updates=4, algo="a2c", evaluator="supernet", supernet_iters=2,
+                   shards=2, entries=[5, 40], test_entries=10, block_size=16, head_size=2,
+                   batch_size=2, seeds=[1], time_from="flops", cache_dir=tmp_path / "cache",
+                   data_dir=shutil.copytree(data_dir, tmp_path / "data"), out_dir=tmp_path / "r")
+    script("train_rl.py", *flags(options))
+    alone = "train_rl.py", "--init_from=resume", f"--out_dir={tmp_path}/r", "--n_iterations=2"
+    with_other_characters(tmp_path / "data", tmp_path / "other")
+    assert "differs in its characters" in stops(*alone, f"--data_dir={tmp_path}/other")
+    table = tmp_path / "table.csv"
+    lines = (ROOT / "assets/heads_layers.csv").read_text().splitlines(keepends=True)
+    table.write_text("".join(lines))
+    script("train_rl.py", "--algo=random", "--budget=4", f"--out_dir={tmp_path}/t",
+           f"--table={table}")
+    table.write_text("".join([lines[0], *lines[:0:-1]]))
+    assert "differs in its table" in stops("train_rl.py", "--init_from=resume",
+                                           f"--out_dir={tmp_path}/t")
+
+
+def test_weights_go_where_their_ids_mean_the_same(data_dir, tmp_path, capsys):
+    """From a search, from a training, and into samples: other characters are one sentence, another
+    text is fine-tuning, which is told."""
+    letters = with_other_characters(data_dir, tmp_path / "letters")
+    text = with_other_val(data_dir, tmp_path / "text")
+    found = searched(data_dir, tmp_path)
+    train.train(train_config(data_dir, tmp_path / "train"))
+    for go, config in ((train_base.train_found,
+                        base_config(data_dir, tmp_path / "o", found, init_from=str(found.parent))),
+                       (train.train, train_config(data_dir, tmp_path / "o", max_iters=0,
+                                                  init_from=str(tmp_path / "train")))):
+        with pytest.raises(SystemExit, match="differs in its characters: give data whose ids") as e:
+            go(config | {"data_dir": str(letters)})
+        assert "\n" not in str(e.value) and not (tmp_path / "o").exists()
+        capsys.readouterr()
+        for folder, times in ((text, 1), (data_dir, 0)):
+            go(config | {"data_dir": str(folder), "overwrite": True})
+            line = f"its weights have learned on other text, {data_dir}/pydocs\n"
+            assert capsys.readouterr().out.count(line) == times
+        shutil.rmtree(tmp_path / "o")
+    shutil.copytree(letters, tmp_path / "data") # the data set of a run is made anew in its place
+    train.train(train_config(str(tmp_path / "data"), tmp_path / "o"))
+    shutil.copy(f"{data_dir}/pydocs/meta.json", tmp_path / "data/pydocs/meta.json")
+    assert "differs in its characters: prepare the data as" in stops("sample.py",
+                                                                     f"--out_dir={tmp_path}/o")
+
+
+def test_a_network_of_images_starts_from_a_training_too(digits_dir, tmp_path, capsys):
+    """Where classes mean the same; so must those of a teacher, and of inherited weights."""
+    options = TINY_IMAGES | TINY_SPACES["mobilenetv3"] | TINY_LARGEST
+    options |= dict(data_dir=digits_dir, space="mobilenetv3")
+    script("train.py", *flags(options), f"--out_dir={tmp_path}/a")
+    script("train.py", *flags(options | dict(learning_rate=0, min_lr=0)), f"--out_dir={tmp_path}/b",
+           f"--init_from={tmp_path}/a")
+    a, b = (runs.load_checkpoint(f"{tmp_path}/{name}/best.pt", "cpu") for name in "ab")
+    assert b["step"] == 0 and all(torch.equal(w, b["model"][name]) for name, w in a["model"].items()
+                                  if "running" not in name and "num_batches" not in name)
+    other = shutil.copytree(digits_dir, tmp_path / "data")
+    meta = read_json(other / "digits/meta.json")
+    write_json(other / "digits/meta.json", meta | {"classes": meta["classes"][::-1]})
+    new = [*flags(options | dict(data_dir=other)), f"--out_dir={tmp_path}/c"]
+    assert "differs in its classes" in stops("train.py", *new, f"--init_from={tmp_path}/a")
+    for key in ("teacher", "inherit"):
+        said = stops("train_search.py", *new, "--optimizer=spos", "--depth=[1,2]",
+                     "--kernel_size=[3,5]", "--expand=[2,3]", f"--{key}={tmp_path}/a")
+        assert f"{key}='{tmp_path}/a' has learned on" in said and "in its classes" in said
+    assert "a space of images has --inherit" in stops(
+        "train_search.py", *flags(options), f"--init_from={tmp_path}/a", f"--out_dir={tmp_path}/c")
+
+
+@pytest.mark.parametrize("change, differs", [
+    ({}, None), (dict(classes=["no", *map(str, range(1, 10))]), "classes"),
+    (dict(img_size=16), "image size"), (dict(in_channels=3), "image size"),
+    (dict(train_labels_sha256="0"), "images"), (dict(val_sha256="0"), "images")])
+def test_the_identity_of_images(change, differs, digits_dir, tmp_path):
+    check_identity(change, differs, digits_dir, "digits", tmp_path)
+
+
+@pytest.mark.parametrize("change, differs", [({}, None), (dict(scale=3), "scale"),
+                                             (dict(train_sha256="0"), "images")])
+def test_the_identity_of_pairs(change, differs, digits_dir, tmp_path):
+    check_identity(change, differs, digits_dir, "sr_samples_x2", tmp_path)
+
+
+def check_identity(change, differs, data_dir, name, folder):
+    (folder / name).mkdir()
+    shutil.copy(f"{data_dir}/{name}/meta.json", folder / name)
+    write_json(folder / name / "meta.json", read_json(folder / name / "meta.json") | change)
+    ours = SimpleNamespace(identity=identity(str(folder), name))
+    theirs = {"identity": json.loads(json.dumps(identity(data_dir, name)))}
+    assert runs.different_data(ours, theirs, ("meaning", "content")) == differs
+
+
+def test_the_identity_of_text_has_the_files_of_its_tokenizer(data_dir, tmp_path):
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (data / "pydocs" / name).write_text("one")
+    before = {"identity": identity(str(data), "pydocs")}
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (data / "pydocs" / name).write_text("another")
+        ours = SimpleNamespace(identity=identity(str(data), "pydocs"))
+        assert runs.different_data(ours, before, ("meaning",)) == name
+        (data / "pydocs" / name).write_text("one")
+
+
+def test_every_kind_tells_a_run_its_identity(data_dir, digits_dir):
+    for kind, config in ((Images, dict(data_dir=digits_dir, dataset="digits")),
+                         (Pairs, dict(data_dir=digits_dir, dataset="sr_samples", scale=2))):
+        facts = kind.load(SimpleNamespace(**config))[1]
+        folder = config["dataset"] + ("_x2" if "scale" in config else "")
+        assert facts["identity"] == identity(digits_dir, folder)
+
+
+@pytest.mark.parametrize("change, right", [
+    ({}, True), (dict(dataset="text", source="notes.txt (5 bytes)", train_sha256="0"), True),
+    (dict(source="documentation of Python 3.12.3", train_sha256="0"), False),
+    (dict(train_sha256="0"), False), # of a Python 3.11.7 that a distributor changed
+    (dict(train_sha256="0", seed=1), True), (dict(train_sha256="0", val_fraction=0.2), True),
+    (dict(train_sha256="0", tokenizer="gpt2"), True),
+    (dict(source="documentation of Python 3.12.3", train_sha256="0", seed=1), False),
+    (dict(dataset="this_python", source="documentation of Python 3.12.3"), True)])
+def test_a_pydocs_of_an_older_version_is_not_used(change, right, data_dir, tmp_path):
+    """It was made from the Python that ran; one of another seed, share or tokenizer, or one's own
+    under that name, is legitimate."""
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    meta = read_json(data / "pydocs/meta.json")
+    meta |= dict(dataset="pydocs", source=PYDOCS_SOURCE, train_sha256=PYDOCS_TRAIN) | change
+    write_json(data / "pydocs/meta.json", meta)
+    for name in ("pydocs", "pydocs/5/00"):
+        if right:
+            check_pydocs(str(data), name)
+            continue
+        with pytest.raises(SystemExit, match=r"delete that folder, or .* --dataset=this_python"):
+            check_pydocs(str(data), name)
+    check_pydocs(str(data), "another")
+    if not right:
+        tokens = (data / "pydocs/train.bin").read_bytes()
+        write_json(data / "pydocs/meta.json", meta | {"train_sha256": bytes_hash(tokens)})
+        with pytest.raises(SystemExit, match="as this repository has it"):
+            train.train(train_config(str(data), tmp_path / "t"))
+
+
+# ---- wandb
+
+WANDB = """
+import json
+class Run:
+    def log(self, numbers): pass
+    def finish(self): pass
+def init(**kwargs):
+    with open({path!r}, "a") as f:
+        f.write(json.dumps(kwargs) + "\\n")
+    return Run()
+"""
+
+
+def test_wandb_goes_on_in_the_same_run(data_dir, tmp_path, monkeypatch):
+    """A resumed run has the id and the name of before, also one that asks for wandb only then; a
+    new run in the same folder has another id. The module stands in for the package."""
+    (tmp_path / "wandb.py").write_text(WANDB.format(path=str(tmp_path / "inits.jsonl")))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    config = train_config(data_dir, tmp_path / "t", wandb_log=True)
+    train.train(config | dict(wandb_run_name="mine"))
+    script("train.py", "--init_from=resume", f"--out_dir={tmp_path}/t", "--max_iters=6")
+    train.train(config | dict(overwrite=True))
+    train.train(config | dict(out_dir=str(tmp_path / "u"), wandb_log=False))
+    for steps in (6, 8):
+        train.train(config | dict(out_dir=str(tmp_path / "u"), init_from="resume",
+                                  max_iters=steps))
+    inits = read_lines(tmp_path / "inits.jsonl")
+    assert all(found["resume"] == "allow" and found["project"] == "nas" for found in inits)
+    assert [found["name"] for found in inits] == ["mine", "mine", f"{tmp_path}/t",
+                                                  *[f"{tmp_path}/u"] * 2]
+    a, b, c, d, e = [found["id"] for found in inits]
+    assert a == b and d == e and len({a, c, d}) == 3
+    monkeypatch.delitem(sys.modules, "wandb")
 
 
 def test_no_json_of_ours_is_unsealed(data_dir, tmp_path):

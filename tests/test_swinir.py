@@ -410,16 +410,16 @@ def test_crops_are_of_the_same_place_and_what_the_generator_says(tmp_path):
 
 def test_search_and_training_never_share_a_pixel(tmp_path):
     config = SimpleNamespace(space="swinir", dataset="sr_samples", data_dir=str(tmp_path), scale=2,
-                             patch=24, train_portion=0.5)
+                             patch=24, train_portion=0.5, init_from="scratch")
     import train_search
     splits, _ = train_search.split_data(config, SimpleNamespace(world=1, master=True))
     taken = [set(map(int, splits[name].offsets)) for name in ("train", "search")]
     assert len(taken[0]) == len(taken[1]) == 9 and not taken[0] & taken[1]
     config.patch = 200
-    with pytest.raises(SystemExit, match="The train split .* patch=200: choose a smaller patch"):
+    with pytest.raises(SystemExit, match=r"The train split .* patch=200: choose a smaller patch"):
         train_search.split_data(config, SimpleNamespace(world=1, master=True))
     tiny = replace(splits["val"], shapes=np.array([[2, 9]])) # is not cut into patches
-    with pytest.raises(SystemExit, match="The val split .* of 2 pixels, and 3 are needed: prepare"):
+    with pytest.raises(SystemExit, match=r"The val split .* of 2 pixels, and 3 are needed"):
         tiny.check(config, "val")
 
 
@@ -440,9 +440,8 @@ def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path):
     path = write_pictures(tmp_path / "in", [(400, 500)] * 16)
     args = ["prepare.py", "--dataset=pairs", f"--path={path}", f"--data_dir={tmp_path}",
             "--name=killed"]
-    killed_in("read_pair",
-              f"any(map(os.path.getsize, glob({str(tmp_path / 'killed_x2/train.bin.tmp')!r})))",
-              *args)
+    part = str(tmp_path / ".killed_x2.part/train.bin.tmp")
+    killed_in("read_pair", f"any(map(os.path.getsize, glob({part!r})))", *args)
     words = r"run python prepare.py --dataset=pairs --scale=2 --path=FOLDER --name=killed"
     with pytest.raises(SystemExit, match=words):
         data.load_pairs(tmp_path, "killed", "train", 2)
@@ -460,6 +459,24 @@ def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path):
         data.load_pairs(tmp_path, "whole", "val", 2)
 
 
+@pytest.mark.parametrize("high, low, name", [
+    ("HR", "LR_bicubic/X2", "{}x2.png"), ("hr", "lr", "{}.png"), ("high", "low", "{}.png"),
+    ("DIV2K_train_HR", "DIV2K_train_LR_bicubic/X2", "{}x2.png"), ("HR", "my low ones", "{}x2.png")])
+def test_the_names_of_low_resolutions(high, low, name, tmp_path, capsys):
+    """They are no further high ones; those of another scale are left out, and said so."""
+    write_pictures(tmp_path / "in" / high, [(40, 60)] * 3)
+    for i in range(3):
+        for file, side in ((name.format(i), 20), (f"{i}x4.png", 10)):
+            file = tmp_path / "in" / low / file
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (side * 3 // 2, side), (10 * i, 20, 30)).save(file)
+    meta = p.prepare("pairs", str(tmp_path / "in"), data_dir=tmp_path)
+    assert meta["train_images"] + meta["val_images"] == 3
+    val = data.load_pairs(tmp_path, "pairs", "val", 2)
+    assert tuple(val.pair(0)[0][0, 0].tolist()) in {(10 * i, 20, 30) for i in range(3)}
+    assert "of another scale" in capsys.readouterr().out
+
+
 def spoil(folder, what):
     write_pictures(folder / "HR", [(40, 40)] * 3)
     if what == "corrupt":
@@ -472,6 +489,8 @@ def spoil(folder, what):
     elif what == "none":
         shutil.rmtree(folder / "HR")
         (folder / "notes.txt").write_text("nothing")
+    elif what == "orphan":
+        write_pictures(folder / "low", [(20, 20)] * 4)
     elif what == "zip":
         shutil.rmtree(folder)
         folder.write_bytes(b"no archive")
@@ -480,8 +499,8 @@ def spoil(folder, what):
 @pytest.mark.parametrize("what, message", [
     ("corrupt", "1.png is damaged or no image"),
     ("other size", r"HR.0.png is 40x40 and its low resolution 21x20, where scale=2 makes"),
-    ("small", "0.png is 40x14, of which scale=2 leaves less than 8"), ("none", "has no image"),
-    ("zip", "is damaged")])
+    ("small", "0.png is 40x14, of which scale=2 leaves less than 8"), ("none", "notes.txt, which are no"),
+    ("zip", "is damaged"), ("orphan", r"low.3.png, low resolutions of nothing")])
 def test_a_mistake_is_one_sentence(what, message, tmp_path):
     folder = tmp_path / ("in.zip" if what == "zip" else "in")
     spoil(folder, what)
@@ -496,7 +515,7 @@ def test_a_mistake_is_one_sentence(what, message, tmp_path):
     (dict(dataset="div2k"), "the other pairs need a folder"),
     (dict(dataset="sr_samples", path="x"), "sr_samples is of scikit-learn"),
     (dict(dataset="sr_samples", scale=5), "--scale=5 is not 2, 3 or 4"),
-    (dict(dataset="sr_samples", tokenizer="char"), "is of images")])
+    (dict(dataset="sr_samples", tokenizer="char"), "--tokenizer=char does not fit")])
 def test_settings_that_do_not_fit(options, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         p.prepare(**options, data_dir=tmp_path)

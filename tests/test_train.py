@@ -625,25 +625,64 @@ def test_checkpoint_of_another_shape(data_dir, tmp_path):
         train.train(train_config(data_dir, tmp_path / "t", init_from="resume"))
 
 
-def test_a_start_with_weights_of_our_own_runs_needs_a_search_and_an_architecture(
-        searched, data_dir, tmp_path):
-    """What train_base.py takes; what it and train.py do not is one sentence that says so, and
-    writes nothing."""
+def test_a_training_starts_from_the_best_weights_of_another(searched, data_dir, tmp_path):
+    """Not the newest, which an absurd rate spoils; train_base.py, whichever lists its architecture
+    was chosen from. Its first evaluation is that of the best."""
+    first = train_config(data_dir, tmp_path / "first", val_portion=0.1, learning_rate=1e-2)
+    base = base_config(data_dir, tmp_path / "base", searched / "arch.json")
+    chosen = read_json(searched / "arch.json")
+    chosen["model"] |= {"n_embd": [*chosen["model"]["n_embd"], 24]}
+    write_json(tmp_path / "arch.json", chosen)
+    for go, config, more in ((train.train, first, {}),
+                             (train_base.train_found, base, {"arch": str(tmp_path / "arch.json")})):
+        go(config)
+        go(config | dict(init_from="resume", max_iters=6, learning_rate=100.0, min_lr=100.0,
+                         decay_lr=False))
+        best = torch.load(f"{config['out_dir']}/best.pt", weights_only=True)
+        assert best["step"] == 4
+        go(config | more | dict(init_from=config["out_dir"], out_dir=str(tmp_path / "o"),
+                                learning_rate=0.0, min_lr=0.0, overwrite=True))
+        again = torch.load(tmp_path / "o/best.pt", weights_only=True)
+        assert again["losses"] == best["losses"]
+        assert all(torch.equal(w, again["model"][name]) for name, w in best["model"].items())
+
+
+def test_weights_of_another_network_are_one_sentence(searched, data_dir, tmp_path):
+    """Of another kind, shape, architecture or space; those of a search without an architecture, of
+    a run that has none, and of the folder that the run would replace. Nothing is written."""
+    config = train_config(data_dir, tmp_path / "t", dropout=0.1)
+    train.train(config)
     base = base_config(data_dir, tmp_path / "base", searched / "arch.json", init_from=str(searched))
     train_base.train_found(base)
-
-    def alone(**rest):
-        train.train(train_config(data_dir, tmp_path / "o", **rest))
-
-    def of_found(**rest):
-        train_base.train_found(base | rest | {"overwrite": True})
-    for kind, folder, go in (("search", searched, alone), ("training", tmp_path / "base", alone),
-                             ("training", tmp_path / "base", of_found)):
-        words = f"out_dir of a {kind}, and .* python train_base.py --arch=.*/arch.json --init_from="
+    other = read_json(searched / "arch.json")
+    other["arch"] |= {"n_layer": 2, "n_head": [1, 1], "mlp_ratio": [1, 2]}
+    write_json(tmp_path / "arch.json", other)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/run.json").write_text('{"config": {}}')
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/run.json").write_text("{}")
+    new = dict(init_from=str(tmp_path / "t"), out_dir=str(tmp_path / "o"))
+    search = search_config(data_dir, tmp_path / "s")
+    of_base = base | new | dict(init_from=str(tmp_path / "base"))
+    for go, change, words in (
+            (train.train, dict(norm="rmsnorm"), "norm=layernorm, and this one has norm=rmsnorm"),
+            (train.train, dict(n_head=4), "n_head=2, and this one has n_head=4: its weights are"),
+            (train.train, dict(n_embd=32), "n_embd=16"), (train.train, dict(block_size=8), "wpe"),
+            (train.train, dict(init_from=str(searched)), "is the out_dir of a search: .*--arch="),
+            (train.train, dict(init_from=str(tmp_path / "base")), "has trained the architecture"),
+            (train.train, dict(init_from=str(tmp_path / "empty")), "There is no checkpoint"),
+            (train.train, dict(init_from=str(tmp_path / "damaged")), "damaged, it has no config"),
+            (train.train, dict(out_dir=new["init_from"], overwrite=True), "this run's own out_dir"),
+            (train_base.train_found, dict(of_base, arch=str(tmp_path / "arch.json")),
+             "has trained the architecture .*, and this is the architecture"),
+            (train_base.train_found, dict(base, **new), "has trained a gpt, and this is the arch"),
+            (train_search.search, dict(search, **new), "a search of the GPT starts")):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
         with pytest.raises(SystemExit, match=words) as e:
-            go(init_from=str(folder))
+            go(config | new | change)
         assert "\n" not in str(e.value) and not (tmp_path / "o").exists()
-    assert (tmp_path / "base/result.json").exists()
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
+    train.train(config | new | dict(dropout=0.2)) # which is not the network
 
 
 def test_early_stopping_below_zero_is_one_sentence(data_dir, tmp_path):

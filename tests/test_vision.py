@@ -367,8 +367,8 @@ def test_what_is_only_evaluated_may_be_smaller_than_a_batch(few_dir, tmp_path):
     keys = dict(dataset="few", batch_size=16)
     train_search.search(search_config("nb201", few_dir, tmp_path / "s", **keys))
     for test in (False, True):
-        config = space_config(train, "nb201", few_dir, tmp_path / f"t{test}", val_portion=0.1 * test,
-                              **keys)
+        config = space_config(train, "nb201", few_dir, tmp_path / f"t{test}",
+                              val_portion=0.1 * test, **keys)
         result = train.train(config, {"cell": ["nor_conv_3x3"] * 6}, test=test)
     accuracy = result["test_acc"] / 10
     assert accuracy == pytest.approx(round(accuracy)) # of ten images
