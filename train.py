@@ -34,9 +34,8 @@ from fused_ops import use_fused_ops
 from prepare import prepare_own
 from pretrained import check_init_from, load_pretrained
 from run import (Log, all_gather_scalar, all_reduce_mean, check_resumed_data, finite, init_out_dir,
-                 is_pretrained,
-                 is_resuming, load_checkpoint, load_model, main, original_init_from, resume,
-                 resumed_run, rng, save, save_is_due, setup, signals, skip_nonfinite_step,
+                 is_pretrained, is_resuming, load_checkpoint, load_model, main, original_init_from,
+                 resume, resumed_run, rng, save, save_is_due, setup, signals, skip_nonfinite_step,
                  stop_if_signaled, write_json)
 from search_spaces import build, data_kind, network_keys, with_space
 from search_spaces.convs import batch_norms, measure_norms

@@ -12,10 +12,11 @@ touched.
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_base.py --arch=...
     python train_base.py --help                                       # every key with its default
 
-It starts from scratch, or from the out_dir that --init_from names: that of a search of the GPT, from
-the weights that it has in that supernet, or that of a training of the same architecture. The last val_portion of the train split validates; val is read once,
-at the end. A network of search_spaces/ is that of the search, unless a key of its space says
-otherwise, such as the number of cells. Writes what train.py writes.
+It starts from scratch, or from the out_dir that --init_from names: that of a search of the GPT,
+from the weights that it has in that supernet, or that of a training of the same architecture. The
+last val_portion of the train split validates; val is read once, at the end. A network of
+search_spaces/ is that of the search, unless a key of its space says otherwise, such as the number
+of cells. Writes what train.py writes.
 """ # noqa: E501 (the commands stay on one line)
 import contextlib
 import os

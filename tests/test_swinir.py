@@ -499,7 +499,7 @@ def spoil(folder, what):
 @pytest.mark.parametrize("what, message", [
     ("corrupt", "1.png is damaged or no image"),
     ("other size", r"HR.0.png is 40x40 and its low resolution 21x20, where scale=2 makes"),
-    ("small", "0.png is 40x14, of which scale=2 leaves less than 8"), ("none", "notes.txt, which are no"),
+    ("small", "0.png is 40x14, of which scale=2 leaves less than 8"), ("none", "notes.txt, which"),
     ("zip", "is damaged"), ("orphan", r"low.3.png, low resolutions of nothing")])
 def test_a_mistake_is_one_sentence(what, message, tmp_path):
     folder = tmp_path / ("in.zip" if what == "zip" else "in")
