@@ -21,7 +21,6 @@ Each kind offers the same names:
 import hashlib
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -209,12 +208,7 @@ def gpt2_codec(num_proc):
                          f"({type(error).__name__}): connect to the network once, or set "
                          "TIKTOKEN_CACHE_DIR to a folder that holds it, or use another "
                          "--tokenizer") from None
-    encode_one = partial(bpe.encode_to_numpy, disallowed_special=()) # <|endoftext|> is plain text
-
-    def encode(texts):
-        with ThreadPoolExecutor(num_proc) as pool:
-            return list(pool.map(encode_one, texts))
-
+    encode = partial(bpe.encode_ordinary_batch, num_threads=num_proc)
     return Codec(encode, bpe.decode, bpe.n_vocab, [bpe.eot_token], bpe.eot_token)
 
 

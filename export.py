@@ -444,7 +444,7 @@ def tokenizer_files(trained):
         found = char_json(meta["chars"]) if meta["chars"] else gpt2_json()
         found.encode_special_tokens = True # a text may speak of them
         text = meta["chars"] or Path(__file__).read_text(encoding="utf-8")
-        own = load_codec(trained.data_dir, trained.dataset).encode([text])[0].tolist()
+        own = list(load_codec(trained.data_dir, trained.dataset).encode([text])[0])
         assert found.encode(text, add_special_tokens=False).ids == own, "another tokenizer"
         tokenizer = found.to_str().encode()
     else:

@@ -81,12 +81,12 @@ def rows_of_datasets(folder, draw):
     if kind == "parquet":
         rows.to_parquet(folder / "train-00000-of-00001.parquet")
     elif kind == "arrow":
-        rows.save_to_disk(folder / "saved")
+        rows.save_to_disk(str(folder / "saved"))
         next((folder / "saved").glob("*.arrow")).rename(folder / "a.arrow")
         shutil.rmtree(folder / "saved")
     else:
         whole = rows if kind == "saved" else datasets.DatasetDict(train=rows, test=rows)
-        whole.save_to_disk(folder)
+        whole.save_to_disk(str(folder))
 
 
 def image_folder(folder, draw):

@@ -344,7 +344,7 @@ def test_rows_of_images(form, tmp_path):
         if form != "saved":
             found[split].to_parquet(tmp_path / f"in/data/{split}-00000-of-00001.parquet")
     if form == "saved":
-        datasets.DatasetDict(found).save_to_disk(tmp_path / "in")
+        datasets.DatasetDict(found).save_to_disk(str(tmp_path / "in"))
     meta = p.prepare("images", str(tmp_path / "in"), data_dir=tmp_path)
     assert meta["classes"] == (None if form == "plain" else names)
     for split, given in (("train", "train"), ("val", "test")):

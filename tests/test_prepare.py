@@ -446,10 +446,10 @@ def test_every_form_of_tinystories_gives_the_same_tokens(tmp_path, gpt2):
     docs = gzip.open(file, "rt").read().removesuffix(f"\n{p.END}\n").split(f"\n{p.END}\n")
     assert len(docs) == 7151
     rows = datasets.Dataset.from_dict({"text": docs})
-    rows.to_parquet(tmp_path / "a.parquet")
-    rows.to_json(tmp_path / "a.jsonl")
-    rows.to_csv(tmp_path / "a.csv")
-    rows.save_to_disk(tmp_path / "saved")
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    rows.to_json(str(tmp_path / "a.jsonl"))
+    rows.to_csv(str(tmp_path / "a.csv"))
+    rows.save_to_disk(str(tmp_path / "saved"))
     found = {}
     for path in (file, *(tmp_path / name for name in ("a.jsonl", "a.parquet", "a.csv", "saved"))):
         p.prepare("tinystories", str(path), data_dir=tmp_path, name=f"of {path.name}")
