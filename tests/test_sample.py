@@ -39,14 +39,14 @@ def samples(out, *args, capsys):
 def test_a_sample_ends_with_its_document_or_at_a_text(pieces, capsys):
     """The same tokens, shown to different ends."""
     args = ("--max_new_tokens=900", "--num_samples=4", "--temperature=1.5", "--top_k=0")
-    whole = samples(pieces, *args, "--prompt=doc", "--stop=never", capsys=capsys)
-    short = samples(pieces, *args, "--prompt=doc", capsys=capsys)
+    whole = samples(pieces, *args, "--prompt=dec", "--stop=never", capsys=capsys)
+    short = samples(pieces, *args, "--prompt=dec", capsys=capsys)
     mark = f"\n{END}\n"
     assert any(mark in text for text in whole), "some end"
-    assert all(text.startswith("doc") for text in whole)
+    assert all(text.startswith("dec") for text in whole)
     assert short == [text.split(mark)[0] for text in whole]
-    cut = samples(pieces, *args, "--prompt=doc", "--stop=e", capsys=capsys)
-    assert cut == ["doc" + text.split(mark)[0][3:].split("e")[0] for text in whole]
+    cut = samples(pieces, *args, "--prompt=dec", "--stop=e", capsys=capsys)
+    assert cut == ["dec" + text.split(mark)[0][3:].split("e")[0] for text in whole]
 
 
 def test_without_a_prompt_a_document_begins(pieces, capsys):
