@@ -459,6 +459,14 @@ def all_rows(choice):
     return (sum(nodes, ()) for nodes in itertools.product(*map(rows_of_node, choice.inputs)))
 
 
+def columns_of(module, arch):
+    """What tells an architecture of this module's space apart in a table: {column: value}."""
+    if hasattr(module, "columns"):
+        return module.columns(arch)
+    return {name: " ".join(map(str, rows)) if isinstance(rows, list) else rows
+            for name, rows in arch.items()}
+
+
 def read_table(path):
     """The rows of a table as dicts.
 

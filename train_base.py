@@ -7,6 +7,7 @@ touched.
     python train_base.py --arch=out/search_gpt2/arch.json --init_from=out/search_gpt2      # from the weights that it has in the supernet
     python train_base.py --space=nb201 --genotype="|nor_conv_3x3~0|+|none~0|nor_conv_3x3~1|+|skip_connect~0|none~1|nor_conv_3x3~2|"
     python train_base.py config/table_conv_macro_digits.py            # every architecture of a small space, into a table
+    python train_base.py config/table_pydocs.py --arch=out/search/arch.json      # random ones of that search's space
     torchrun --standalone --nproc_per_node=4 train_base.py config/base_tinystories.py --arch=out/search/arch.json
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 --master_port=1234 train_base.py --arch=...
     torchrun --nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=1234 train_base.py --arch=...
@@ -21,14 +22,17 @@ of cells. Writes what train.py writes.
 import contextlib
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 from tqdm import tqdm
 
-from budget import architectures, read_table
-from configurator import (ConfigError, as_list, check_limits, configure, given, WHOLE)
-from optim_nas import space_size
-from run import main, read_json, read_lines, resumed_run, silenced, verify_checksum
+from budget import architectures, columns_of, read_table
+from configurator import (ConfigError, as_list, at_least, check_limits, configure, given, WHOLE)
+from optim_nas import space_size, uniform
+from prepare import prepare_own
+from run import (lock_file, main, read_json, read_lines, resumed_run, rng, silenced,
+                 verify_checksum)
 from search_spaces import (build, check_recorded, data_kind, recorded_keys, space_module,
                            with_space)
 from train import * # noqa: F403 (every key of train.py)
@@ -39,7 +43,9 @@ from train import train
 arch = '' # an arch.json, or
 arch_traj = '' # an arch_traj.jsonl, whose last line counts, or
 genotype = '' # the text form of an architecture of a space
-table = '' # a .csv: trains every architecture of the space, a row each, and can be resumed
+table = '' # a .csv: trains architectures of the space, a row each, and can be resumed
+bands = [0] # of the table: numbers of parameters, near which networks are drawn; [0]: all networks
+n_archs = 40 # random networks a band
 seeds = [1, 2] # of each architecture in the table
 out_dir = 'out/base'
 dataset = '' # '': the search's
@@ -108,24 +114,63 @@ def with_found(namespace):
     return with_space(namespace, found["space"], found["model"], path, (out_dir, own))
 
 
-def train_table(config):
-    """Trains every architecture of the space, once a seed, into the table config["table"].
+def archs_of_table(config, net):
+    """The architectures of a table: those of bands, in turn, or all of the space."""
+    bands = [band for band in as_list(config["bands"]) if band]
+    if bands:
+        drawn = [list(archs_near(net, band, config["n_archs"])) for band in bands]
+        return [arch for of_bands in zip(*drawn, strict=True) for arch in of_bands]
+    if (n := space_size(net.choices)) > 1_000_000:
+        raise SystemExit(f"table='{config['table']}': space={config['space']} has {n:.3g} "
+                         "architectures, too many to train: give it fewer options, or --bands.")
+    return list(architectures(net.choices))
 
-    The test split is not looked at before the end of each training.
+
+def archs_near(net, params, n):
+    """n different random architectures of 95 to 100 % of so many parameters."""
+    found, key = {}, None
+    for i in tqdm(range(100_000), desc=f"{params:,} parameters", unit=" drawn", leave=False):
+        arch = uniform(net.choices, rng("table", params, i))
+        key = str(arch)
+        if 0.95 * params < net.cost(arch)["params"] <= params:
+            found[key] = arch
+        if len(found) == n:
+            return found.values()
+    raise SystemExit(f"bands={params}: only {len(found)} of 100,000 random networks have 95 to 100 "
+                     f"% of so many parameters, and n_archs={n}: choose another number.")
+
+
+def train_table(config):
+    """Trains architectures of the space, once a seed, into the table config["table"].
+
+    Of bands, every third has all seeds and the others the first. The test split is not looked at
+    before the end of each training. Any number of processes may work on one table.
     """
-    path, module, kind = config["table"], space_module(config["space"]), data_kind(config["space"])
-    config["dataset"] = config["dataset"] or kind.default_dataset
-    if kind.metric != "acc":
-        raise SystemExit(f"table='{path}' is for the spaces of search_spaces/ that classify: name "
-                         "one by --space.")
-    check_limits(SimpleNamespace(**config), {"seeds": WHOLE})
-    choices = build(config).choices
-    if (n := space_size(choices)) > 1_000_000:
-        raise SystemExit(f"table='{path}': space={config['space']} has {n:.3g} architectures, too "
-                         "many to train: give it fewer options.")
-    rows = [(module.columns(arch), arch, seed) for seed in as_list(config["seeds"])
-            for arch in architectures(choices)]
-    head = [*rows[0][0], "seed", *RESULTS]
+    path, space, kind = config["table"], config["space"], data_kind(config["space"])
+    if config["arch"]:
+        found = read_arch(config["arch"], "")
+        config = {**config, **found["model"], "dataset": config["dataset"] or found["dataset"]}
+    config |= {"dataset": config["dataset"] or kind.default_dataset,
+               "data_dir": config["data_dir"] or "data"}
+    if kind.metric not in ("acc", None):
+        raise SystemExit(f"table='{path}' is for language models and for spaces that classify: "
+                         "name one by --space, or a search's --arch.")
+    check_limits(SimpleNamespace(**config), {"seeds": WHOLE, "n_archs": at_least(1),
+                                             "bands": at_least(0)})
+    seeds, banded = as_list(config["seeds"]), any(as_list(config["bands"]))
+    facts = {}
+    if banded: # the data decide how many parameters an embedding has
+        data = SimpleNamespace(**config)
+        prepare_own(data, SimpleNamespace(master=True, world=1))
+        facts = kind.load(data)[1]
+    archs = archs_of_table(config, build(config | facts))
+    module = space_module(space)
+    rows = [(columns_of(module, arch), arch, seed) for i, arch in enumerate(archs)
+            for seed in (seeds[:1] if banded and i // len(as_list(config["bands"])) % 3 else seeds)]
+    if not banded: # seed by seed
+        rows.sort(key=lambda row: seeds.index(row[2]))
+    results = [name for name in RESULTS if kind.metric or name != "test_acc"]
+    head = [*rows[0][0], "seed", *results]
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         # of several processes one writes the head
@@ -134,26 +179,39 @@ def train_table(config):
     except OSError as e:
         raise SystemExit(f"table='{path}' cannot be written ({e.strerror}): choose another "
                          "--table.") from None
+    bar = tqdm(rows, desc=path, unit=" networks")
+    for number, (columns, arch, seed) in enumerate(bar):
+        row = (*map(str, columns.values()), str(seed))
+        with (contextlib.suppress(BlockingIOError),
+              lock_file(f"{path}.{number}.lock") or contextlib.nullcontext()):
+            if row not in rows_done(path, head, len(row)):
+                write_row(path, row, arch, seed, results, config)
+            Path(f"{path}.{number}.lock").unlink(missing_ok=True)
+
+
+def rows_done(path, head, n):
+    """The first n columns of the rows of a table, which may have grown. SystemExit for another
+    table."""
     done = read_table(path)
     if done and list(done[0]) != head:
         raise SystemExit(f"table='{path}' has not the columns {','.join(head)} of this space: "
                          "choose another --table.")
-    done = {tuple(row.values())[:len(rows[0][0]) + 1] for row in done}
-    for columns, arch, seed in tqdm(rows, desc=path, unit=" networks"):
-        if (*map(str, columns.values()), str(seed)) in done:
-            continue
-        job = {**config, "data_dir": config["data_dir"] or "data", "seed": seed,
-               "out_dir": f"{path}.{os.getpid()}.run", "overwrite": True,
-               "eval_interval": config["max_iters"] or 1}
-        try:
-            with silenced():
-                result = train(job, arch, test=True)
-        finally:
-            shutil.rmtree(job["out_dir"], ignore_errors=True)
-        row = [*columns.values(), seed, *(round(result[key], 4) for key in RESULTS)]
-        cells = [f'"{v}"' if "," in str(v) else str(v) for v in row]
-        with open(path, "a") as f: # one write a row: several processes may take a seed each
-            f.write(",".join(cells) + "\n")
+    return {tuple(row.values())[:n] for row in done}
+
+
+def write_row(path, row, arch, seed, results, config):
+    """Trains one network of a table, and adds its row."""
+    job = {**config, "seed": seed, "out_dir": f"{path}.{os.getpid()}.run", "overwrite": True,
+           "eval_interval": config["max_iters"] or 1}
+    try:
+        with silenced():
+            result = train(job, arch, test=True)
+    finally:
+        shutil.rmtree(job["out_dir"], ignore_errors=True)
+    row = [*row, *(round(result[key], 4) for key in results)]
+    cells = [f'"{v}"' if "," in str(v) else str(v) for v in row]
+    with open(path, "a") as f: # one write a row
+        f.write(",".join(cells) + "\n")
 
 
 def train_found(config):
