@@ -4,6 +4,7 @@ What an architecture may cost, how fast it runs, and how good a published table 
     Budget               bounds on params, flops, KV cache and latency
     latency_predictor()  from an architecture to milliseconds, by a table of bench.py latency
     Benchmark            the accuracies of a space's trained architectures
+    Ranking              how a supernet ranks some trained networks of its space
 """
 import bisect
 import csv
@@ -14,6 +15,7 @@ import os
 import zlib
 
 import torch
+from scipy.stats import kendalltau
 from tqdm import tqdm
 
 from optim_nas import arch_key, discretize, uniform
@@ -566,3 +568,81 @@ class Benchmark:
             is_best = none_better * draws / (n - i)
             expected, none_better = expected + is_best * accuracy, none_better - is_best
         return expected
+
+    def in_words(self, found):
+        """A call's answer, {"table_" + key: value}, for a line of the log."""
+        return ("table {table_accuracy:.2f}%, rank {table_rank} of {table_of}, regret "
+                "{table_regret:.2f}%".format(**found))
+
+    def summary(self, found):
+        """The same at the end of a search, beside the best of random draws."""
+        draws = ", ".join(f"of {n} {self.random_best(n):.2f}%" for n in (1, 10, 100))
+        return (f"in the table: {found['table_accuracy']:.2f}%, rank {found['table_rank']} of "
+                f"{found['table_of']}; the best of random draws, in the mean: {draws}")
+
+
+class Ranking:
+    """How a supernet ranks trained networks of its space: the space has too many for a table to
+    hold the one that a search finds.
+
+    path: a .csv with a column for every choice, lists as words between spaces, and with test_loss
+    and params. Networks whose params differ by less than 10 % are a band, and are compared with
+    each other alone. loss_of(arch): the loss with inherited weights.
+    """
+    def __init__(self, path, choices, loss_of):
+        self.path, self.loss_of, losses, sizes, self.archs = path, loss_of, {}, {}, {}
+        for number, row in enumerate(read_table(path), 1):
+            try:
+                arch = {name: self.read(choice, row[name]) for name, choice in choices.items()}
+                key = arch_key(check_arch(choices, arch))
+                losses.setdefault(key, []).append(float(row["test_loss"]))
+                self.archs[key], sizes[key] = arch, int(row["params"])
+            except (AssertionError, KeyError, TypeError, ValueError) as e:
+                raise SystemExit(f"The table {path} has no network of this space in row {number} "
+                                 f"({e}): give this space's table, or leave out "
+                                 "--benchmark.") from None
+        self.losses = {key: sum(values) / len(values) for key, values in losses.items()}
+        self.bands, top = [], 0
+        for key in sorted(sizes, key=sizes.get):
+            if sizes[key] > 1.1 * top:
+                self.bands.append([])
+                top = sizes[key]
+            self.bands[-1].append(key)
+        if not self.bands or min(map(len, self.bands)) < 2:
+            raise SystemExit(f"The table {path} has bands of {[len(b) for b in self.bands]} "
+                             "networks: give one with two or more in each.")
+
+    @staticmethod
+    def read(choice, text):
+        """The option of a cell, or the list of options, one a layer."""
+        known = {str(option): option for option in choice.options}
+        found = [known[word] for word in text.split()]
+        return found if choice.repeat else found[0]
+
+    def __call__(self, arch):
+        """{"tau", "regret", "taus", "regrets"}: means over the bands, and of each.
+
+        tau: Kendall's, between inherited and trained losses. regret: how much worse the network
+        with the lowest inherited loss is than the band's best, in % of the band's range. arch, the
+        one that the search would take, does not matter.
+        """
+        taus, regrets = [], []
+        for band in self.bands:
+            trained = [self.losses[key] for key in band]
+            inherited = [self.loss_of(self.archs[key]) for key in band]
+            taus.append(float(kendalltau(trained, inherited).statistic))
+            chosen = trained[inherited.index(min(inherited))]
+            regrets.append(100 * (chosen - min(trained)) / (max(trained) - min(trained)))
+        return {"tau": sum(taus) / len(taus), "regret": sum(regrets) / len(regrets),
+                "taus": taus, "regrets": regrets}
+
+    def in_words(self, found):
+        """A call's answer, {"table_" + key: value}, for a line of the log."""
+        return "table tau {table_tau:.2f}, regret {table_regret:.1f}%".format(**found)
+
+    def summary(self, found):
+        """The same at the end of a search, band by band."""
+        each = ", ".join(f"{tau:.2f} and {regret:.1f}%" for tau, regret in
+                         zip(found["table_taus"], found["table_regrets"], strict=True))
+        return (f"in the table of {len(self.archs)} networks, Kendall's tau and regret in "
+                f"{len(self.bands)} bands of parameters: {each}")

@@ -40,8 +40,8 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from budget import (COSTS, Benchmark, load_latency, make_budget, nondominated_sort, pareto_rank,
-                    with_latency)
+from budget import (COSTS, Benchmark, Ranking, load_latency, make_budget, nondominated_sort,
+                    pareto_rank, with_latency)
 from configurator import at_least, configure, one_of
 from fused_ops import use_fused_ops
 from optim_nas import (METHODS, arch_key, best_of, entropy, evolutionary_search, random_search,
@@ -114,7 +114,8 @@ inplace_distill = False # of sandwich: all but the largest learn from its answer
 inherit = '' # out_dir of a training of the largest network, whose weights the supernet starts with
 teacher = '' # out_dir of a training: the weights also learn from its network's answers
 distill = 1.0 # weight of the cross-entropy to the teacher's answers
-benchmark = '' # a table of trained architectures (.csv, .json, official): logs accuracy and regret
+benchmark = '' # a table of trained architectures (.csv, .json, official): logs rank and regret
+benchmark_iters = 2 # of a GPT: batches on which each network of that table is evaluated
 # the quick search on pydocs
 eval_interval = 100
 max_iters = 500
@@ -126,7 +127,8 @@ IMPORTANCE_STEPS = 8
 PHASE_KEYS = {"share": float, "learning_rate": float, "warmup_iters": int,
               "subnets_per_step": int} # settings that a phase of progressive shrinking may have
 LIMITS = LIMITS | { # those of train.py, and
-    **dict.fromkeys(("subnets_per_step", "arch_evals", "population", "parents"), at_least(1)),
+    **dict.fromkeys(("subnets_per_step", "arch_evals", "population", "parents",
+                     "benchmark_iters"), at_least(1)),
     **dict.fromkeys(("arch_learning_rate", "arch_weight_decay", "budget_penalty", "distill"),
                     at_least(0)),
     "optimizer": one_of(*METHODS), "arch_search": one_of("evolution", "random", "pareto"),
@@ -477,8 +479,7 @@ def record(net, cost, arch, found, mixture_loss, val, config, run, state, log, t
         text += [f"{kind.metric} {found[kind.metric]:.2f}{kind.metric_unit}",
                  f"val {kind.metric} {val[kind.metric]:.2f}{kind.metric_unit}"]
     if table:
-        text += ["table {table_accuracy:.2f}%, rank {table_rank} of {table_of}, regret "
-                 "{table_regret:.2f}%".format(**values)]
+        text.append(table.in_words(values))
     text += [text_of(arch, config.space), f"{cost['params'] / 1e6:.3g}M params"]
     log(" | ".join(text), step=state.step, arch=arch, **values, **cost)
 
@@ -517,14 +518,16 @@ def resume_search(net, optimizer, arch_optimizer, config, run, state):
     return net, optimizer
 
 
-def load_benchmark(net, config):
-    """The Benchmark that config names, or None. SystemExit if it is that of another space."""
+def load_benchmark(net, splits, config, run):
+    """The Benchmark or Ranking that config names, or None. SystemExit if it is that of another
+    space."""
     if not config.benchmark:
         return None
     module = space_module(config.space)
     if not hasattr(module, "columns"):
-        raise SystemExit(f"benchmark='{config.benchmark}' is for the spaces of search_spaces/, of "
-                         f"which there are tables; space is {config.space}.")
+        short = SimpleNamespace(**vars(config) | {"eval_iters": config.benchmark_iters})
+        return Ranking(config.benchmark, net.choices,
+                       lambda arch: score(net, net, arch, splits, short, run)[0]["loss"])
     table = Benchmark(config.benchmark, module, extremes(net.choices)[0], config.dataset)
     for i in range(8): # it must hold some architectures of the space
         table(uniform(net.choices, rng("benchmark", i)))
@@ -567,7 +570,7 @@ def search(config):
     check_compile(net, config)
     check_stages(net, config)
     check_resolutions(net, config, run, extremes(net.choices)[0])
-    table, predict = load_benchmark(net, config), load_latency(net, config)
+    table, predict = load_benchmark(net, splits, config, run), load_latency(net, config)
 
     def cost(arch): # of the network of this stage
         return with_latency(net, arch, predict)
@@ -749,9 +752,7 @@ def finish(cost, config, run, state, table):
     print(f"found: {text_of(arch, config.space)}, {result['params']:,} parameters{speed}, loss "
           f"{state.best_loss:.4f} with shared weights")
     if table:
-        draws = ", ".join(f"of {n} {table.random_best(n):.2f}%" for n in (1, 10, 100))
-        print(f"in the table: {result['table_accuracy']:.2f}%, rank {result['table_rank']} of "
-              f"{result['table_of']}; the best of random draws, in the mean: {draws}")
+        print(table.summary(result))
     print("next: python train_base.py " +
           shlex.quote(f"--arch={os.path.join(config.out_dir, 'arch.json')}"))
     return result

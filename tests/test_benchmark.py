@@ -6,14 +6,17 @@ import os
 import random
 import re
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY_IMAGES, TINY_SPACES, flags, stops
+from conftest import (ROOT, TINY_IMAGES, TINY_KINDS, TINY_SEARCH, TINY_SPACES, flags, script,
+                      stops)
 
-from budget import Benchmark
+from budget import Benchmark, Ranking
+from model import build
 from search_spaces import nats_size, nb201, toy_cell, toy_conv_macro
 import budget
 
@@ -218,3 +221,76 @@ def test_official_rows_are_those_of_the_spaces_part(space, part, epochs, monkeyp
     assert rows == [{"genotype": "genotype 0", "test_acc": 90.0},
                     {"genotype": "genotype 1", "test_acc": 91.0}]
     assert asked == [part, *[("ImageNet16-120", epochs, False)] * 2]
+
+
+# ---- language models: random networks near numbers of parameters
+
+TINY_TABLE = dict(max_iters=2, bands=[3700, 5400], n_archs=3, seeds=[1, 2], batch_size=2,
+                  val_portion=0.0, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def text_space(data_dir, tmp_path_factory):
+    """The arch.json of a space of GPTs, its choices, and the file of a table of it."""
+    folder = tmp_path_factory.mktemp("space")
+    keys = TINY_SEARCH | TINY_KINDS | dict(max_iters=0, out_dir=folder, data_dir=data_dir)
+    script("train_search.py", *flags(keys))
+    keys = TINY_TABLE | dict(arch=folder / "arch.json", data_dir=data_dir, block_size=16)
+    script("train_base.py", *flags(keys | dict(table=folder / "table.csv")))
+    model = json.loads((folder / "arch.json").read_text())["model"]
+    return keys, build(model | dict(vocab_size=97)).choices, folder / "table.csv"
+
+
+def test_a_table_of_language_models(text_space, data_dir, tmp_path):
+    """Networks near each number of parameters, every third with all seeds; processes share them."""
+    keys, choices, path = text_space
+    rows = budget.read_table(str(path))
+    assert [int(row["seed"]) for row in rows] == [1, 2, 1, 2, 1, 1, 1, 1]
+    vocab_size = json.loads((Path(data_dir) / "pydocs/meta.json").read_text())["vocab_size"]
+    config = json.loads(Path(keys["arch"]).read_text())["model"] | dict(vocab_size=vocab_size)
+    for i, row in enumerate(rows):
+        band = TINY_TABLE["bands"][(0, 0, 1, 1, 0, 1, 0, 1)[i]]
+        assert 0.95 * band < int(row["params"]) <= band
+        arch = {name: Ranking.read(choice, row[name]) for name, choice in choices.items()}
+        cost = build(config, arch).cost()
+        assert (cost["params"], cost["flops"]) == (int(row["params"]), int(row["flops"]))
+    command = [sys.executable, ROOT / "train_base.py",
+               *flags(keys | dict(table=tmp_path / "two.csv"))]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    found = budget.read_table(str(tmp_path / "two.csv"))
+    assert sorted(map(str, found)) == sorted(map(str, rows)) and len(found) == 8
+    assert [file.name for file in tmp_path.iterdir()] == ["two.csv"]
+
+
+def test_a_ranking_of_each_band(text_space):
+    """Tau and regret of what ranks as the trainings do, the other way round, and in two bands."""
+    _, choices, path = text_space
+    truth = Ranking(str(path), choices, None)
+    assert [len(band) for band in truth.bands] == [3, 3] and len(truth.archs) == 6
+    loss_of = {str(arch): truth.losses[key] for key, arch in truth.archs.items()}
+    for sign in (1, -1):
+        found = Ranking(str(path), choices,
+                        lambda arch, sign=sign: sign * loss_of[str(arch)])(None)
+        assert found["taus"] == pytest.approx([sign, sign]) and found["tau"] == pytest.approx(sign)
+        assert found["regrets"] == pytest.approx([50 - 50 * sign] * 2)
+    first = {str(truth.archs[key]) for key in truth.bands[0]}
+    half = Ranking(str(path), choices,
+                   lambda arch: loss_of[str(arch)] * (1 if str(arch) in first else -1))(None)
+    assert half["taus"] == pytest.approx([1, -1]) and half["regret"] == pytest.approx(50)
+
+
+def test_a_search_of_language_models_logs_its_rank(text_space, data_dir, tmp_path, capsys):
+    _, _, path = text_space
+    keys = TINY_SEARCH | TINY_KINDS | dict(data_dir=data_dir, benchmark=path, benchmark_iters=1,
+                                           out_dir=tmp_path / "s")
+    script("train_search.py", *flags(keys))
+    out = capsys.readouterr().out
+    assert out.count("| table tau ") == 3 and "in the table of 6 networks" in out
+    lines = [json.loads(line) for line in (tmp_path / "s/arch_traj.jsonl").open()]
+    assert all(-1 <= tau <= 1 for line in lines for tau in line["table_taus"])
+    assert all(0 <= regret <= 100 for line in lines for regret in line["table_regrets"])
+    (tmp_path / "other.csv").write_text(path.read_text().replace("rope", "alibi"))
+    sentence = stops("train_search.py", *flags(keys | dict(
+        benchmark=tmp_path / "other.csv", out_dir=tmp_path / "t")))
+    assert "no network of this space in row" in sentence
