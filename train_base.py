@@ -31,7 +31,7 @@ from budget import architectures, columns_of, read_table
 from configurator import (ConfigError, as_list, at_least, check_limits, configure, given, WHOLE)
 from optim_nas import space_size, uniform
 from prepare import prepare_own
-from run import (lock_file, main, read_json, read_lines, resumed_run, rng, silenced,
+from run import (content_hash, lock_file, main, read_json, read_lines, resumed_run, rng, silenced,
                  verify_checksum)
 from search_spaces import (build, check_recorded, data_kind, recorded_keys, space_module,
                            with_space)
@@ -129,14 +129,14 @@ def archs_of_table(config, net):
 def archs_near(net, params, n):
     """n different random architectures of 95 to 100 % of so many parameters."""
     found, key = {}, None
-    for i in tqdm(range(100_000), desc=f"{params:,} parameters", unit=" drawn", leave=False):
+    for i in tqdm(range(20_000), desc=f"{params:,} parameters", unit=" drawn", leave=False):
         arch = uniform(net.choices, rng("table", params, i))
         key = str(arch)
         if 0.95 * params < net.cost(arch)["params"] <= params:
             found[key] = arch
         if len(found) == n:
             return found.values()
-    raise SystemExit(f"bands={params}: only {len(found)} of 100,000 random networks have 95 to 100 "
+    raise SystemExit(f"bands={params}: only {len(found)} of 20,000 random networks have 95 to 100 "
                      f"% of so many parameters, and n_archs={n}: choose another number.")
 
 
@@ -147,14 +147,14 @@ def train_table(config):
     before the end of each training. Any number of processes may work on one table.
     """
     path, space, kind = config["table"], config["space"], data_kind(config["space"])
+    if kind.metric not in ("acc", None) or (kind.metric is None and not config["arch"]):
+        raise SystemExit(f"table='{path}' is for spaces that classify and for language models: "
+                         "name one by --space, or by a search's --arch, whose space it is.")
     if config["arch"]:
         found = read_arch(config["arch"], "")
         config = {**config, **found["model"], "dataset": config["dataset"] or found["dataset"]}
     config |= {"dataset": config["dataset"] or kind.default_dataset,
                "data_dir": config["data_dir"] or "data"}
-    if kind.metric not in ("acc", None):
-        raise SystemExit(f"table='{path}' is for language models and for spaces that classify: "
-                         "name one by --space, or a search's --arch.")
     check_limits(SimpleNamespace(**config), {"seeds": WHOLE, "n_archs": at_least(1),
                                              "bands": at_least(0)})
     seeds, banded = as_list(config["seeds"]), any(as_list(config["bands"]))
@@ -179,14 +179,18 @@ def train_table(config):
     except OSError as e:
         raise SystemExit(f"table='{path}' cannot be written ({e.strerror}): choose another "
                          "--table.") from None
-    bar = tqdm(rows, desc=path, unit=" networks")
-    for number, (columns, arch, seed) in enumerate(bar):
+    for columns, arch, seed in tqdm(rows, desc=path, unit=" networks"):
         row = (*map(str, columns.values()), str(seed))
-        with (contextlib.suppress(BlockingIOError),
-              lock_file(f"{path}.{number}.lock") or contextlib.nullcontext()):
-            if row not in rows_done(path, head, len(row)):
-                write_row(path, row, arch, seed, results, config)
-            Path(f"{path}.{number}.lock").unlink(missing_ok=True)
+        if row in rows_done(path, head, len(row)):
+            continue
+        lock = f"{path}.{content_hash(row)[:12]}.lock"
+        with contextlib.suppress(BlockingIOError): # another process trains it
+            with lock_file(lock) or contextlib.nullcontext():
+                try:
+                    if row not in rows_done(path, head, len(row)):
+                        write_row(path, row, arch, seed, results, config)
+                finally:
+                    Path(lock).unlink(missing_ok=True)
 
 
 def rows_done(path, head, n):

@@ -3,7 +3,7 @@
 # are the same command twice.
 # python train_search.py --max_iters=0 --out_dir=out/space_pydocs
 # python train_base.py config/table_pydocs.py --arch=out/space_pydocs/arch.json
-table = 'assets/pydocs_bands.csv'
+table = 'assets/pydocs.csv'
 bands = [200000, 400000, 600000]
 n_archs = 40
 seeds = [1, 2]

@@ -145,6 +145,9 @@ def shrink(command, data_dir, digits_dir, finished, out):
         words = [f"--init_from={finished}/s" if word.startswith("--init_from") else word
                  for word in words]
         extra += ["--dataset=pydocs", *flags(TINY), f"{option}={finished}/s/{file}"]
+        if "table" in command:
+            params = json.loads((finished / "s/arch.json").read_text())["cost"]["params"]
+            extra += [f"--table={out}.csv", "--n_archs=1", "--seeds=[1]", f"--bands=[{params}]"]
     elif script == "train.py":
         extra += ["--dataset=pydocs", *flags(TINY), "--n_layer=1", "--n_head=2", "--n_embd=8"]
     elif script == "sample.py":
@@ -291,7 +294,7 @@ def test_config_keys_are_real_and_its_network_builds(path):
     sizes = {"digits": (8, 1), "fashion_mnist": (28, 1), "imagenet": (224, 3)}
     size, channels = sizes.get(config["dataset"], (32, 3))
     facts = {"vocab_size": 50304, "img_size": size, "in_channels": channels, "num_classes": 10}
-    if kind != "base" or space != "gpt":
+    if kind not in ("base", "table") or space != "gpt": # whose search says what they are
         with torch.device("meta"):
             net = build(config | facts)
         arch = uniform(net.choices, rng(0))
