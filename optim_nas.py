@@ -9,6 +9,7 @@ A new method is a new class with an entry in METHODS.
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import torch
 from torch.distributions import Dirichlet, kl_divergence
@@ -358,6 +359,20 @@ def uniform(choices, generator):
     rows = {name: random_rows(c, c.repeat or 1, generator) for name, c in choices.items()}
     return check_arch(choices, {name: rows[name] if c.repeat else rows[name][0]
                                 for name, c in choices.items()})
+
+
+def is_of_words(choice):
+    """Whether a choice is among words, or yes and no: none of these is the largest."""
+    return isinstance(choice.options[0], str | bool)
+
+
+def sandwich_archs(choices, generator):
+    """A smallest and a largest architecture, for the sandwich rule (Yu & Huang 2019): the first and
+    the last option of every size, and uniform draws of what is_of_words()."""
+    for end in (slice(1), slice(-1, None)):
+        sizes = {name: c if is_of_words(c) else replace(c, options=c.options[end])
+                 for name, c in choices.items()}
+        yield check_arch(choices, uniform(sizes, generator))
 
 
 def space_size(choices):

@@ -44,8 +44,8 @@ from budget import (COSTS, Benchmark, Ranking, load_latency, make_budget, nondom
                     pareto_rank, with_latency)
 from configurator import at_least, configure, one_of
 from fused_ops import use_fused_ops
-from optim_nas import (METHODS, arch_key, best_of, entropy, evolutionary_search, random_search,
-                       uniform, unrolled_gradient)
+from optim_nas import (METHODS, arch_key, best_of, entropy, evolutionary_search, is_of_words,
+                       random_search, sandwich_archs, uniform, unrolled_gradient)
 from prepare import prepare_own
 from pretrained import init_supernet, load_gpt2, load_trained, sort_by_importance
 from run import (Log, add_checksum, all_gather_scalar, all_reduce_mean, append, atomic_write,
@@ -247,7 +247,7 @@ def train_archs(arch_optimizer, config, run, state):
     archs = [to_device(arch_optimizer.sample_weights_arch(progress, generator), run)
              for _ in range(config.subnets_per_step)]
     if config.sandwich:
-        archs[-1], archs[0] = extremes(arch_optimizer.open)
+        archs[-1], archs[0] = sandwich_archs(arch_optimizer.open, generator)
     return archs
 
 
@@ -374,7 +374,7 @@ def check_sandwich(choices, phases, config):
         raise SystemExit("sandwich=True draws the largest and the smallest in every step: it needs "
                          f"optimizer=spos (it is {config.optimizer}) and in every phase "
                          f"subnets_per_step of 2 or more (it is {fewest}).")
-    if config.sandwich and any(isinstance(c.options[0], str) for c in choices.values()):
+    if config.sandwich and all(map(is_of_words, choices.values())):
         raise SystemExit(f"sandwich=True needs a space of sizes: {config.space} chooses "
                          "operations, of which none is the largest.")
 

@@ -2,7 +2,7 @@
 labels, the others from its answers."""
 import pytest
 import torch
-from conftest import TINY_SPACES, flags, succeeds
+from conftest import TINY_KINDS, TINY_SPACES, flags, succeeds
 from test_survival import state_of
 from test_train import search_config
 from test_vision import search_config as image_config
@@ -12,7 +12,7 @@ import train
 import train_search
 import search_spaces
 from configurator import defaults
-from optim_nas import uniform
+from optim_nas import is_of_words, sandwich_archs, uniform
 from run import read_lines, rng
 from supernet import extremes
 from train_search import with_inplace_distillation
@@ -128,6 +128,26 @@ def test_mistakes_are_one_sentence(change, words, data_dir, digits_dir, tmp_path
     with pytest.raises(SystemExit) as e:
         train_search.search(config_of("gpt", data_dir, digits_dir, tmp_path / "s", **change))
     assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("space", ["gpt", "mobilenetv3"])
+def test_the_sandwich_of_sizes_is_the_smallest_and_the_largest(space):
+    choices = network(space)[0].choices
+    assert list(sandwich_archs(choices, rng(1))) == extremes(choices)
+
+
+def test_kinds_of_block_are_drawn_in_a_sandwich(data_dir):
+    """None of them is the largest: sizes are, and every kind comes with both."""
+    config = search_config("", "") | TINY_KINDS | dict(vocab_size=17)
+    choices, seen = search_spaces.build(config).choices, set()
+    sizes = {name for name, c in choices.items() if not is_of_words(c)}
+    assert choices.keys() - sizes == {"norm", "position", "qk_norm", "activation"}
+    for seed in range(40):
+        found = list(sandwich_archs(choices, rng(seed)))
+        for arch, expected in zip(found, extremes(choices), strict=True):
+            assert {name: arch[name] for name in sizes} == {name: expected[name] for name in sizes}
+            seen.add((arch["n_embd"], arch["norm"], arch["position"], arch["activation"][0]))
+    assert len(seen) == 2 * 2 * 2 * 2
 
 
 def test_operations_have_no_largest(data_dir, digits_dir, tmp_path):
