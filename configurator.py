@@ -41,6 +41,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 
+# keys of files and folders, in which ~ is the user's own folder
+PATHS = {"path", "val_path", "data_dir", "out_dir", "arch", "arch_traj", "table", "against",
+         "cache_dir", "benchmark", "latency_table", "init_from", "inherit", "teacher"}
+
+
 def configure(namespace, argv=None, list_hint=""):
     """Applies argv to namespace, usually globals(); returns its defaults() after that.
 
@@ -102,7 +107,7 @@ def checked(key, value, first, where, is_file, list_hint):
         return type(default)(value)
     if is_str(value) and not is_str(default): # one word of a list of words
         return type(default)([value])
-    if is_str(value) and value.startswith("~/"): # a shell leaves it in --path=~/texts
+    if key in PATHS and is_str(value): # a shell leaves ~ in --path=~/texts
         return os.path.expanduser(value)
     return float(value) if type(default) is float else value
 
@@ -236,7 +241,7 @@ def given(key, argv=None):
             plain = rf"^{key}\s*=\s*(?:(['\"])(.*?)\1|(True|False|[-\d.\[][^#\n]*))"
             lines = re.findall(plain, text_of(Path(arg)), re.M)
             found = (lines[-1][1] or lines[-1][2].strip()) if lines else found
-    return found
+    return os.path.expanduser(found) if found and key in PATHS else found
 
 
 def text_of(file, within=()):

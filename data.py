@@ -20,17 +20,20 @@ Each kind offers the same names:
 """
 import hashlib
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from configurator import as_list, at_least, between
-from run import content_hash, is_pretrained, is_resuming, read_json, read_run, rng
+from run import (check_same_data, content_hash, is_pretrained, is_resuming, read_json, read_run,
+                 rng)
 
 # sets of text and their usual tokenizers; of images and their numbers of classes (0: as many as
 # there are); of pairs of images
@@ -49,7 +52,7 @@ PYDOCS_TRAIN = "b3daf1666d09abe39f42950bf22292d50fbc3073833dd14d12980fccb7b6c26f
 # the folder data_dir/dataset
 
 def data_dir_option(data_dir):
-    return "" if data_dir == "data" else f" --data_dir={data_dir}"
+    return "" if data_dir == "data" else " " + shlex.quote(f"--data_dir={data_dir}")
 
 
 def prepare_command(data_dir, dataset, kind):
@@ -190,13 +193,21 @@ def codec(tokenizer, chars, folder, num_proc=1):
         return gpt2_codec(num_proc)
     if tokenizer == "sentencepiece":
         import sentencepiece
-        model = (Path(folder) / "tokenizer.model").read_bytes()
+        model = read_tokenizer(folder, "tokenizer.model")
         bpe = sentencepiece.SentencePieceProcessor(model_proto=model)
         encode = partial(bpe.encode, num_threads=num_proc)
         return Codec(encode, bpe.decode, bpe.vocab_size(), [bpe.eos_id()], bpe.eos_id())
     if tokenizer.startswith("hf:"):
         return hf_codec(Path(folder) / "tokenizer.json")
     return char_codec(chars)
+
+
+def read_tokenizer(folder, name):
+    try:
+        return (Path(folder) / name).read_bytes()
+    except OSError as error:
+        raise SystemExit(f"{Path(folder) / name}, the tokenizer of the data, cannot be read "
+                         f"({error.strerror}): prepare the data again") from None
 
 
 def gpt2_codec(num_proc):
@@ -215,21 +226,31 @@ def gpt2_codec(num_proc):
 def hf_codec(file):
     """A tokenizer.json of Hugging Face's tokenizers. Its own <|endoftext|> in a text is plain."""
     from tokenizers import Tokenizer
-    bpe = Tokenizer.from_file(str(file))
+    bpe = Tokenizer.from_str(read_tokenizer(file.parent, file.name).decode())
     bpe.encode_special_tokens = True
+    bpe.no_truncation() # else long documents are cut, and short ones filled up
+    bpe.no_padding()
     eot = next((i for i in map(bpe.token_to_id, END_TOKENS) if i is not None), None)
     if eot is None:
         raise SystemExit(f"{file} has no token that ends a document (one of "
                          f"{', '.join(END_TOKENS)}): add one to it, or use another --tokenizer")
 
     def encode(texts):
-        return [found.ids for found in bpe.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [found.ids for found in bpe.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error: # the library raises Exception itself
+            raise SystemExit(f"{file} cannot tokenize a text ({str(error).splitlines()[0]}): use "
+                             "another --tokenizer") from None
 
     def decode(ids):
         return bpe.decode(list(ids), skip_special_tokens=False)
 
-    whole, first, second = encode(["a sea", "a", " sea"])
-    return Codec(encode, decode, bpe.get_vocab_size(), [eot], eot, whole == first + second)
+    try:
+        whole, first, second = encode(["a sea", "a", " sea"])
+    except SystemExit: # it lacks these words
+        whole, first, second = [], [], [eot]
+    size = max(bpe.get_vocab().values()) + 1 # there may be gaps
+    return Codec(encode, decode, size, [eot], eot, whole == first + second)
 
 
 def char_codec(chars):
@@ -255,6 +276,16 @@ def char_codec(chars):
 def code_points(text):
     """The characters of a text as numbers: uint32 (n,)."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def codec_of(trained):
+    """The Codec with which a run has learned. trained: its config. SystemExit if the data set has
+    another one by now, or is gone."""
+    tokens = load_codec(trained.data_dir, trained.dataset)
+    now = identity(trained.data_dir, trained.dataset)
+    check_same_data(SimpleNamespace(**vars(trained) | {"identity": now}), vars(trained),
+                    f"out_dir={trained.out_dir}", ("meaning",), "prepare the data as they were")
+    return tokens
 
 
 def load_codec(data_dir, dataset):

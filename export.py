@@ -61,7 +61,7 @@ import torch
 import torch.nn as nn
 
 from configurator import at_least, check_limits, configure, one_of
-from data import Tokens, load_codec, read_meta
+from data import Tokens, codec_of, read_meta, read_tokenizer
 from fused_ops import use_fused_ops
 from run import atomic_write, rng
 from sample import load_run
@@ -437,18 +437,19 @@ def char_json(chars):
 def tokenizer_files(trained):
     """{name: bytes} of the tokenizer of a network's data set. SystemExit if it cannot be had, or is
     not the one of the data set."""
-    meta, folder = read_meta(trained.data_dir, trained.dataset, "text"), Path(trained.data_dir)
+    codec, meta = codec_of(trained), read_meta(trained.data_dir, trained.dataset, "text")
+    folder = Path(trained.data_dir) / trained.dataset
     if meta["tokenizer"] == "sentencepiece":
-        return {"tokenizer.model": (folder / trained.dataset / "tokenizer.model").read_bytes()}
+        return {"tokenizer.model": read_tokenizer(folder, "tokenizer.model")}
     if meta["tokenizer"] in ("char", "gpt2"):
         found = char_json(meta["chars"]) if meta["chars"] else gpt2_json()
         found.encode_special_tokens = True # a text may speak of them
         text = meta["chars"] or Path(__file__).read_text(encoding="utf-8")
-        own = list(load_codec(trained.data_dir, trained.dataset).encode([text])[0])
+        own = list(codec.encode([text])[0])
         assert found.encode(text, add_special_tokens=False).ids == own, "another tokenizer"
         tokenizer = found.to_str().encode()
     else:
-        tokenizer = (folder / trained.dataset / "tokenizer.json").read_bytes()
+        tokenizer = read_tokenizer(folder, "tokenizer.json")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if meta["eot"] is not None:
         from tokenizers import Tokenizer

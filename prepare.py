@@ -70,6 +70,7 @@ same one, the second waits for the first.
 """
 import ast
 import contextlib
+import errno
 import glob
 import hashlib
 import importlib
@@ -138,6 +139,7 @@ HUB = {"shakespeare_char": "karpathy/tiny_shakespeare", "tinystories": "roneneld
        "openwebtext": "Skylion007/openwebtext", "fashion_mnist": "zalando-datasets/fashion_mnist",
        "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100",
        "imagenet": "ILSVRC/imagenet-1k"}
+LABEL_WORDS = ("label", "labels", "class", "target") # columns that need no --label_column
 LABELS = {"cifar100": "fine_label"} # the column, where there are several
 VAL_FRACTION = {"digits": 0.2, "openwebtext": 0.0005} # of the others: 0.1
 TEST_SETS = ("set5", "set14") # pairs that are all of the validation split
@@ -150,10 +152,15 @@ ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".t
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"} # and the module that opens them
 SPLIT_WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
                "test": ("test", "testing", "eval", "evaluation")}
-ABOUT = re.compile(r"(readme|licen[cs]e|copying|citation|notice|dataset_infos?\.json)", re.I)
+ABOUT = re.compile(r"(readme|licen[cs]e|copying|citation|notice)(?![a-z])|dataset_infos?\.json")
+NOTES = ("", ".md", ".txt", ".rst", ".cff", ".bib", ".html", ".json") # suffixes of such files
+PACKAGES = (".zst", ".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".pdf", ".docx", ".epub")
 JUNK = {"__macosx", "thumbs.db", "desktop.ini"}
 END = "<|endoftext|>"
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 PIECE = 2**18 # characters: longer documents are read and tokenized in pieces
+# keys that are in meta.json where they are given
+OPTIONAL = ("subset", "split", "text_column", "label_column", "skip_damaged", "split_by")
 SHORT = 60 # characters: python_docs() drops shorter documents, and repeated paragraphs from here on
 
 # -----------------------------------------------------------------------------
@@ -162,22 +169,25 @@ SHORT = 60 # characters: python_docs() drops shorter documents, and repeated par
 def list_files(path):
     """-> the files of a folder, or the file itself; {why: what is left out}.
 
-    SystemExit: nothing is there, or a link leads nowhere.
+    SystemExit: nothing is there, a folder cannot be read, or a link leads nowhere.
     """
-    path = Path(path)
-    if path.is_file():
+    path, files, left_out = Path(path), [], {}
+    if os.path.isfile(path):
         return [path], {}
-    files, left_out = [], {}
-    for root, folders, names in os.walk(path, followlinks=True):
-        if not folders and not names and Path(root) != path:
+
+    def stop(error):
+        raise SystemExit(f"{error.filename} cannot be read ({error.strerror}): allow it, or give "
+                         "another --path") from None
+
+    for root, folders, names in os.walk(path, onerror=stop, followlinks=True):
+        why = {name: why_left_out(Path(root, name)) for name in (*folders, *names)}
+        for name, reason in why.items():
+            if reason:
+                left_out.setdefault(reason, []).append(Path(root, name))
+        if not why and Path(root) != path:
             left_out.setdefault("empty folder", []).append(Path(root))
-        for name in (*folders, *names):
-            file = Path(root, name)
-            if why := why_left_out(file):
-                left_out.setdefault(why, []).append(file)
-                folders[:] = [folder for folder in folders if folder != name]
-            elif name in names:
-                files.append(file)
+        folders[:] = [name for name in folders if not why[name]]
+        files += [Path(root, name) for name in names if not why[name]]
     if not files:
         raise SystemExit(f"{path} is no file and no folder with files in it: give one that holds "
                          "the data")
@@ -189,26 +199,26 @@ def why_left_out(file):
         return "hidden"
     if file.name.lower() in JUNK:
         return "not data"
-    if not file.exists():
+    if not os.path.exists(file):
         raise SystemExit(f"{file} is a link that leads nowhere, or cannot be read: mend or delete "
                          "it")
-    if file.is_dir():
+    if os.path.isdir(file):
         above = file.parent.resolve().is_relative_to(file.resolve())
         return "a link to a folder around it" if above else ""
-    return "" if file.is_file() else "no plain file"
+    return "" if os.path.isfile(file) else "no plain file"
 
 
 def leave_out(files, left_out, why, condition):
     """The files without those of the condition, which are noted in left_out."""
-    found = [file for file in files if condition(file)]
-    if found:
-        left_out.setdefault(why, []).extend(found)
-    return [file for file in files if file not in set(found)]
+    gone = {file for file in files if condition(file)}
+    if gone:
+        left_out.setdefault(why, []).extend(sorted(gone))
+    return [file for file in files if file not in gone]
 
 
 def is_about(file):
     """Whether a file is about data, such as a README."""
-    return bool(ABOUT.match(file.name))
+    return file.suffix.lower() in NOTES and bool(ABOUT.match(file.name.lower()))
 
 
 def split_word(name):
@@ -243,11 +253,13 @@ def use_splits(found, ask, left_out, where):
     if not ask.split and len(names) > 1:
         wanted = [name for name in names if name == "train"]
         wanted += [name for name in ("validation", "test") if name in names][:1]
+    if names == ["all"] and wanted != names:
+        raise SystemExit(f"{where} has no splits: leave out --split={ask.split}")
     if (len(wanted) > 2 or len(set(wanted) & set(names)) < max(1, len(wanted))
             or (not ask.split and len(wanted) < min(2, len(names)))):
-        raise SystemExit(f"{where} has the splits {', '.join(names)}, and --split={ask.split} "
-                         f"leaves open which train and validate: give two, such as --split="
-                         f"{','.join(names[:2])}, or one, which val_fraction cuts")
+        raise SystemExit(f"{where} has the splits {', '.join(names)}: name the one that trains and "
+                         f"the one that validates, such as --split={','.join(names[:2])} (it is "
+                         f"'{ask.split}'), or one, which val_fraction cuts")
     for name in names:
         if name not in wanted:
             left_out.setdefault("another --split", []).append(name)
@@ -291,6 +303,9 @@ def first_line(error):
 
 def load_rows(form, files, **options):
     """The rows of local files, streamed. form: a builder of datasets. files: {split: files}."""
+    if odd := [file for of_split in files.values() for file in of_split if "::" in str(file)]:
+        raise SystemExit(f"{odd[0]} has :: in its path, which means an address to datasets: rename "
+                         "it")
     files = {split: [glob.escape(str(file.absolute())) for file in of_split]
              for split, of_split in files.items()}
     return import_datasets().load_dataset(form, data_files=files, streaming=True, **options)
@@ -317,7 +332,21 @@ def load_whole(path, subset, revision=None):
         what = f"Hugging Face did not deliver {path[3:]}" if path[:3] == "hf:" else (
             f"{path} is no whole folder of save_to_disk()")
         raise SystemExit(f"{what} ({first_line(error)}): {fix}") from None
-    return dict(found) if hasattr(found, "keys") else {"all": found}
+    found = dict(found) if hasattr(found, "keys") else {"all": found}
+    words = {name: split_word(name) or name for name in found} # dev is validation
+    return {words[name]: rows for name, rows in found.items()} if (
+        len(set(words.values())) == len(words)) else found
+
+
+def is_whole(path):
+    """Whether the data come as a whole from the hub, or from a folder of save_to_disk()."""
+    return not path or path.startswith("hf:") or is_saved(path)
+
+
+def whole_rows(ask, left_out):
+    """-> where from, {split: Dataset}, of what is_whole()."""
+    where = ask.path or f"hf:{HUB[ask.dataset]}"
+    return where, use_splits(load_whole(where, ask.subset), ask, left_out, where)
 
 # -----------------------------------------------------------------------------
 # text: a split is read(), which yields (begins, piece). begins: True where the piece begins a
@@ -446,95 +475,122 @@ def read_text(file):
             yield True, ""
 
 
-def read_rows(tables, column, where):
-    """The documents in a column of tables of pyarrow."""
+def pick_column(names, texts, column, where):
+    """The column of texts. SystemExit lists the candidates if that is open."""
+    chosen = column or ("text" if "text" in names else texts[0] if len(texts) == 1 else "")
+    if chosen not in names:
+        raise SystemExit(f"{where} has no column '{chosen or 'text'}' but {', '.join(names)}: name "
+                         "the texts by --text_column, such as "
+                         f"--text_column={[*texts, *names][0]}")
+    return chosen
+
+
+def read_rows(tables, column, where, used):
+    """The documents in a column of tables of pyarrow. used: gets the column's name."""
     for table in tables:
         names = table.column_names
         texts = [field.name for field in table.schema if str(field.type).endswith("string")]
-        chosen = column or ("text" if "text" in names else texts[0] if len(texts) == 1 else "")
-        if chosen not in names:
-            raise SystemExit(f"{where} has no column '{chosen or 'text'}' but "
-                             f"{', '.join(names)}: name the texts by --text_column, such as "
-                             f"--text_column={[*texts, *names][0]}")
+        chosen = pick_column(names, texts, column, where)
         if chosen not in texts:
             raise SystemExit(f"{where} has {table.schema.field(chosen).type} and not texts in its "
                              f"column '{chosen}': correct the rows, or name another column of "
                              f"{', '.join(names)} as --text_column")
+        used.add(chosen)
         for text in table[chosen].to_pylist():
             yield from pieces(text) if text else [(None, "")]
 
 
-def read_dataset(rows, column, where):
+def read_lines(file, column, used):
+    """The same of a .jsonl. By datasets, one whose other columns vary would not be read, and a
+    number among the texts would be a text."""
+    chosen = ""
+    with open_any(file, "rt", "utf-8-sig") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.strip())
+                if not chosen:
+                    texts = [name for name, value in row.items() if isinstance(value, str)]
+                    chosen = pick_column(list(row), texts, column, file)
+                    used.add(chosen)
+                text = row.get(chosen)
+                if not isinstance(text, str | None):
+                    raise TypeError(f"'{chosen}' is no text but {text!r:.40}")
+                (text or "").encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"line {number} has half of a surrogate pair, which is no "
+                                 "character") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+            except AttributeError:
+                raise ValueError(f"line {number} is no object with columns") from None
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"line {number}: {first_line(error)}") from None
+            yield from pieces(text) if text else [(None, "")]
+
+
+def read_dataset(rows, column, where, used):
     """The documents of a Dataset, and an empty one after the last."""
     try:
         tables = rows.to_iterable_dataset().with_format("arrow").iter(256)
-        yield from read_rows(tables, column, where)
+        yield from read_rows(tables, column, where, used)
     except Exception as error: # of any kind, for its files may be damaged
         raise SystemExit(f"{where} cannot be read ({first_line(error)}): take an undamaged "
                          "copy") from None
     yield True, ""
 
 
-def row_tables(file, form):
+def row_tables(file, form, column):
     """The rows of a file as tables of pyarrow."""
-    options = {"chunksize": 2**20} if form == "json" else {} # bytes
-    if form == "csv": # texts such as NA stay; a row of more fields than the head is an error
-        options = {"keep_default_na": False, "index_col": False}
+    options = {}
+    if form == "csv": # texts such as NA and 007 stay; a row longer than the head is an error
+        options = {"keep_default_na": False, "index_col": False,
+                   "converters": {column or "text": str}}
         options["sep"] = "\t" if ".tsv" in file.name.lower() else ","
         warnings.filterwarnings("error", message="Length of header")
     return load_rows(form, {"all": [file]}, **options)["all"].with_format("arrow").iter(256)
 
 
-def read_files(files, column):
+def read_files(files, column, used):
     """The documents of files, one after the other. SystemExit names a file that is damaged."""
     form = "text"
     for file in files:
-        form = form_of(file)
+        form, by_line = form_of(file), re.search(r"\.(jsonl|ndjson)(\.|$)", file.name.lower())
         try:
-            found = read_text(file)
-            if form != "text":
-                found = read_rows(row_tables(file, form), column, file)
+            if form == "text":
+                found = read_text(file)
+            elif by_line:
+                found = read_lines(file, column, used)
+            else:
+                found = read_rows(row_tables(file, form, column), column, file, used)
             for begins, piece in found:
                 if "\0" in piece:
                     raise ValueError("it has NUL bytes")
                 yield begins, piece
         except Exception as error: # the readers of datasets raise errors of every kind
             what = "UTF-8 text" if form == "text" else f"whole rows of {form}"
-            why = bad_row(file) or first_line(error)
-            raise SystemExit(f"{file} does not hold {what} ({why}): correct it or leave it "
-                             "out") from None
+            raise SystemExit(f"{file} does not hold {what} ({first_line(error)}): correct it or "
+                             "leave it out") from None
     if form != "text":
         yield True, "" # so that what separates documents also follows the last row
-
-
-def bad_row(file):
-    """The first line of a .jsonl that is no row, and why; '' if that is not known."""
-    if not re.search(r"\.(jsonl|ndjson)(\.|$)", file.name.lower()):
-        return ""
-    with contextlib.suppress(OSError, EOFError, zlib.error), open_any(file, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                if line.strip():
-                    json.dumps(json.loads(line.strip()), ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                return f"line {number} has half of a surrogate pair, which is no character"
-            except json.JSONDecodeError as error:
-                return f"line {number}, column {error.colno}: {error.msg}"
-            except (ValueError, RecursionError) as error:
-                return f"line {number}: {first_line(error)}"
-    return ""
 
 
 def local_files(path, ask, left_out):
     """{split: files} of local text."""
     files, why = list_files(path)
-    if any(form_of(file) != "text" for file in files):
+    if any(not is_about(file) for file in files): # else they are meant
         files = leave_out(files, why, "about the data", is_about)
+    if packed := [file for file in files if file.suffix.lower() in PACKAGES]:
+        raise SystemExit(f"{path} holds {some(packed)}, which are no texts: unpack or convert them")
     of_form = {form_of(file): file for file in files}
     if len(of_form) != 1:
         found = [f"{form} ({file})" for form, file in of_form.items()]
-        raise SystemExit(f"{path} holds files of {' and of '.join(found) or 'no data'}: give those "
-                         "of one kind, and convert or move away the others")
+        raise SystemExit(f"{path} holds files of {' and of '.join(found)}: give those of one kind, "
+                         "and convert or move away the others")
+    if ask.text_column and "text" in of_form:
+        raise SystemExit(f"--text_column={ask.text_column} is for rows, and {path} is plain text: "
+                         "leave it out")
     found = find_splits(path, files, why, ask.split)
     for reason, names in why.items():
         left_out.setdefault(reason, []).extend(names)
@@ -546,9 +602,10 @@ def read_docs(docs):
     yield from chain(*map(pieces, filter(None, docs)), [(True, "")])
 
 
-def text_source(ask):
-    """-> {"train": read, "val": read} or {"all": read}; {split: where from}; left_out."""
-    left_out, path = {}, ask.path
+def text_source(ask, used):
+    """-> {"train": read, "val": read} or {"all": read}; {split: where from}; left_out. used: gets
+    the names of the columns that are read."""
+    left_out, path, column = {}, ask.path, ask.text_column
     if ask.dataset in OFFLINE:
         docs = read_pydocs() if ask.dataset == "pydocs" else python_docs()
         random.Random(ask.seed).shuffle(docs)
@@ -560,19 +617,21 @@ def text_source(ask):
         found = load_whole(f"hf:{HUB[ask.dataset]}", "", "refs/convert/parquet")
         text = "".join(chain(*(found[split]["text"] for split in ("train", "validation", "test"))))
         return {"all": partial(pieces, text)}, {"all": "1 text"}, left_out
-    if not path or path.startswith("hf:") or is_saved(path):
-        where = path or f"hf:{HUB[ask.dataset]}"
-        found = use_splits(load_whole(where, ask.subset), ask, left_out, where)
-        reads = {split: partial(read_dataset, rows, ask.text_column, where)
+    if is_whole(path):
+        where, found = whole_rows(ask, left_out)
+        reads = {split: partial(read_dataset, rows, column, where, used)
                  for split, rows in found.items()}
         return reads, {split: f"{len(rows):,} rows" for split, rows in found.items()}, left_out
+    found = local_files(path, ask, left_out)
     if ask.val_path:
-        found = {"train": chain(*local_files(path, ask, left_out).values()),
-                 "val": chain(*local_files(ask.val_path, ask, left_out).values())}
-        found = {split: list(files) for split, files in found.items()}
+        val = list(chain(*local_files(ask.val_path, ask, left_out).values()))
+        own = {file.resolve() for file in val}
+        train = leave_out(found.get("train") or found["all"], left_out, "in --val_path",
+                          lambda file: file.resolve() in own)
+        found = {"train": train, "val": val}
     else:
-        found = use_splits(local_files(path, ask, left_out), ask, left_out, path)
-    reads = {split: partial(read_files, files, ask.text_column) for split, files in found.items()}
+        found = use_splits(found, ask, left_out, path)
+    reads = {split: partial(read_files, files, column, used) for split, files in found.items()}
     return reads, {split: count(len(files), "file") for split, files in found.items()}, left_out
 
 
@@ -640,24 +699,29 @@ def cut_text(read, sizes, ask):
 def understand_text(ask):
     """Reads all of the text once, and prints what it is: -> {"train": read, "val": read}, {split:
     documents}, the characters that there are."""
-    reads, words, left_out = text_source(ask)
+    used = set() # columns
+    reads, words, left_out = text_source(ask, used)
     seen, sizes, notes = np.zeros(0x110000, bool), {}, []
     for split, read in reads.items():
         sizes[split], empty = survey(read, split, seen)
         if empty:
             notes.append(f"{empty:,} empty rows of {split} are left out")
+    if len(used) > 1:
+        raise SystemExit(f"{ask.source} has texts in {' and in '.join(sorted(used))}, each in some "
+                         "of its files: name one column by --text_column")
+    notes += [f"text column: {column}" for column in used]
     if "all" in reads:
-        how = "the end" if ask.split_by == "end" else f"random documents, seed {ask.seed}"
-        notes.append(f"val is {ask.val_fraction:g} of {words['all']}: {how}")
+        notes.append(f"val is the last {ask.val_fraction:g} of the text" if ask.split_by == "end"
+                     else f"val is {ask.val_fraction:g} of the documents, drawn by seed {ask.seed}")
         reads, sizes = cut_text(reads["all"], sizes["all"], ask)
-        words = dict.fromkeys(reads, words["all"])
+        words = dict.fromkeys(reads, f"part of {words['all']}")
     documents = {split: int((of_split > 0).sum()) for split, of_split in sizes.items()}
     chars = {split: int(of_split.sum()) for split, of_split in sizes.items()}
-    show(source_of(ask), [("split", "from", "documents", "characters"), *(
+    show(ask.source, [("split", "from", "documents", "characters"), *(
         (split, words[split], f"{documents[split]:,}", f"{chars[split]:,}") for split in reads)],
         left_out, notes)
     if 0 in chars.values():
-        raise SystemExit(f"{source_of(ask)} gives {chars['train']} characters of training and "
+        raise SystemExit(f"{ask.source} gives {chars['train']} characters of training and "
                          f"{chars['val']} of validation text, and both need some: give more text")
     return reads, documents, "".join(map(chr, np.flatnonzero(seen)))
 
@@ -750,17 +814,31 @@ def write_split(folder, split, read, tokens, meta):
     meta |= {f"{split}_tokens": n, f"{split}_sha256": digest.hexdigest()}
 
 
+def say_what_is_lost(tokens, read):
+    """Prints whether the first text comes back from its tokens; not all tokenizers promise that."""
+    text = next(piece for begins, piece in read() if piece)[:10_000]
+    back = tokens.decode([int(i) for i in tokens.encode([text])[0]])
+    if back != text:
+        same = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b),
+                    min(len(text), len(back)))
+        print(f"  the tokenizer does not give all of a text back: {text[same:same + 20]!r} becomes "
+              f"{back[same:same + 20]!r}")
+
+
 def prepare_text(folder, settings, ask):
     """Writes the tokenizer and the tokens; returns the content of meta.json."""
+    if ask.tokenizer.startswith("hf:"):
+        (folder / "tokenizer.json").write_bytes(fetch_tokenizer(ask.tokenizer))
+    if ask.tokenizer not in ("char", "sentencepiece"):
+        codec(ask.tokenizer, None, folder) # what is missing is said before all of the text is read
     reads, documents, chars = understand_text(ask)
     if ask.tokenizer == "sentencepiece":
         model = train_sentencepiece(reads["train"], settings["vocab_size"])
-        atomic_write(folder / "tokenizer.model", lambda f: f.write(model))
-    if ask.tokenizer.startswith("hf:"):
-        model = fetch_tokenizer(ask.tokenizer)
-        atomic_write(folder / "tokenizer.json", lambda f: f.write(model))
+        (folder / "tokenizer.model").write_bytes(model)
     chars = chars if ask.tokenizer == "char" else None
     tokens = codec(ask.tokenizer, chars, folder, ask.num_proc)
+    if ask.tokenizer.startswith("hf:"):
+        say_what_is_lost(tokens, reads["train"])
     meta = {**settings, "vocab_size": tokens.vocab_size, "dtype": token_dtype(tokens.vocab_size),
             "eot": tokens.eot, "chars": chars}
     for split, read in reads.items():
@@ -894,7 +972,8 @@ def image_columns(features, ask, where):
               or (isinstance(feature, dict) and "bytes" in feature)]
     labels = [name for name, feature in features.items() if name not in images and
               re.match("u?int|(large_)?string", getattr(feature, "dtype", ""))]
-    known = [name for name in labels if isinstance(features[name], datasets.ClassLabel)] or labels
+    known = [name for name in labels if isinstance(features[name], datasets.ClassLabel)]
+    known = known or [name for name in labels if name.lower() in LABEL_WORDS]
     label = ask.label_column or LABELS.get(ask.dataset, "") or "".join(known[:len(known) == 1])
     if len(images) != 1 or label not in labels:
         raise SystemExit(f"{where} has the columns {', '.join(features)}, of which "
@@ -906,13 +985,18 @@ def image_columns(features, ask, where):
 
 def rows_of_dataset(found, ask, where):
     """-> {split: rows} of {split: rows of datasets}, names of the classes or None."""
-    datasets, splits = import_datasets(), {}
+    datasets, splits, names = import_datasets(), {}, []
     for split, rows in found.items():
         image, label = image_columns(rows.features, ask, where)
-        names = getattr(rows.features[label], "names", None)
+        names.append(getattr(rows.features[label], "names", None))
         splits[split] = partial(image_rows, rows.cast_column(image, datasets.Image(decode=False)),
                                 image, label, f"{split} in {where}")
-    return splits, names
+    if names[0] != names[-1]:
+        raise SystemExit(f"{where} numbers its classes {some(names[0] or ['without names'])} in "
+                         f"one split and {some(names[-1] or ['without names'])} in the other: "
+                         "give both the same classes, in the same order")
+    ask.label_column = label
+    return splits, names[0]
 
 
 def image_rows(rows, image, label, where):
@@ -934,14 +1018,15 @@ def read_rows_of_images(path, found, ask):
     if len(forms) != 1 or forms & {"text", "json", "csv"}:
         raise SystemExit(f"{path} holds files of {', '.join(sorted(forms))}: give rows of images "
                          "in .parquet or in .arrow, and move the other files away")
-    rows = load_rows(*forms, found)
-    return rows_of_dataset({split: rows[split] for split in found}, ask, path)
+    rows = {split: load_rows(*forms, {split: files})[split] for split, files in found.items()}
+    return rows_of_dataset(rows, ask, path)
 
 
 def read_image_folder(path, found, ask):
     """{split: images in folders of their classes, or with a metadata.csv or .jsonl}."""
     files = [file for of_split in found.values() for file in of_split]
-    if other := [file for file in files if not is_image(file) and file.stem != "metadata"]:
+    tables = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+    if other := [file for file in files if not is_image(file) and file.name not in tables]:
         raise SystemExit(f"{path} holds {some(other)}, which are no images and are used by "
                          "nothing: move them away; a table of labels is called metadata.csv and "
                          "has the columns file_name and label")
@@ -977,9 +1062,8 @@ def image_splits(ask, left_out):
         pixels = (digits.images * 255 / 16).round().astype(np.uint8) # theirs are 0 to 16
         rows = rows_of_pixels(pixels, digits.target, ask.dataset)
         return {"all": rows}, [str(name) for name in digits.target_names]
-    if not ask.path or ask.path.startswith("hf:") or is_saved(ask.path):
-        where = ask.path or f"hf:{HUB[ask.dataset]}"
-        found = use_splits(load_whole(where, ask.subset), ask, left_out, where)
+    if is_whole(ask.path):
+        where, found = whole_rows(ask, left_out)
         return rows_of_dataset(found, ask, where)
     path = Path(ask.path)
     files, why = list_files(path)
@@ -1053,9 +1137,11 @@ def number_labels(labels, classes, ask):
     Names of labels are numbered in their order. SystemExit for labels and names that do not fit,
     for classes that train has not, and if there is one class only.
     """
-    source, known = source_of(ask), set(next(iter(labels.values())))
-    if None in chain(*labels.values()):
-        raise SystemExit(f"{source} has images without a label: add it, or leave them out")
+    source, known = ask.source, set(next(iter(labels.values())))
+    if len({isinstance(label, str) for label in chain(*labels.values())}) > 1 or (
+            None in chain(*labels.values())):
+        raise SystemExit(f"{source} has images without a label, or with words and numbers as "
+                         "labels: correct them, or leave them out")
     if all(isinstance(label, str) for label in known):
         classes = sorted(known)
         number = {name: i for i, name in enumerate(classes)}
@@ -1079,6 +1165,10 @@ def number_labels(labels, classes, ask):
             raise SystemExit(f"{source} has the class {classes[new[0]] if classes else new[0]} in "
                              f"{split}, which train has not: add images of it there, or leave it "
                              "out")
+    lacking = sorted(set(range(num_classes)) - set(found.tolist()))
+    if lacking and not classes and ask.dataset == "images":
+        raise SystemExit(f"{source} has labels up to {num_classes - 1} and none of {some(lacking)}:"
+                         " number them from 0 without gaps")
     if len(found) == 1:
         one = classes[found[0]] if classes else found[0]
         raise SystemExit(f"{source} has one class only ({one}): give images of two classes or more")
@@ -1127,7 +1217,7 @@ def image_orders(pixels, ask):
         n = round(ask.val_fraction * len(orders["all"]))
         orders = {"train": orders["all"][n:], "val": orders["all"][:n]}
     if not all(map(len, orders.values())):
-        raise SystemExit(f"{source_of(ask)} gives {len(orders['train']):,} images of training and "
+        raise SystemExit(f"{ask.source} gives {len(orders['train']):,} images of training and "
                          f"{len(orders['val']):,} of validation, and both need some: give more "
                          "images")
     return orders
@@ -1140,10 +1230,11 @@ def show_images(ask, labels, classes, num_classes, left_out):
     counts = {split: np.bincount(found, minlength=num_classes) for split, found in labels.items()}
     listed = [f"{name} {counts['train'][i]:,} + {counts['val'][i]:,}"
               for i, name in enumerate(classes)]
-    notes = [f"classes (train + val): {some(listed, 20)}"]
+    notes = [f"label column: {ask.label_column}"] if ask.label_column else []
+    notes += [f"classes (train + val): {some(listed, 20)}"]
     if lacking := [str(name) for i, name in enumerate(classes) if not counts["val"][i]]:
         notes.append(f"val has no image of {some(lacking, 20)}")
-    show(source_of(ask), rows, left_out, notes)
+    show(ask.source, rows, left_out, notes)
 
 
 def prepare_images(folder, settings, ask):
@@ -1156,7 +1247,9 @@ def prepare_images(folder, settings, ask):
                 folder / f"{split}.raw", rows, split, ask.img_size, ask.num_proc)
             damaged += broken
     except Exception as error: # the readers of datasets raise errors of every kind
-        raise SystemExit(f"{source_of(ask)} cannot be read ({first_line(error)}): take an "
+        if getattr(error, "errno", None) in NO_ROOM:
+            raise
+        raise SystemExit(f"{ask.source} cannot be read ({first_line(error)}): take an "
                          "undamaged copy") from None
     if damaged and not ask.skip_damaged:
         raise SystemExit(f"{count(len(damaged), 'image')} cannot be read: {some(damaged, 20)}: "
@@ -1243,7 +1336,8 @@ def read_samples():
 
 def is_low(name):
     """Whether a folder of this file has the word LR or low in its name."""
-    return any(re.search(r"(^|[-_. ])(lr|low)([-_. ]|$)", part.lower()) for part in name.parts[:-1])
+    word = r"(^|[-_. ])(lr|lq|low)(bi|bd|res|x?\d)?([-_. ]|$)"
+    return any(re.search(word, part.lower()) for part in name.parts[:-1])
 
 
 def match_low(files, scale, path, left_out):
@@ -1261,9 +1355,18 @@ def match_low(files, scale, path, left_out):
     for name in high: # its low resolution lies somewhere in the parent of its folder
         near = [low for stem in (f"{name.stem}x{scale}", name.stem) for low in by_stem.get(stem, [])
                 if low.is_relative_to(name.parent.parent)]
+        near.sort(key=lambda low: low.parent.name.lower() != f"x{scale}")
         found[name] = near[0] if near else None
-    rest = leave_out([name for name in low if name not in set(found.values())], left_out,
-                     "of another scale", lambda name: re.search(r"x\d+$", name.stem))
+    by_stem = {}
+    for name in high: # one of two of a name is a low resolution, in a folder that does not say so
+        other = by_stem.setdefault((name.stem, *map(split_word, name.parts[:-1])), name)
+        if other.parent != name.parent:
+            raise SystemExit(f"{path} holds {other} and {name}: if one is the low resolution of "
+                             "the other, call its folder LR, else give them different names")
+    used = set(found.values())
+    rest = leave_out([name for name in low if name not in used], left_out, "of another scale",
+                     lambda name: re.search(r"x\d+$", f"{name.parent} {name.stem}".lower()) or
+                     re.search(r"x\d+$", name.parent.name.lower()))
     if rest:
         raise SystemExit(f"{path} holds {some(rest)}, low resolutions of nothing: a high one must "
                          f"have the same name, or that without x{scale}")
@@ -1278,7 +1381,9 @@ def read_pair_splits(ask, left_out):
     files = read_pictures(path, left_out)
     if dataset in TEST_SETS: # of several test sets in path, this one
         own = {name: get for name, get in files.items() if dataset in Path(str(name).lower()).parts}
-        files = own or files
+        if own:
+            leave_out(list(files), left_out, "another set", lambda name: name not in own)
+            files = own
     low = match_low(files, ask.scale, path, left_out)
     entries = {name: (str(name), files[name], files[one] if one and not ask.make_low else None)
                for name, one in low.items()}
@@ -1362,11 +1467,11 @@ def prepare_pairs(folder, settings, ask):
     """Writes the pairs; returns the content of meta.json."""
     left_out = {}
     splits = read_pair_splits(ask, left_out)
-    show(source_of(ask), [("split", "images", "with a low resolution"), *(
+    show(ask.source, [("split", "images", "with a low resolution"), *(
         (split, f"{len(entries):,}", f"{sum(low is not None for *_, low in entries):,}")
         for split, entries in splits.items())], left_out)
     if not splits["val"] or not (splits["train"] or ask.dataset in TEST_SETS):
-        raise SystemExit(f"{source_of(ask)} gives {len(splits['train'])} images of training "
+        raise SystemExit(f"{ask.source} gives {len(splits['train'])} images of training "
                          f"and {len(splits['val'])} of validation, and both need some: give more "
                          "images")
     meta = dict(settings)
@@ -1423,6 +1528,8 @@ def cut_shards(data_dir, name, meta, shards, entries, test_entries, block_size):
         parts = {"train": train[stop - size * block_size - 1:stop], "val": val[:test_tokens]}
         shard = {"dataset": f"{name}/{shards}/{i:02d}", "entries": size, "mode": i % 2 + 1}
         (folder / f"{i:02d}").mkdir(parents=True, exist_ok=True)
+        for file in (Path(data_dir) / name).glob("tokenizer.*"):
+            shutil.copyfile(file, folder / f"{i:02d}" / file.name)
         for split, tokens in parts.items():
             atomic_write(folder / f"{i:02d}" / f"{split}.bin",
                          lambda f, tokens=tokens: f.write(tokens.tobytes()))
@@ -1451,6 +1558,16 @@ def check_settings(ask):
     if not 0 < ask.val_fraction < 1:
         raise SystemExit(f"--val_fraction={ask.val_fraction} is not a share of the data: choose "
                          "one between 0 and 1")
+    parts = Path(ask.name).parts
+    if ask.name and (parts[:1] == ("/",) or {"..", ".", ""} & {*parts, ask.name.strip(".")}
+                     or not ask.name.isprintable() or len(ask.name.encode()) > 200):
+        raise SystemExit(f"--name={ask.name!r} is not possible: give the name of a folder in "
+                         f"{ask.data_dir}")
+    if ask.subset and ask.path[:3] != "hf:" and (ask.path or dataset not in HUB):
+        raise SystemExit(f"--subset={ask.subset} is for the hub: leave it out, or give an hf: path")
+    if ask.val_path and (is_whole(ask.path) or ask.split):
+        raise SystemExit(f"--val_path={ask.val_path} is for files, without --split: give files of "
+                         "both splits, or neither key")
     if ask.path and dataset in OFFLINE:
         raise SystemExit(f"--dataset={dataset} takes no --path={ask.path}, for it is made without "
                          "one: name your own data text or images")
@@ -1510,9 +1627,8 @@ def source_of(ask):
 
 def settings_of(ask):
     """What decides the content of a folder, as meta.json holds it."""
-    settings = {"dataset": ask.dataset, "source": source_of(ask)}
-    settings |= {key: vars(ask)[key] for key in ("subset", "split", "text_column", "label_column",
-                                                 "skip_damaged") if vars(ask)[key]}
+    settings = {"dataset": ask.dataset, "source": ask.source}
+    settings |= {key: vars(ask)[key] for key in OPTIONAL if vars(ask)[key]}
     last = {"val_fraction": ask.val_fraction, "seed": ask.seed}
     if ask.dataset in IMAGE_SETS:
         return {"kind": "images", **settings, "resize": ask.img_size, **last}
@@ -1521,8 +1637,8 @@ def settings_of(ask):
         return {"kind": "pairs", **settings, "scale": ask.scale, "make_low": ask.make_low,
                 "region": region, **last}
     settings |= {"tokenizer": ask.tokenizer, **last}
-    if ask.split_by != "end":
-        settings["split_by"] = ask.split_by
+    if ask.split_by == "end": # the usual one is not noted
+        del settings["split_by"]
     if ask.tokenizer == "sentencepiece":
         settings["vocab_size"] = ask.vocab_size or 4096
     return settings
@@ -1533,13 +1649,14 @@ def prepared(folder, settings):
 
     SystemExit if it has other settings, is damaged, or may be another program's.
     """
-    if not (folder / "meta.json").exists():
-        if folder.is_dir() and any(folder.iterdir()):
+    if not os.path.exists(folder / "meta.json"):
+        if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
             raise SystemExit(f"{folder} holds files and no meta.json, so it may be another "
                              "program's: choose another --name, or delete it")
         return {}
     meta = load_meta(folder.parent, folder.name)
-    changed = [f"{key}={meta.get(key)!r} and not {value!r}" for key, value in settings.items()
+    wanted = dict.fromkeys(OPTIONAL) | settings
+    changed = [f"{key}={meta.get(key)!r} and not {value!r}" for key, value in wanted.items()
                if meta.get(key) != value]
     if changed:
         raise SystemExit(f"{folder} was prepared with {', '.join(changed)}: choose another --name, "
@@ -1635,9 +1752,14 @@ def prepare(dataset=dataset, path=path, **given):
     name = ask.name or dataset
     if dataset in PAIR_SETS:
         name += f"_x{ask.scale}"
-    folder, settings = Path(ask.data_dir).expanduser() / name, settings_of(ask)
+    folder, ask.source = Path(ask.data_dir).expanduser() / name, source_of(ask)
+    settings = settings_of(ask)
 
-    meta = prepared(folder, settings)
+    try:
+        meta = prepared(folder, settings)
+    except OSError as error:
+        raise SystemExit(f"{folder} cannot be read ({error.strerror}): allow it, or choose another "
+                         "--name") from None
     if not meta:
         with alone(folder):
             meta = prepared(folder, settings) # by another process

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import torch
 
 from configurator import at_least, at_least_below, check_limits, configure
-from data import Tokens, identity, load_codec
-from run import DTYPES, check_same_data, load_checkpoint, load_model, pick_device, pick_dtype
+from data import Tokens, codec_of
+from run import DTYPES, load_checkpoint, load_model, pick_device, pick_dtype
 from search_spaces import build, data_kind
 
 # -----------------------------------------------------------------------------
@@ -71,11 +71,7 @@ def main(config):
     if data_kind(trained.space) is not Tokens:
         raise SystemExit(f"out_dir={config.out_dir} holds a network of {trained.space}, which "
                          "writes no text: name the out_dir of a GPT.")
-    tokens = load_codec(trained.data_dir, trained.dataset)
-    now = SimpleNamespace(**vars(trained) |
-                          {"identity": identity(trained.data_dir, trained.dataset)})
-    check_same_data(now, vars(trained), f"out_dir={config.out_dir}", ("meaning",),
-                    "prepare the data as they were")
+    tokens = codec_of(trained)
     prompt, stop = read_prompt(config.prompt), config.stop.replace("\\n", "\n")
     shown = [int(i) for i in tokens.encode([prompt])[0]]
     if not shown and not tokens.joint:
@@ -89,7 +85,7 @@ def main(config):
         if tokens.eot in new:
             return show(tokens, shown + new[:new.index(tokens.eot)])
         text = show(tokens, shown + new) if stop else ""
-        end = text.find(stop, len(prompt)) if stop else -1
+        end = text.find(stop, len(show(tokens, shown))) if stop else -1
         return text[:end] if end >= 0 else None
 
     def all_have_ended(idx):

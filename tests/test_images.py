@@ -571,9 +571,18 @@ def mistakes(folder):
     save(folder / "labels/labels.csv", b"file,label\n0.png,cat\n")
     save(folder / "table/metadata.csv", b"file_name,label\n0.png,cat\n1.png,dog\n")
     npz("odd", extra=y)
+    npz("gaps", y_train=np.where(y > 1, 9, y), y_test=y_test * 0)
+    save(folder / "author/a/0.png", encoded(x[0]))
+    save(folder / "author/metadata.csv", b"file_name,author\na/0.png,me\n")
     import datasets
     rows = {"image": [{"bytes": encoded(image), "path": None} for image in x], "a": y, "b": y}
     datasets.Dataset.from_dict(rows).to_parquet(folder / "two.parquet")
+    (folder / "orders").mkdir()
+    for split, names in {"train": ["a", "b"], "test": ["b", "a"]}.items():
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+        rows = {"image": [{"bytes": encoded(x[0]), "path": None}] * 4, "label": [0, 1, 0, 1]}
+        rows = datasets.Dataset.from_dict(rows, datasets.Features(features))
+        rows.to_parquet(folder / f"orders/{split}.parquet")
     return {
         "": "--path",
         "--path=nothing": "no image",
@@ -591,6 +600,9 @@ def mistakes(folder):
         "--path=table": "which its metadata does not name",
         "--path=only": "no train: name the folder of the training images train",
         "--path=odd.npz": "holds extra, which nothing uses",
+        "--path=orders": "numbers its classes a, b in one split and b, a in the other",
+        "--path=gaps.npz": "labels up to 9 and none of 2, 3, 4",
+        "--path=author": "columns image, author",
         "--path=two.parquet": "a, b the label.*--label_column",
         "--path=in.npz --text_column=x": "--text_column",
         "--dataset=imagenet16_120 --path=batches": "pickle runs the code.*npz",

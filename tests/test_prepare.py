@@ -373,6 +373,66 @@ def test_the_column_of_texts(tmp_path, capsys):
     assert text_of(tmp_path, "c").startswith("x\n\ny\n\nz\n\n")
 
 
+def test_rows_are_read_whatever_else_they_hold(tmp_path, capsys):
+    """Other columns may vary; a text may look like a number; the column is printed."""
+    rows = [{"text": "a", "meta": None}, {"text": "b", "meta": {"x": 1}, "id": 7},
+            {"id": "seven", "text": "c", "new": []}, {"other": 1}, {"text": "2020-01-01"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 9))
+    p.prepare("text", str(tmp_path / "a.jsonl"), data_dir=tmp_path, name="a")
+    assert text_of(tmp_path, "a").replace("\n", "") == "abc2020-01-01" * 9
+    out = capsys.readouterr().out
+    assert "text column: text" in out and "9 empty rows of all are left out" in out
+    (tmp_path / "a.csv").write_text("id,text\n" + "".join(f"{i},00{i}\n" for i in range(9)))
+    p.prepare("text", str(tmp_path / "a.csv"), data_dir=tmp_path, name="b")
+    assert text_of(tmp_path, "b").replace("\n", "") == "".join(f"00{i}" for i in range(9))
+
+
+def test_what_validates_does_not_train(tmp_path):
+    for name, text in {"train.txt": "T" * 90, "more.txt": "M" * 90, "valid.txt": "V" * 90}.items():
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    valid = str(tmp_path / "in/valid.txt")
+    (tmp_path / "in/more.txt").unlink()
+    p.prepare("text", str(tmp_path / "in"), val_path=valid, data_dir=tmp_path)
+    assert [set(text_of(tmp_path, "text", [split])) for split in ("train", "val")] == [{"T"}, {"V"}]
+
+
+@pytest.mark.parametrize("name, about", [
+    ("README", True), ("readme.md", True), ("LICENSE-2.0.txt", True), ("dataset_info.json", True),
+    ("notices.jsonl", False), ("license_0.png", False), ("citations.csv", False),
+    ("noticeable.txt", False), ("README.jsonl", False)])
+def test_the_name_of_a_file_about_data(name, about):
+    assert p.is_about(Path(name)) == about
+
+
+def test_an_option_that_is_dropped_is_another_data_set(tmp_path):
+    docs = [f"document {i}" for i in range(30)]
+    path = write_docs(tmp_path, ".jsonl", docs)
+    p.prepare("text", path, data_dir=tmp_path, split_by="document", text_column="text")
+    for given in ({}, {"split_by": "document"}, {"text_column": "text"}):
+        with pytest.raises(SystemExit, match="was prepared with"):
+            p.prepare("text", path, data_dir=tmp_path, **given)
+
+
+def test_a_tokenizer_with_habits_of_its_own(tmp_path, capsys):
+    """It cuts and fills up texts, its ids have gaps, and it knows few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {"</s>": 70_000, "[UNK]": 0, "cat": 9, "sat": 500}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(pad_token="[UNK]", length=16)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.jsonl").write_text('{"text": "cat sat cat sat cat sat zebra"}\n' * 10)
+    meta = p.prepare("text", str(tmp_path / "a.jsonl"), tokenizer=f"hf:{tmp_path}", shards=2,
+                     data_dir=tmp_path, block_size=4, entries=[1, 2], test_entries=1)
+    assert (meta["vocab_size"], meta["dtype"]) == (70_001, "uint32")
+    ids = data.load_tokens(tmp_path, "text", "train").tolist()
+    assert ids[:8] == [9, 500, 9, 500, 9, 500, 0, 70_000]
+    assert "does not give all of a text back" in capsys.readouterr().out
+    assert data.load_codec(tmp_path, "text/2/00").vocab_size == 70_001
+
+
 def test_random_documents_validate(tmp_path):
     """A corpus sorted by topic: its end is of one topic, random documents are of all."""
     docs = [f"{'abcd'[i // 50]} {i}" for i in range(200)]
@@ -592,7 +652,7 @@ MISTAKES = {
     "--path=half.jsonl": "line 2 has half of a surrogate pair",
     "--path=latin.csv": "latin.csv",
     "--path=ragged.csv": "ragged.csv",
-    "--path=a.txt --text_column=x --val_path=column.jsonl": "no column 'x' but content",
+    "--path=column.jsonl --text_column=x": "no column 'x' but content",
     "--path=a.txt --split_by=half": "choose end or document",
     "--path=a.txt --split_by=document": "two documents",
     "--path=a.txt --skip_damaged=True": "--skip_damaged",
@@ -601,8 +661,18 @@ MISTAKES = {
     "--path=mixed": "files of text (mixed/a.txt) and of csv (mixed/b.csv)",
     "--path=two.jsonl": "no column 'text' but a, b: name the texts by --text_column",
     "--path=split": "has a split train, and split/more.txt in no split",
-    "--path=a.txt --split=train,test": "has the splits all, and --split=train,test",
+    "--path=a.txt --split=train,test": "has no splits: leave out --split=train,test",
     "--path=link": "is a link that leads nowhere",
+    "--path=mixed.jsonl": "line 3: 'text' is no text but 7",
+    "--path=rows.jsonl": "line 1 is no object with columns",
+    "--path=columns": "has texts in body and in content",
+    "--path=a.zip": "unpack or convert",
+    "--path=a.txt --text_column=x": "is for rows",
+    "--path=a.txt --subset=en": "is for the hub",
+    "--path=a.txt --name=../evil": "--name='../evil' is not possible",
+    "--path=a.txt --name=.": "--name='.' is not possible",
+    "--path=a.txt --name=/tmp/x": "--name='/tmp/x' is not possible",
+    "--path=split --val_path=a.txt --split=train": "without --split",
     "--path=a.txt --val_path=nowhere": "nowhere",
     "--path=a.txt --dataset=wikitext": "choose one of pydocs",
     "--path=a.txt --tokenizer=bpe": "choose one of char",
@@ -626,7 +696,10 @@ def mistaken(tmp_path):
              "two.jsonl": b'{"a": "x", "b": "y"}\n', "latin.csv": b"id,text\n1,\xe9\n",
              "ragged.csv": b"id,text\n1,a,b\n2,c\n", "mixed/a.txt": b"text",
              "mixed/b.csv": b"text\nx\n", "split/train.txt": b"text", "split/more.txt": b"text",
-             "number.jsonl": b'{"text": 1}\n', "broken.jsonl": b'{"text": "x"}\n{"text"\n',
+             "mixed.jsonl": b'{"text": "a"}\n\n{"text": 7}\n', "rows.jsonl": b"[1]\n",
+             "columns/1.jsonl": b'{"body": "x"}\n', "columns/2.jsonl": b'{"content": "x"}\n',
+             "a.zip": b"PK", "number.jsonl": b'{"text": 1}\n',
+             "broken.jsonl": b'{"text": "x"}\n{"text"\n',
              "folder/a.txt": b"text", "folder/photo.png": photo}
     for file, content in files.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -664,7 +737,7 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
         monkeypatch.setenv(variable, "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "a.txt").write_text("some text " * 50)
-    for args, word in (("--dataset=tinystories", "--path"),
+    for args, word in (("--dataset=tinystories --tokenizer=char", "--path"),
                        ("--dataset=text --path=a.txt --tokenizer=gpt2", "TIKTOKEN_CACHE_DIR")):
         assert word in said(run(tmp_path, *args.split())), args
 

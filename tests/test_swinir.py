@@ -461,7 +461,8 @@ def test_a_killed_run_is_not_taken_for_whole_and_begins_anew(tmp_path):
 
 @pytest.mark.parametrize("high, low, name", [
     ("HR", "LR_bicubic/X2", "{}x2.png"), ("hr", "lr", "{}.png"), ("high", "low", "{}.png"),
-    ("DIV2K_train_HR", "DIV2K_train_LR_bicubic/X2", "{}x2.png"), ("HR", "my low ones", "{}x2.png")])
+    ("DIV2K_train_HR", "DIV2K_train_LR_bicubic/X2", "{}x2.png"), ("HR", "my low ones", "{}x2.png"),
+    ("HR", "LRBI/x2", "{}.png"), ("gt", "lowres", "{}.png")])
 def test_the_names_of_low_resolutions(high, low, name, tmp_path, capsys):
     """They are no further high ones; those of another scale are left out, and said so."""
     write_pictures(tmp_path / "in" / high, [(40, 60)] * 3)
@@ -489,6 +490,8 @@ def spoil(folder, what):
     elif what == "none":
         shutil.rmtree(folder / "HR")
         (folder / "notes.txt").write_text("nothing")
+    elif what == "unnamed":
+        write_pictures(folder / "input", [(20, 20)] * 3)
     elif what == "orphan":
         write_pictures(folder / "low", [(20, 20)] * 4)
     elif what == "zip":
@@ -500,7 +503,8 @@ def spoil(folder, what):
     ("corrupt", "1.png is damaged or no image"),
     ("other size", r"HR.0.png is 40x40 and its low resolution 21x20, where scale=2 makes"),
     ("small", "0.png is 40x14, of which scale=2 leaves less than 8"), ("none", "notes.txt, which"),
-    ("zip", "is damaged"), ("orphan", r"low.3.png, low resolutions of nothing")])
+    ("zip", "is damaged"), ("orphan", r"low.3.png, low resolutions of nothing"),
+    ("unnamed", r"if one is the low resolution of the other, call its folder LR")])
 def test_a_mistake_is_one_sentence(what, message, tmp_path):
     folder = tmp_path / ("in.zip" if what == "zip" else "in")
     spoil(folder, what)
