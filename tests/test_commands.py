@@ -116,7 +116,10 @@ def shrink(command, data_dir, digits_dir, finished, out):
         words, extra = shrink_space(words, script, space, digits_dir, out)
     elif script == "train_search.py":
         has_kinds = "config/search" not in command or "kinds.py" in command
-        extra += ["--dataset=pydocs", *flags(TINY_SEARCH | (TINY_KINDS if has_kinds else {}))]
+        sizes = TINY_SEARCH | (TINY_KINDS if has_kinds else {})
+        if configurator.given("benchmark", words): # of the networks that are in the table
+            sizes = TINY | TINY_EVALS | dict(block_size=32, eval_interval=4, benchmark_iters=1)
+        extra += ["--dataset=pydocs", *flags(sizes)]
         # of tiny networks
         small = {"--target_params=400000": "--target_params=3000",
                  "--target_kv_cache=12000": "--target_kv_cache=400"}
